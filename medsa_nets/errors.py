@@ -1,0 +1,44 @@
+"""Errors that users meet; each names the file or field, what was expected, and what to do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+
+
+class MedSAError(Exception):
+    """Base class of this package's errors."""
+
+
+class DataError(MedSAError, ValueError):
+    """A data list, image, mask or prompt that can't be used."""
+
+
+class WeightsError(MedSAError, RuntimeError):
+    """Weights that are missing, damaged, of an unknown format, or of another network."""
+
+
+def find_cause(error: BaseException | None) -> MedSAError | None:
+    """The error of this package that another error was raised from, or none."""
+    while error is not None and not isinstance(error, MedSAError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def report_plainly() -> None:
+    """End this process with one line, not a traceback, where an error of this package stops it.
+
+    The engine around a bundle wraps errors in errors; users need the one that names their file. Every other error is
+    shown in full, and so is every one where the environment variable ``MONAI_DEBUG`` is set.
+    """
+    previous = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        cause = find_cause(error)
+        if cause is None or os.environ.get("MONAI_DEBUG", "").lower() in ("1", "true"):
+            previous(kind, error, trace)
+        else:
+            print(f"\nerror: {cause}", file=sys.stderr)
+
+    sys.excepthook = show

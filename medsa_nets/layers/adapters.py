@@ -1,0 +1,120 @@
+"""The trainable parts: bottleneck adapters and the hyper-prompting adapter (arXiv 2304.12620)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+HYPER_PROMPTING_FORMS = ("additive", "weights")
+
+
+def bottleneck_features(features: int, adapter_ratio: float, adapter_dim: int | None) -> int:
+    """Width of an adapter's bottleneck: ``adapter_dim`` where given, else ``adapter_ratio * features``."""
+    if adapter_dim is not None:
+        if adapter_dim < 1:
+            raise ValueError(f"adapter_dim must be 1 or more, got {adapter_dim}.")
+        return adapter_dim
+    if not 0.0 < adapter_ratio <= 4.0:
+        raise ValueError(f"adapter_ratio must lie in (0, 4], got {adapter_ratio}.")
+    return max(1, int(features * adapter_ratio))
+
+
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer that gives zero until it is trained: a fresh adapter leaves the frozen network as it was."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Adapter(nn.Module):
+    """Bottleneck adapter: down-projection, ReLU, up-projection (zero at the start).
+
+    Args:
+        features: size of the last axis of the input.
+        adapter_ratio: bottleneck width as a share of ``features`` (paper: 0.25).
+        adapter_dim: bottleneck width itself; takes precedence over ``adapter_ratio``.
+        skip: whether the input is added to the output.
+
+    Source: arXiv 2304.12620, section "SAM Adapter" (first adapter with, second without its own skip path).
+    """
+
+    def __init__(
+        self, features: int, *, adapter_ratio: float = 0.25, adapter_dim: int | None = None, skip: bool = False
+    ) -> None:
+        super().__init__()
+        hidden = bottleneck_features(features, adapter_ratio, adapter_dim)
+        self.skip = skip
+        self.down = nn.Linear(features, hidden)
+        self.activation = nn.ReLU()
+        self.up = zero_linear(hidden, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adapt ``x`` of shape (..., features); the shape stays."""
+        y = self.up(self.activation(self.down(x)))
+        return x + y if self.skip else y
+
+
+class HyperPromptingAdapter(nn.Module):
+    """Adapter whose bottleneck is conditioned on the prompt embedding (HyP-Adpt).
+
+    Args:
+        features: size of the last axis of the tokens.
+        prompt_features: size of the last axis of the prompt embedding.
+        form: ``additive`` adds the down-projected prompt embedding to the bottleneck, token by token (first version
+            of the paper); ``weights`` turns the mean prompt embedding, by an MLP, into a matrix that multiplies the
+            bottleneck (seventh version). The matrix starts near the identity.
+        adapter_ratio: bottleneck width as a share of ``features``.
+        adapter_dim: bottleneck width itself; takes precedence over ``adapter_ratio``.
+
+    Raises:
+        ValueError: when ``form`` is neither of the two.
+
+    Source: arXiv 2304.12620, section "Hyper-Prompting Adapter".
+    """
+
+    def __init__(
+        self,
+        features: int,
+        prompt_features: int,
+        *,
+        form: str = "additive",
+        adapter_ratio: float = 0.25,
+        adapter_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if form not in HYPER_PROMPTING_FORMS:
+            raise ValueError(f"hyper_prompting must be one of {HYPER_PROMPTING_FORMS}, got {form!r}.")
+        hidden = bottleneck_features(features, adapter_ratio, adapter_dim)
+        self.hidden = hidden
+        self.multiply = form == "weights"
+        self.down = nn.Linear(features, hidden)
+        self.prompt: nn.Module
+        if self.multiply:
+            to_weights = nn.Linear(hidden, hidden * hidden)
+            nn.init.normal_(to_weights.weight, std=0.01)
+            with torch.no_grad():
+                to_weights.bias.copy_(torch.eye(hidden).flatten())
+            self.prompt = nn.Sequential(nn.Linear(prompt_features, hidden), nn.ReLU(), to_weights)
+        else:
+            self.prompt = nn.Linear(prompt_features, hidden)
+        self.activation = nn.ReLU()
+        self.up = zero_linear(hidden, features)
+
+    def forward(self, x: Tensor, prompt_embedding: Tensor) -> Tensor:
+        """Adapt tokens, keeping their skip path.
+
+        Args:
+            x: tokens (B, N, features).
+            prompt_embedding: embedding of the same tokens before the decoder (B, N, prompt_features).
+
+        Returns:
+            Adapted tokens (B, N, features).
+        """
+        bottleneck = self.down(x)
+        if self.multiply:
+            weights = self.prompt(prompt_embedding.mean(dim=1)).reshape(-1, self.hidden, self.hidden)
+            bottleneck = torch.bmm(bottleneck, weights)
+        else:
+            bottleneck = bottleneck + self.prompt(prompt_embedding)
+        return x + self.up(self.activation(bottleneck))

@@ -1,0 +1,10 @@
+"""Networks: encoders, prompt encoder, mask decoder, and the model that joins them."""
+
+from medsa_nets.networks.image_encoder import ImageEncoderViT
+from medsa_nets.networks.mask_decoder import MaskDecoder
+from medsa_nets.networks.medsa import MedSA
+from medsa_nets.networks.prompt_encoder import PromptEncoder
+from medsa_nets.networks.tiny_vit import TinyViTEncoder
+from medsa_nets.networks.transformer import TwoWayTransformer
+
+__all__ = ["ImageEncoderViT", "MaskDecoder", "MedSA", "PromptEncoder", "TinyViTEncoder", "TwoWayTransformer"]

@@ -1,0 +1,175 @@
+"""SAM's ViT image encoder with adapters; parameter names equal segment-anything's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from medsa_nets.layers import Adapter, LayerNorm2d, MLPBlock, attend, merge_windows, partition_windows
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens."""
+
+    def __init__(self, embed_dim: int, *, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, 3, H, W) to (B, H / patch, W / patch, C)."""
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over a token map with decomposed relative-position bias.
+
+    Args:
+        features: token width.
+        num_heads: number of heads.
+        input_size: height and width of the token map (or window); the tables have ``2 * size - 1`` rows.
+    """
+
+    def __init__(self, features: int, *, num_heads: int, input_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = features // num_heads
+        self.qkv = nn.Linear(features, 3 * features)
+        self.proj = nn.Linear(features, features)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * input_size[0] - 1, head_dim))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * input_size[1] - 1, head_dim))
+        for name, size in (("index_h", input_size[0]), ("index_w", input_size[1])):
+            steps = torch.arange(size)
+            self.register_buffer(name, steps[:, None] - steps[None, :] + size - 1, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over (B, H, W, C), with H and W as given at construction."""
+        batch, height, width, features = x.shape
+        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, features // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q_map = q.reshape(batch, self.num_heads, height, width, features // self.num_heads)
+        # bias[query, key] = q . R_h[row distance] + q . R_w[column distance]
+        bias_h = torch.einsum("bnhwc,hkc->bnhwk", q_map, self.rel_pos_h[self.index_h].to(q.dtype))
+        bias_w = torch.einsum("bnhwc,wkc->bnhwk", q_map, self.rel_pos_w[self.index_w].to(q.dtype))
+        bias = (bias_h.unsqueeze(-1) + bias_w.unsqueeze(-2)).reshape(
+            batch, self.num_heads, height * width, height * width
+        )
+        x = attend(q, k, v, bias)
+        return self.proj(x.transpose(1, 2).reshape(batch, height, width, features))
+
+
+class Block(nn.Module):
+    """Transformer block with window or global attention and the two adapters of an encoder block.
+
+    The first adapter follows the attention, before the residual and with its own skip path; the second stands
+    beside the MLP and is scaled (arXiv 2304.12620, section "SAM Adapter").
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int,
+        window_size: int,
+        input_size: tuple[int, int],
+        scale: float,
+        adapter_ratio: float,
+        adapter_dim: int | None,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.scale = scale
+        self.norm1 = nn.LayerNorm(features, eps=1e-6)
+        self.attn = Attention(
+            features, num_heads=num_heads, input_size=(window_size, window_size) if window_size > 0 else input_size
+        )
+        self.norm2 = nn.LayerNorm(features, eps=1e-6)
+        self.mlp = MLPBlock(features=features, hidden=4 * features, activation=nn.GELU())
+        self.attn_adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim, skip=True)
+        self.mlp_adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform tokens (B, H, W, C)."""
+        normed = self.norm1(x)
+        if self.window_size > 0:
+            attended = self.attn(partition_windows(normed, self.window_size))
+            attended = merge_windows(attended, x.shape[1], x.shape[2])
+        else:
+            attended = self.attn(normed)
+        x = x + self.attn_adapter(attended)
+        normed = self.norm2(x)
+        return x + self.mlp(normed) + self.scale * self.mlp_adapter(normed)
+
+
+class ImageEncoderViT(nn.Module):
+    """SAM's ViT encoder (ViTDet) for one input size, with adapters.
+
+    Args:
+        img_size: height and width of the input, multiples of 16. Position tables are made for this size;
+            :func:`medsa_nets.weights.load_base` interpolates a file's tables to it, once.
+        embed_dim: token width (768, 1024, 1280 for ``vit_b``, ``vit_l``, ``vit_h``).
+        depth: number of blocks.
+        num_heads: heads per block.
+        global_attn_indexes: blocks with global attention; the others use windows of 14 x 14 tokens.
+        scale: weight of the adapter beside the MLP (paper: 0.5).
+        adapter_ratio: see :class:`~medsa_nets.layers.Adapter`.
+        adapter_dim: see :class:`~medsa_nets.layers.Adapter`.
+
+    Raises:
+        ValueError: when ``img_size`` is no multiple of 16.
+
+    Source: arXiv 2304.02643 (SAM), arXiv 2304.12620 (adapters).
+    """
+
+    out_channels = 256
+    patch_size = 16
+    window_size = 14
+
+    def __init__(
+        self,
+        *,
+        img_size: tuple[int, int],
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        global_attn_indexes: Sequence[int],
+        scale: float = 0.5,
+        adapter_ratio: float = 0.25,
+        adapter_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if img_size[0] % self.patch_size or img_size[1] % self.patch_size:
+            raise ValueError(f"img_size must be a multiple of {self.patch_size} on both axes, got {img_size}.")
+        self.stride = self.patch_size
+        self.img_size = img_size
+        grid = (img_size[0] // self.patch_size, img_size[1] // self.patch_size)
+        self.patch_embed = PatchEmbed(embed_dim, patch_size=self.patch_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid[0], grid[1], embed_dim))
+        self.blocks = nn.ModuleList(
+            [
+                Block(
+                    embed_dim,
+                    num_heads=num_heads,
+                    window_size=0 if i in global_attn_indexes else self.window_size,
+                    input_size=grid,
+                    scale=scale,
+                    adapter_ratio=adapter_ratio,
+                    adapter_dim=adapter_dim,
+                )
+                for i in range(depth)
+            ]
+        )
+        self.neck = nn.Sequential(
+            nn.Conv2d(embed_dim, self.out_channels, kernel_size=1, bias=False),
+            LayerNorm2d(self.out_channels),
+            nn.Conv2d(self.out_channels, self.out_channels, kernel_size=3, padding=1, bias=False),
+            LayerNorm2d(self.out_channels),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Encode normalised images (B, 3, H, W) to (B, 256, H / 16, W / 16)."""
+        x = self.patch_embed(image) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x.permute(0, 3, 1, 2))

@@ -1,0 +1,108 @@
+"""SAM's mask decoder around the adapted two-way transformer."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medsa_nets.layers import LayerNorm2d
+from medsa_nets.networks.transformer import TwoWayTransformer
+
+
+class MLP(nn.Module):
+    """Three-layer perceptron with ReLU."""
+
+    def __init__(self, features: int, out_features: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [nn.Linear(features, features), nn.Linear(features, features), nn.Linear(features, out_features)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., features) to (..., out_features)."""
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i < 2:
+                x = F.relu(x)
+        return x
+
+
+class MaskDecoder(nn.Module):
+    """Image embedding and prompt embeddings to mask logits and their estimated IoU.
+
+    Args:
+        transformer: the adapted two-way transformer.
+        features: width of an embedding.
+        num_multimask_outputs: masks that SAM offers for an ambiguous prompt, beside the single one.
+
+    Source: arXiv 2304.02643, section "Mask decoder"; parameter names equal segment-anything's.
+    """
+
+    def __init__(self, *, transformer: TwoWayTransformer, features: int = 256, num_multimask_outputs: int = 3) -> None:
+        super().__init__()
+        self.num_mask_tokens = num_multimask_outputs + 1
+        self.transformer = transformer
+        self.iou_token = nn.Embedding(1, features)
+        self.mask_tokens = nn.Embedding(self.num_mask_tokens, features)
+        self.output_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(features, features // 4, kernel_size=2, stride=2),
+            LayerNorm2d(features // 4),
+            nn.GELU(),
+            nn.ConvTranspose2d(features // 4, features // 8, kernel_size=2, stride=2),
+            nn.GELU(),
+        )
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            [MLP(features, features // 8) for _ in range(self.num_mask_tokens)]
+        )
+        self.iou_prediction_head = MLP(features, self.num_mask_tokens)
+
+    def forward(
+        self,
+        image_embedding: Tensor,
+        image_pe: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+        class_embedding: Optional[Tensor] = None,
+        multimask_output: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode N = B * K prompt sets, K for each image.
+
+        Args:
+            image_embedding: (B, C, h, w).
+            image_pe: (1, C, h, w).
+            sparse: sparse prompt embeddings (N, tokens, C).
+            dense: dense prompt embeddings (N, C, h, w).
+            class_embedding: (N, C), added to the token of the single mask, or none.
+            multimask_output: whether SAM's three masks for ambiguous prompts are returned in place of the single one.
+
+        Returns:
+            Mask logits (N, 1 or 3, 4 h, 4 w) and estimated IoU (N, 1 or 3).
+        """
+        count = sparse.shape[0]
+        mask_tokens = self.mask_tokens.weight.unsqueeze(0).expand(count, -1, -1)
+        if class_embedding is not None:
+            single = mask_tokens[:, :1] + class_embedding.unsqueeze(1)
+            mask_tokens = torch.cat([single, mask_tokens[:, 1:]], dim=1)
+        iou_token = self.iou_token.weight.unsqueeze(0).expand(count, -1, -1)
+        tokens = torch.cat([iou_token, mask_tokens, sparse], dim=1)
+
+        height, width = image_embedding.shape[2], image_embedding.shape[3]
+        # Tokens last, contiguous: the additions below them are a third of the decoder's time otherwise.
+        image_tokens = image_embedding.flatten(2).transpose(1, 2).contiguous()
+        image_tokens = torch.repeat_interleave(image_tokens, count // image_tokens.shape[0], dim=0)
+        image_tokens = image_tokens + dense.flatten(2).transpose(1, 2)
+        tokens, image_tokens = self.transformer(image_tokens, image_pe.flatten(2).transpose(1, 2).contiguous(), tokens)
+        upscaled = self.output_upscaling(image_tokens.reshape(count, height, width, -1).permute(0, 3, 1, 2))
+        iou = self.iou_prediction_head(tokens[:, 0])
+
+        weights = []
+        for i, mlp in enumerate(self.output_hypernetworks_mlps):
+            # Only the masks that are returned are computed.
+            if (i > 0) == multimask_output:
+                weights.append(mlp(tokens[:, 1 + i]))
+        masks = torch.stack(weights, dim=1) @ upscaled.flatten(2)
+        masks = masks.reshape(count, -1, upscaled.shape[2], upscaled.shape[3])
+        return masks, iou[:, 1:] if multimask_output else iou[:, :1]

@@ -1,0 +1,262 @@
+"""Medical SAM Adapter: a frozen Segment Anything model and its adapters, joined."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medsa_nets.errors import WeightsError
+from medsa_nets.layers import Adapter, HyperPromptingAdapter
+from medsa_nets.networks.mask_decoder import MaskDecoder
+from medsa_nets.networks.prompt_encoder import PromptEncoder
+
+IDENTITY_BYTES = 512  # one size for every identity, so that tools that compare shapes let it through to our check
+
+
+def encode_identity(identity: Mapping[str, Any]) -> Tensor:
+    """Write an identity as JSON into a ``uint8`` tensor of fixed length, which every checkpoint tool can carry."""
+    text = json.dumps(identity, sort_keys=True).encode()
+    if len(text) > IDENTITY_BYTES:
+        raise ValueError(f"The identity takes {len(text)} bytes; {IDENTITY_BYTES} is the most.")
+    return torch.tensor(list(text.ljust(IDENTITY_BYTES)), dtype=torch.uint8)
+
+
+def decode_identity(tensor: Tensor) -> dict[str, Any]:
+    """Read an identity tensor back.
+
+    Raises:
+        WeightsError: when the tensor holds no identity.
+    """
+    try:
+        identity = json.loads(bytes(tensor.cpu().tolist()).decode())
+        return {"base": identity["base"], "sha256": identity["sha256"], "adapter": dict(identity["adapter"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise WeightsError("The checkpoint's entry 'identity' is damaged: it names no base model.") from error
+
+
+class MedSA(nn.Module):
+    """Frozen SAM with adapters; one network for automatic and prompted segmentation of images.
+
+    Its ``state_dict`` holds what is trained and the identity of the base, nothing else; :meth:`full_state_dict` holds
+    everything. Loading an adapter onto another base, or onto adapters of another form, raises :class:`WeightsError`.
+
+    Args:
+        image_encoder: adapted encoder with attributes ``stride`` and ``out_channels``.
+        prompt_encoder: SAM's prompt encoder.
+        mask_decoder: adapted mask decoder.
+        num_classes: number of classes of the automatic mode; each has a learned embedding, zero at the start.
+        pixel_mean: the base's pixel mean, for intensities in [0, 1].
+        pixel_std: the base's pixel standard deviation, for intensities in [0, 1].
+        train_norms: whether the layer norms of the adapted blocks train too.
+
+    Source: arXiv 2304.12620, figure 2.
+    """
+
+    __jit_unused_properties__ = ["trained_names"]  # TorchScript has no frozenset
+
+    if TYPE_CHECKING:  # TorchScript cannot read a class's postponed annotations
+        identity: Tensor
+        pixel_mean: Tensor
+        pixel_std: Tensor
+
+    def __init__(
+        self,
+        *,
+        image_encoder: nn.Module,
+        prompt_encoder: PromptEncoder,
+        mask_decoder: MaskDecoder,
+        num_classes: int = 1,
+        pixel_mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        pixel_std: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        train_norms: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be 1 or more, got {num_classes}.")
+        self.num_classes = num_classes
+        self.stride: int = image_encoder.stride  # type: ignore[assignment]
+        self.image_encoder = image_encoder
+        self.prompt_encoder = prompt_encoder
+        self.mask_decoder = mask_decoder
+        self.class_embeddings = nn.Parameter(torch.zeros(num_classes, prompt_encoder.embed_dim))
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("identity", encode_identity({"base": "", "sha256": "", "adapter": {}}))
+        self._trained_names = self._find_trained_names(train_norms)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in self._trained_names)
+
+    def set_identity(self, identity: Mapping[str, Any]) -> None:
+        """Say which base this is: ``base`` (name), ``sha256`` (of its weights), ``adapter`` (the settings)."""
+        self.identity.copy_(encode_identity(identity))
+
+    def _find_trained_names(self, train_norms: bool) -> frozenset[str]:
+        names = {"class_embeddings"}
+        for prefix, module in self.named_modules():
+            adapts = isinstance(module, (Adapter, HyperPromptingAdapter))
+            if adapts or (train_norms and isinstance(module, nn.LayerNorm)):
+                names.update(f"{prefix}.{name}" for name, _ in module.named_parameters())
+        return frozenset(names)
+
+    @property
+    def trained_names(self) -> frozenset[str]:
+        """Names of the parameters that train, and that ``state_dict`` holds beside the identity."""
+        return self._trained_names
+
+    def base_state_dict(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the base, under segment-anything's names."""
+        adapters = {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, (Adapter, HyperPromptingAdapter))
+            for name, _ in module.named_parameters()
+        }
+        own = adapters | {"class_embeddings", "identity"}
+        return {name: tensor for name, tensor in self.full_state_dict().items() if name not in own}
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Base, adapters and identity: everything, for those who want one file."""
+        return super().state_dict()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The trained parameters and the base's identity (arguments as in ``torch.nn.Module.state_dict``)."""
+        destination = kwargs.pop("destination", None)
+        prefix, keep_vars = kwargs.get("prefix", ""), kwargs.get("keep_vars", False)
+        if args:  # torch's older positional form: destination, prefix, keep_vars
+            destination, prefix, keep_vars = (*args, *(destination, prefix, keep_vars)[len(args) :])
+        out = OrderedDict() if destination is None else destination
+        for name, tensor in super().state_dict(prefix=prefix, keep_vars=keep_vars).items():
+            if name[len(prefix) :] in self._trained_names or name == f"{prefix}identity":
+                out[name] = tensor
+        return out
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Check the identity, then let the base's own parameters stand for those that an adapter file lacks."""
+        key = f"{prefix}identity"
+        if key not in state_dict:
+            raise WeightsError(
+                "This checkpoint is no MedSA adapter: it has no entry 'identity'. Expected a file that MedSA saved "
+                "(models/model.pt). To load a base model, pass its path as sam_checkpoint."
+            )
+        theirs, ours = decode_identity(state_dict[key]), decode_identity(self.identity)
+        if (theirs["base"], theirs["sha256"]) != (ours["base"], ours["sha256"]):
+            raise WeightsError(
+                f"This adapter belongs to the base {theirs['base']!r} (weights sha256 {theirs['sha256'][:12]}…), but "
+                f"the network is built on {ours['base']!r} ({ours['sha256'][:12]}…). Build the network on that base "
+                "(base, sam_checkpoint), or train an adapter for this one."
+            )
+        if theirs["adapter"] != ours["adapter"]:
+            different = [k for k in ours["adapter"] if theirs["adapter"].get(k) != ours["adapter"][k]]
+            listed = ", ".join(f"{k}={theirs['adapter'].get(k)!r} (here {ours['adapter'][k]!r})" for k in different)
+            raise WeightsError(f"This adapter was made with other settings: {listed}. Build the network with those.")
+        for name, tensor in self.full_state_dict().items():
+            if name not in self._trained_names:
+                state_dict.setdefault(f"{prefix}{name}", tensor)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Encode images for any number of :meth:`decode` calls.
+
+        Args:
+            image: (B, 3, H, W) with intensities in [0, 1]; the base's own normalisation is applied here. H and W are
+                multiples of the encoder's ``stride`` (and, for a ViT base, those that it was built for).
+
+        Returns:
+            Image embedding (B, 256, H / stride, W / stride).
+
+        Raises:
+            ValueError: when the shape is another.
+        """
+        if image.dim() != 4 or image.shape[1] != 3:
+            raise ValueError(f"image must have shape (B, 3, H, W), got {image.shape}.")
+        if image.shape[2] % self.stride != 0 or image.shape[3] % self.stride != 0:
+            raise ValueError(f"image height and width must be multiples of {self.stride}, got {image.shape}.")
+        normalised = (image - self.pixel_mean) / self.pixel_std
+        return self.image_encoder(normalised.contiguous(memory_format=torch.channels_last))
+
+    def decode(
+        self,
+        image_embedding: Tensor,
+        point_coords: Optional[Tensor] = None,
+        point_labels: Optional[Tensor] = None,
+        boxes: Optional[Tensor] = None,
+        masks: Optional[Tensor] = None,
+        classes: Optional[Tensor] = None,
+    ) -> Tensor:
+        """Segment by K prompt sets, or automatically (every class) where no prompt is given.
+
+        Coordinates are voxel indices of the image tensor: (0, 0) is the centre of its first pixel, the first
+        coordinate runs along H, the second along W.
+
+        Args:
+            image_embedding: (B, 256, h, w) from :meth:`encode_image`.
+            point_coords: (B, K, P, 2).
+            point_labels: (B, K, P): 1 foreground, 0 background, -1 padding.
+            boxes: (B, K, 4): first corner, opposite corner.
+            masks: (B, K, 4 h, 4 w) logits of an earlier mask.
+            classes: (K,) class ids whose embeddings are added; alone they give automatic segmentation of these classes.
+
+        Returns:
+            Mask logits (B, K, h * stride, w * stride), at the image's size.
+
+        Raises:
+            ValueError: when points come without labels, or shapes disagree.
+        """
+        batch, height, width = image_embedding.shape[0], image_embedding.shape[2], image_embedding.shape[3]
+        sets = -1
+        coords, labels, corners, earlier = point_coords, point_labels, boxes, masks
+        if coords is not None:
+            if labels is None:
+                raise ValueError("point_coords came without point_labels (1 foreground, 0 background, -1 padding).")
+            if coords.dim() != 4 or coords.shape[3] != 2 or coords.shape[:3] != labels.shape:
+                raise ValueError(
+                    f"point_coords must be (B, K, P, 2) and point_labels (B, K, P), "
+                    f"got {coords.shape} and {labels.shape}."
+                )
+            sets = coords.shape[1]
+            # SAM reads (x, y); indices are (row, column).
+            coords, labels = coords.flatten(0, 1).flip(-1), labels.flatten(0, 1)
+        if corners is not None:
+            if corners.dim() != 3 or corners.shape[2] != 4:
+                raise ValueError(f"boxes must be (B, K, 4), got {corners.shape}.")
+            sets = corners.shape[1]
+            corners = corners.reshape(-1, 2, 2).flip(-1).reshape(-1, 4)
+        if earlier is not None:
+            if earlier.dim() != 4:
+                raise ValueError(f"masks must be (B, K, {4 * height}, {4 * width}), got {earlier.shape}.")
+            sets = earlier.shape[1]
+            earlier = earlier.flatten(0, 1).unsqueeze(1)
+        if sets < 0 and classes is None:
+            classes = torch.arange(self.num_classes, device=image_embedding.device)
+        class_embedding: Optional[Tensor] = None
+        if classes is not None:
+            if sets >= 0 and classes.shape[0] != sets:
+                raise ValueError(f"classes must name one class for each of {sets} prompt sets, got {classes.shape}.")
+            sets = classes.shape[0]
+            class_embedding = self.class_embeddings[classes].unsqueeze(0).expand(batch, -1, -1).flatten(0, 1)
+        size = (height * self.stride, width * self.stride)
+        sparse, dense = self.prompt_encoder(coords, labels, corners, earlier, batch * sets, size, (height, width))
+        logits, _ = self.mask_decoder(
+            image_embedding, self.prompt_encoder.dense_pe(height, width), sparse, dense, class_embedding
+        )
+        if logits.shape[2] != size[0] or logits.shape[3] != size[1]:
+            logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+        return logits.reshape(batch, sets, size[0], size[1])
+
+    def forward(
+        self,
+        image: Tensor,
+        point_coords: Optional[Tensor] = None,
+        point_labels: Optional[Tensor] = None,
+        boxes: Optional[Tensor] = None,
+        masks: Optional[Tensor] = None,
+        classes: Optional[Tensor] = None,
+    ) -> Tensor:
+        """Encode ``image`` (B, 3, H, W) and :meth:`decode` it: mask logits (B, K, H, W)."""
+        return self.decode(self.encode_image(image), point_coords, point_labels, boxes, masks, classes)

@@ -1,0 +1,125 @@
+"""SAM's prompt encoder: points, boxes and masks to sparse and dense embeddings."""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from medsa_nets.layers import LayerNorm2d
+
+
+class PositionEmbeddingRandom(nn.Module):
+    """Positional encoding by random spatial frequencies (a frozen 2 x ``num_pos_feats`` matrix of the base)."""
+
+    def __init__(self, num_pos_feats: int) -> None:
+        super().__init__()
+        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, num_pos_feats))
+
+    def forward(self, coords: Tensor) -> Tensor:
+        """Encode (x, y) in [0, 1], shape (..., 2), to (..., 2 * num_pos_feats); always in single precision."""
+        # Coordinates lose their last pixels in bfloat16, so autocast has no say here.
+        matrix = self.positional_encoding_gaussian_matrix.float()
+        x = 2.0 * coords.float() - 1.0
+        angles = 2.0 * math.pi * (x[..., 0:1] * matrix[0] + x[..., 1:2] * matrix[1])
+        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
+
+
+class PromptEncoder(nn.Module):
+    """Prompts to the embeddings that the mask decoder reads. Frozen; parameter names equal segment-anything's.
+
+    Args:
+        embed_dim: width of an embedding.
+        mask_in_chans: hidden channels of the mask branch.
+
+    Source: arXiv 2304.02643, section "Prompt encoder".
+    """
+
+    def __init__(self, *, embed_dim: int = 256, mask_in_chans: int = 16) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.pe_layer = PositionEmbeddingRandom(embed_dim // 2)
+        # background point, foreground point, first box corner, second box corner
+        self.point_embeddings = nn.ModuleList([nn.Embedding(1, embed_dim) for _ in range(4)])
+        self.not_a_point_embed = nn.Embedding(1, embed_dim)
+        self.mask_downscaling = nn.Sequential(
+            nn.Conv2d(1, mask_in_chans // 4, kernel_size=2, stride=2),
+            LayerNorm2d(mask_in_chans // 4),
+            nn.GELU(),
+            nn.Conv2d(mask_in_chans // 4, mask_in_chans, kernel_size=2, stride=2),
+            LayerNorm2d(mask_in_chans),
+            nn.GELU(),
+            nn.Conv2d(mask_in_chans, embed_dim, kernel_size=1),
+        )
+        self.no_mask_embed = nn.Embedding(1, embed_dim)
+
+    def dense_pe(self, height: int, width: int) -> Tensor:
+        """Positional encoding of an embedding grid: (1, embed_dim, height, width)."""
+        device = self.no_mask_embed.weight.device
+        y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
+        x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
+        grid = torch.stack([x.unsqueeze(0).expand(height, width), y.unsqueeze(1).expand(height, width)], dim=-1)
+        return self.pe_layer(grid).permute(2, 0, 1).unsqueeze(0)
+
+    def embed_points(self, coords: Tensor, labels: Tensor, height: int, width: int) -> Tensor:
+        """Embed points (N, P, 2) in (x, y) pixels with labels (N, P) in {1, 0, -1}: (N, P, embed_dim)."""
+        size = torch.tensor([float(width), float(height)], device=coords.device)
+        embedding = self.pe_layer((coords.float() + 0.5) / size)
+        kind = labels.unsqueeze(-1)
+        embedding = torch.where(kind == -1, torch.zeros_like(embedding), embedding)
+        embedding = embedding + (kind == -1) * self.not_a_point_embed.weight
+        embedding = embedding + (kind == 0) * self.point_embeddings[0].weight
+        return embedding + (kind == 1) * self.point_embeddings[1].weight
+
+    def embed_boxes(self, boxes: Tensor, height: int, width: int) -> Tensor:
+        """Embed boxes (N, 4) as (x0, y0, x1, y1) pixels: (N, 2, embed_dim)."""
+        size = torch.tensor([float(width), float(height)], device=boxes.device)
+        corners = self.pe_layer((boxes.float().reshape(-1, 2, 2) + 0.5) / size)
+        kinds = torch.cat([self.point_embeddings[2].weight, self.point_embeddings[3].weight], dim=0)
+        return corners + kinds.unsqueeze(0)
+
+    def forward(
+        self,
+        point_coords: Optional[Tensor],
+        point_labels: Optional[Tensor],
+        boxes: Optional[Tensor],
+        masks: Optional[Tensor],
+        count: int,
+        image_size: tuple[int, int],
+        embedding_size: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
+        """Embed N prompt sets.
+
+        Args:
+            point_coords: (N, P, 2) in (x, y) pixels of the image, or none.
+            point_labels: (N, P): 1 foreground, 0 background, -1 padding.
+            boxes: (N, 4) as (x0, y0, x1, y1), or none.
+            masks: (N, 1, 4 h, 4 w) logits of an earlier mask, or none.
+            count: N, for the case that no prompt is given.
+            image_size: height and width of the image in pixels.
+            embedding_size: height h and width w of the image embedding.
+
+        Returns:
+            Sparse embeddings (N, tokens, embed_dim) and dense embeddings (N, embed_dim, h, w).
+        """
+        height, width = image_size
+        sparse = torch.zeros(count, 0, self.embed_dim, device=self.no_mask_embed.weight.device)
+        if point_coords is not None:
+            assert point_labels is not None
+            coords, labels = point_coords, point_labels
+            if boxes is None:
+                # Points alone are followed by one padding point, as in segment-anything.
+                coords = torch.cat([coords, torch.zeros_like(coords[:, :1])], dim=1)
+                labels = torch.cat([labels, -torch.ones_like(labels[:, :1])], dim=1)
+            sparse = torch.cat([sparse, self.embed_points(coords, labels, height, width)], dim=1)
+        if boxes is not None:
+            sparse = torch.cat([sparse, self.embed_boxes(boxes, height, width)], dim=1)
+        if masks is not None:
+            dense = self.mask_downscaling(masks)
+        else:
+            dense = self.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(
+                count, -1, embedding_size[0], embedding_size[1]
+            )
+        return sparse, dense

@@ -1,0 +1,243 @@
+"""TinyViT image encoder of MobileSAM and LiteMedSAM, with adapters."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medsa_nets.layers import Adapter, ConvBN, LayerNorm2d, attend, merge_windows, partition_windows
+
+
+class PatchEmbed(nn.Module):
+    """Two convolutions in front of the first stage."""
+
+    def __init__(self, features: int, *, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.seq = nn.Sequential(
+            ConvBN(3, features // 2, kernel_size=kernel_size, stride=stride),
+            nn.GELU(),
+            ConvBN(features // 2, features, kernel_size=kernel_size, stride=stride),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, 3, H, W) to (B, features, H / stride ** 2, W / stride ** 2)."""
+        return self.seq(x)
+
+
+class MBConv(nn.Module):
+    """Inverted-bottleneck convolution block of TinyViT's first stage: (B, C, H, W) to the same shape."""
+
+    def __init__(self, features: int, *, expand_ratio: int = 4) -> None:
+        super().__init__()
+        hidden = features * expand_ratio
+        self.conv1 = ConvBN(features, hidden)
+        self.conv2 = ConvBN(hidden, hidden, kernel_size=3, groups=hidden)
+        self.conv3 = ConvBN(hidden, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform ``x`` (B, C, H, W)."""
+        y = F.gelu(self.conv2(F.gelu(self.conv1(x))))
+        return F.gelu(x + self.conv3(y))
+
+
+class PatchMerging(nn.Module):
+    """Change of width, and of resolution by ``stride``, between two stages."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = ConvBN(in_channels, out_channels)
+        self.conv2 = ConvBN(out_channels, out_channels, kernel_size=3, stride=stride, groups=out_channels)
+        self.conv3 = ConvBN(out_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride)."""
+        return self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x)))))
+
+
+class ConvStage(nn.Module):
+    """TinyViT's first stage. It holds no adapter: nothing in it is attention."""
+
+    def __init__(self, features: int, *, depth: int, downsample: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([MBConv(features) for _ in range(depth)])
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform ``x`` (B, C, H, W)."""
+        for block in self.blocks:
+            x = block(x)
+        return self.downsample(x)
+
+
+class TinyViTAttention(nn.Module):
+    """Multi-head attention within a window, with a learned bias for each distance of two tokens."""
+
+    def __init__(self, features: int, *, num_heads: int, window_size: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(features)
+        self.qkv = nn.Linear(features, 3 * features)
+        self.proj = nn.Linear(features, features)
+        positions = list(itertools.product(range(window_size), repeat=2))
+        offsets: dict[tuple[int, int], int] = {}
+        indices = [
+            offsets.setdefault((abs(a[0] - b[0]), abs(a[1] - b[1])), len(offsets)) for a in positions for b in positions
+        ]
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, len(offsets)))
+        self.register_buffer(
+            "bias_index", torch.tensor(indices).reshape(len(positions), len(positions)), persistent=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within each window: (B, N, C) to (B, N, C)."""
+        batch, tokens, features = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch, tokens, self.num_heads, 3, features // self.num_heads)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)
+        bias = self.attention_biases[:, self.bias_index].to(q.dtype)
+        x = attend(q, k, v, bias.unsqueeze(0))
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, features))
+
+
+class TinyViTMLP(nn.Module):
+    """Feed-forward part of a block; its layer norm is applied by the block, which shares it with the adapter."""
+
+    def __init__(self, features: int, *, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(features)
+        self.fc1 = nn.Linear(features, hidden)
+        self.fc2 = nn.Linear(hidden, features)
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """Map normalised tokens (..., C) to (..., C)."""
+        return self.fc2(F.gelu(self.fc1(normed)))
+
+
+class TinyViTBlock(nn.Module):
+    """Window attention, depthwise convolution and MLP, with the two adapters of an encoder block.
+
+    The first adapter follows the attention, before the residual; the second stands beside the MLP, scaled.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int,
+        window_size: int,
+        scale: float,
+        adapter_ratio: float,
+        adapter_dim: int | None,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.scale = scale
+        self.attn = TinyViTAttention(features, num_heads=num_heads, window_size=window_size)
+        self.local_conv = ConvBN(features, features, kernel_size=3, groups=features)
+        self.mlp = TinyViTMLP(features, hidden=4 * features)
+        self.attn_adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim, skip=True)
+        self.mlp_adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform ``x`` (B, C, H, W)."""
+        tokens = x.permute(0, 2, 3, 1)
+        height, width = tokens.shape[1], tokens.shape[2]
+        if height == self.window_size and width == self.window_size:
+            attended = self.attn(tokens.flatten(1, 2)).reshape(tokens.shape)
+        else:
+            # Zeros pad the windows and take part in the attention, as they did when the base was trained.
+            windows = partition_windows(tokens, self.window_size)
+            attended = self.attn(windows.flatten(1, 2)).reshape(windows.shape)
+            attended = merge_windows(attended, height, width)
+        tokens = tokens + self.attn_adapter(attended)
+        tokens = self.local_conv(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        normed = self.mlp.norm(tokens)
+        tokens = tokens + self.mlp(normed) + self.scale * self.mlp_adapter(normed)
+        return tokens.permute(0, 3, 1, 2)
+
+
+class TinyViTStage(nn.Module):
+    """A stage of attention blocks, with the change of width behind it where there is one."""
+
+    def __init__(self, blocks: Sequence[TinyViTBlock], *, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample if downsample is not None else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform ``x`` (B, C, H, W)."""
+        for block in self.blocks:
+            x = block(x)
+        return self.downsample(x)
+
+
+class TinyViTEncoder(nn.Module):
+    """Image encoder of MobileSAM (``patch_stride=4``) and LiteMedSAM (``patch_stride=1``).
+
+    Args:
+        patch_stride: 4: two 3 x 3 convolutions of stride 2 (MobileSAM, made for 1024 x 1024); 1: two 1 x 1
+            convolutions (LiteMedSAM, made for 256 x 256).
+        scale: weight of the adapter beside the MLP (paper: 0.5).
+        adapter_ratio: see :class:`~medsa_nets.layers.Adapter`.
+        adapter_dim: see :class:`~medsa_nets.layers.Adapter`.
+
+    Source: TinyViT, arXiv 2207.10666 (5M variant, the last stage kept at the third one's resolution as MobileSAM
+    does, arXiv 2306.14289); adapters: arXiv 2304.12620.
+    """
+
+    out_channels = 256
+
+    def __init__(
+        self,
+        *,
+        patch_stride: int = 1,
+        scale: float = 0.5,
+        adapter_ratio: float = 0.25,
+        adapter_dim: int | None = None,
+        features: Sequence[int] = (64, 128, 160, 320),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (2, 4, 5, 10),
+        window_sizes: Sequence[int] = (7, 7, 14, 7),
+    ) -> None:
+        super().__init__()
+        if patch_stride not in (1, 4):
+            raise ValueError(f"patch_stride must be 1 (LiteMedSAM) or 4 (MobileSAM), got {patch_stride}.")
+        self.stride = 4 * patch_stride
+        kernel, stride = (1, 1) if patch_stride == 1 else (3, 2)
+        self.patch_embed = PatchEmbed(features[0], kernel_size=kernel, stride=stride)
+        merge_strides = (2, 2, 1)
+        self.layers = nn.ModuleList()
+        for i, width in enumerate(features):
+            downsample = PatchMerging(width, features[i + 1], stride=merge_strides[i]) if i < 3 else None
+            if i == 0:
+                assert downsample is not None
+                self.layers.append(ConvStage(width, depth=depths[0], downsample=downsample))
+                continue
+            blocks = [
+                TinyViTBlock(
+                    width,
+                    num_heads=num_heads[i],
+                    window_size=window_sizes[i],
+                    scale=scale,
+                    adapter_ratio=adapter_ratio,
+                    adapter_dim=adapter_dim,
+                )
+                for _ in range(depths[i])
+            ]
+            self.layers.append(TinyViTStage(blocks, downsample=downsample))
+        self.neck = nn.Sequential(
+            nn.Conv2d(features[-1], self.out_channels, kernel_size=1, bias=False),
+            LayerNorm2d(self.out_channels),
+            nn.Conv2d(self.out_channels, self.out_channels, kernel_size=3, padding=1, bias=False),
+            LayerNorm2d(self.out_channels),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Encode normalised images (B, 3, H, W) to (B, 256, H / stride, W / stride)."""
+        x = self.patch_embed(image)
+        for layer in self.layers:
+            x = layer(x)
+        return self.neck(x)
