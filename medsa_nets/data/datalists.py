@@ -1,0 +1,247 @@
+"""Data lists: which image belongs to which mask and split, from folders as they are published or a Decathlon JSON."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.data import load_decathlon_datalist
+
+from medsa_nets.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("training", "validation", "testing")
+PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".dcm")
+# folder prefixes of the ISIC challenges, per split: images in <prefix>_Data, masks in <prefix>…GroundTruth
+_ISIC_FOLDERS = (
+    {
+        "training": ("ISBI2016_ISIC_Part1_Training_Data", "ISBI2016_ISIC_Part1_Training_GroundTruth"),
+        "testing": ("ISBI2016_ISIC_Part1_Test_Data", "ISBI2016_ISIC_Part1_Test_GroundTruth"),
+    },
+    {
+        "training": ("ISIC-2017_Training_Data", "ISIC-2017_Training_Part1_GroundTruth"),
+        "validation": ("ISIC-2017_Validation_Data", "ISIC-2017_Validation_Part1_GroundTruth"),
+        "testing": ("ISIC-2017_Test_v2_Data", "ISIC-2017_Test_v2_Part1_GroundTruth"),
+    },
+)
+_KVASIR_FOLDERS = ("images", "masks")
+
+
+def image_id(item: dict[str, Any]) -> str:
+    """Name of an image without folder and suffix."""
+    return Path(str(item["image"])).stem
+
+
+def load_datalist(
+    split: str,
+    dataset_dir: str | Path,
+    datalist: str | Path | None = None,
+    *,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    limit: int = 0,
+    skip_unreadable: bool = False,
+) -> list[dict[str, str]]:
+    """List the images and masks of a split.
+
+    Where the data set has no validation split, a share of the training images, chosen by a hash of their names, is kept
+    for validation: the same images on every machine. Test images are never among them.
+
+    Args:
+        split: ``training``, ``validation`` or ``testing``.
+        dataset_dir: folder of the data set: ISIC 2016 or 2017 challenge (part 1), Kvasir-SEG (``images/``,
+            ``masks/``), or any folder together with ``datalist``.
+        datalist: file in the Decathlon JSON form (keys ``training``, ``validation``, ``testing``; each entry has
+            ``image`` and ``label``, paths relative to ``dataset_dir``).
+        validation_fraction: share of the training images kept for validation where the data set has no such split.
+        seed: seed of that choice.
+        limit: if above 0, this many images of the split, chosen by the same hash.
+        skip_unreadable: read every file now, leave out entries that can't be read, and name them in the log.
+
+    Returns:
+        Entries with ``image`` and ``label``, absolute paths, sorted by name.
+
+    Raises:
+        DataError: when folder, file or split is missing, when the list is empty, or when files are not there.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split must be one of {', '.join(SPLITS)}; got {split!r}.")
+    root = Path(dataset_dir).expanduser()
+    if not root.is_dir():
+        raise DataError(f"dataset_dir {root}: there is no such folder. Pass the data set's folder (--dataset_dir).")
+    splits = _read_json(Path(datalist).expanduser(), root) if datalist else _scan(root)
+    if not splits.get("validation") and split != "testing":
+        training = splits.get("training", [])
+        count = round(validation_fraction * len(training)) if len(training) > 1 else 0
+        ranked = sorted(training, key=lambda item: _hash(image_id(item), seed))
+        splits["validation"], splits["training"] = ranked[:count], ranked[count:]
+    items = splits.get(split, [])
+    if not items:
+        counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in SPLITS)
+        raise DataError(f"{datalist or root}: the split {split!r} is empty (found: {counts}).")
+    if limit > 0:
+        items = sorted(items, key=lambda item: _hash(image_id(item), seed))[:limit]
+    items = sorted(items, key=lambda item: item["image"])
+    return keep_readable(items) if skip_unreadable else items
+
+
+def keep_readable(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Entries whose image and mask can be read; the others are named in the log.
+
+    Raises:
+        DataError: when none can be read.
+    """
+    from medsa_nets.data.photographs import PhotographReader  # photographs.py imports this module
+
+    reader, kept, skipped = PhotographReader(), [], []
+    for item in items:
+        try:
+            for path in item.values():
+                reader.read(path)
+            kept.append(item)
+        except DataError as error:
+            skipped.append(str(error))
+    for reason in skipped:
+        logger.warning("Skipped %s", reason)
+    if skipped:
+        logger.warning("Skipped %d of %d entries that can't be read.", len(skipped), len(items))
+    if not kept:
+        raise DataError(f"None of the {len(items)} entries can be read; the first: {skipped[0]}")
+    return kept
+
+
+def _hash(text: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed} {text}".encode()).hexdigest()
+
+
+def _read_json(path: Path, root: Path) -> dict[str, list[dict[str, str]]]:
+    if not path.is_file():
+        raise DataError(f"datalist {path}: there is no such file. Expected a Decathlon JSON (--datalist).")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"datalist {path}: not JSON ({error}).") from error
+    present = [name for name in SPLITS if isinstance(content, dict) and content.get(name)]
+    if not present:
+        raise DataError(f"datalist {path}: it has no entries under {', '.join(SPLITS)}.")
+    splits = {}
+    for name in present:
+        for i, entry in enumerate(content[name]):
+            if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or "label" not in entry:
+                raise DataError(f"datalist {path}: {name}[{i}] is {entry!r}; expected {{'image': …, 'label': …}}.")
+        splits[name] = load_decathlon_datalist(str(path), True, name, str(root))
+        require_files((item[key] for item in splits[name] for key in ("image", "label")), f"datalist {path}, {name}")
+    return splits
+
+
+def require_files(paths: Iterable[str], source: str) -> None:
+    """Raise a :class:`DataError` that counts and names the files that are not there."""
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        raise DataError(f"{source}: {len(missing)} files are not there, the first is {missing[0]}.")
+
+
+def _scan(root: Path) -> dict[str, list[dict[str, str]]]:
+    for layout in _ISIC_FOLDERS:
+        splits = {
+            name: _pair(root, *folders) for name, folders in layout.items() if all((root / f).is_dir() for f in folders)
+        }
+        if splits:
+            return splits
+    if all((root / folder).is_dir() for folder in _KVASIR_FOLDERS):
+        return _split_kvasir(_pair(root, *_KVASIR_FOLDERS))
+    looked = [f"{a}/ with {b}/" for layout in _ISIC_FOLDERS for a, b in layout.values()] + ["images/ with masks/"]
+    found = sorted(p.name + ("/" if p.is_dir() else "") for p in root.iterdir())
+    raise DataError(
+        f"dataset_dir {root}: no data set found. Looked for {'; '.join(looked)}. "
+        f"Found {', '.join(found[:10]) or 'nothing'}{' …' if len(found) > 10 else ''}. "
+        "For another layout, pass a Decathlon JSON (--datalist)."
+    )
+
+
+def _split_kvasir(items: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+    """Kvasir-SEG is published without splits: 80 % training, 10 % validation, 10 % testing by a hash of the name."""
+    ranked = sorted(items, key=lambda item: _hash(image_id(item), 0))
+    tenth = round(len(ranked) / 10)
+    return {"testing": ranked[:tenth], "validation": ranked[tenth : 2 * tenth], "training": ranked[2 * tenth :]}
+
+
+def _pair(root: Path, image_folder: str, mask_folder: str) -> list[dict[str, str]]:
+    """Pair images and masks of two folders by name, or by the CSV file that lies beside the masks."""
+    table = root / f"{mask_folder}.csv"
+    if not table.is_file():
+        table = root / mask_folder / f"{mask_folder}.csv"
+    if table.is_file() and (items := _read_csv(table, root, image_folder, mask_folder)):
+        return items
+    masks = {_mask_id(path): path for path in _photographs(root / mask_folder)}
+    images = [path for path in _photographs(root / image_folder) if not path.stem.endswith("_superpixels")]
+    unpaired = [path for path in images if path.stem.lower() not in masks]
+    if unpaired:
+        raise DataError(
+            f"{unpaired[0]}: no mask (looked in {root / mask_folder} for {unpaired[0].stem}_segmentation or "
+            f"{unpaired[0].stem}); {len(unpaired)} of {len(images)} images have none."
+        )
+    return [{"image": str(path), "label": str(masks[path.stem.lower()])} for path in images]
+
+
+def _mask_id(path: Path) -> str:
+    return path.stem.lower().removesuffix("_segmentation")
+
+
+def _photographs(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PHOTOGRAPH_SUFFIXES)
+
+
+def _read_csv(table: Path, root: Path, image_folder: str, mask_folder: str) -> list[dict[str, str]]:
+    """Read a table with columns ``img`` and ``seg`` (paths relative to the data set); none if it has other columns."""
+    with open(table, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"img", "seg"} <= rows[0].keys():
+        return []  # the challenge's own CSV lists diagnoses, not files
+    items = []
+    for row in rows:
+        image = _first_file((root / row["img"], root / image_folder / row["img"]), table)
+        label = _first_file((root / row["seg"], root / mask_folder / row["seg"]), table)
+        items.append({"image": image, "label": label})
+    return items
+
+
+def _first_file(places: Sequence[Path], table: Path) -> str:
+    for place in places:
+        if place.is_file():
+            return str(place)
+    raise DataError(f"{table}: a file that it names is not there (looked for {' and '.join(map(str, places))}).")
+
+
+def list_photographs(folder: str | Path) -> list[dict[str, str]]:
+    """List the photographs of a folder for inference, by name, as entries with ``image``; no masks are needed.
+
+    Args:
+        folder: folder of JPEG, PNG, BMP, TIFF or DICOM photographs, or one such file. DICOM files need no suffix.
+
+    Raises:
+        DataError: when there is no such folder, or no photograph in it; the message says what was found.
+    """
+    root = Path(folder).expanduser()
+    if root.is_file():
+        return [{"image": str(root)}]
+    if not root.is_dir():
+        raise DataError(f"dataset_dir {root}: no such folder or file. Pass the images' folder (--dataset_dir).")
+    files = sorted(path for path in root.iterdir() if path.is_file())
+    images = [path for path in files if path.suffix.lower() in PHOTOGRAPH_SUFFIXES or is_dicom(path)]
+    if not images:
+        found = ", ".join(path.name for path in sorted(root.iterdir())[:10]) or "nothing"
+        raise DataError(f"dataset_dir {root}: no photographs ({', '.join(PHOTOGRAPH_SUFFIXES)}); found {found}.")
+    return [{"image": str(path)} for path in images]
+
+
+def is_dicom(path: str | Path) -> bool:
+    """Whether a file carries DICOM's mark: ``DICM`` at byte 128."""
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"

@@ -1,0 +1,105 @@
+"""Dataset and sampler whose randomness depends on seed, epoch and item alone: a resumed run sees the same data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from monai.data import Dataset, set_rnd
+from monai.utils import get_seed
+from torch.utils.data import Sampler
+
+from medsa_nets.errors import find_cause
+
+
+class SeededDataset(Dataset):
+    """MONAI's dataset with random transforms seeded by (seed, epoch, index), and errors that say what is wrong.
+
+    The result does not depend on the number of workers, on what was loaded before, or on whether the run was resumed.
+
+    Args:
+        data: entries.
+        transform: transforms.
+        seed: seed; none takes the one that ``monai.utils.set_determinism`` set, or 0.
+    """
+
+    def __init__(self, data: Sequence[Any], transform: Callable | None = None, seed: int | None = None) -> None:
+        super().__init__(data, transform)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose random numbers are drawn."""
+        self.epoch = epoch
+
+    def _transform(self, index: int) -> Any:
+        base = self.seed if self.seed is not None else (get_seed() or 0)
+        set_rnd(self.transform, stable_seed(base, self.epoch, index))
+        try:
+            return super()._transform(index)
+        except RuntimeError as error:
+            # MONAI says which transform failed; the user needs to know which file, and why.
+            cause = find_cause(error)
+            if cause is None:
+                raise
+            raise cause from None
+
+
+def stable_seed(*parts: object) -> int:
+    """A seed in [0, 2 ** 32) that depends on the parts alone, on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
+class EpochSampler(Sampler[int]):
+    """An endless, seeded shuffle of the data, cut into epochs; each process of a distributed run takes its share.
+
+    Epoch e holds items e * n to (e + 1) * n of the shuffle, so short epochs over a long list still show every item
+    equally often, and a resumed run goes on where it stopped.
+
+    Args:
+        data_source: the dataset.
+        num_samples: items in an epoch, over all processes; 0 takes the length of the dataset.
+        seed: seed of the shuffle.
+        num_replicas: number of processes; none asks ``torch.distributed``.
+        rank: this process; none asks ``torch.distributed``.
+    """
+
+    def __init__(
+        self,
+        data_source: Dataset,
+        *,
+        num_samples: int = 0,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.data_source = data_source
+        self.replicas = num_replicas or (torch.distributed.get_world_size() if distributed else 1)
+        self.rank = rank if rank is not None else (torch.distributed.get_rank() if distributed else 0)
+        total = num_samples or len(data_source)
+        self.per_replica = -(-total // self.replicas)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (from 1, as Ignite counts), here and in the dataset."""
+        self.epoch = epoch
+        if hasattr(self.data_source, "set_epoch"):
+            self.data_source.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self.per_replica
+
+    def __iter__(self) -> Iterator[int]:
+        size = len(self.data_source)
+        start = max(self.epoch - 1, 0) * self.per_replica * self.replicas
+        round_, order = -1, []
+        for position in range(start + self.rank, start + self.per_replica * self.replicas, self.replicas):
+            if position // size != round_:
+                round_ = position // size
+                generator = torch.Generator().manual_seed(stable_seed(self.seed, round_))
+                order = torch.randperm(size, generator=generator).tolist()
+            yield order[position % size]

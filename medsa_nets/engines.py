@@ -1,0 +1,188 @@
+"""What an Ignite engine does in one step: encode once, answer several prompts, learn from all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.engines import IterationEvents, SupervisedTrainer
+from monai.inferers import SimpleInferer
+from monai.utils import CommonKeys as Keys
+from torch import Tensor, nn
+
+from medsa_nets.data.dataset import stable_seed
+from medsa_nets.networks import MedSA
+from medsa_nets.prompts import PROMPT_KEYS, PromptSampler, add_correction
+
+
+def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimizer gets: adapters, class embeddings, and norms where they train."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Without MONAI's metadata, which every operation of a network would carry along."""
+    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
+
+
+def call_through(network: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function(medsa, *args)`` as the forward pass of ``network``, so that a wrapper's hooks see it.
+
+    ``DistributedDataParallel`` synchronises gradients of what went through its own forward pass; a training step of
+    several decoder calls on one embedding has to be that pass.
+
+    Args:
+        network: a :class:`~medsa_nets.networks.MedSA`, or a wrapper with it as ``module``.
+        function: takes the unwrapped network first.
+        args: the rest of its arguments.
+    """
+    module = getattr(network, "module", network)
+    original = module.forward
+    module.forward = lambda *inputs: function(module, *inputs)
+    try:
+        return network(*args)
+    finally:
+        module.forward = original
+
+
+def answer_prompts(
+    network: MedSA,
+    image: Tensor,
+    label: Tensor,
+    sampler: PromptSampler,
+    draws: int,
+    kinds: torch.Generator,
+    places: torch.Generator,
+) -> list[Tensor]:
+    """Encode a batch once and decode several draws of prompts, some followed by a correcting click.
+
+    Args:
+        network: the network.
+        image: (B, 3, H, W) in [0, 1].
+        label: (B, 1, H, W), foreground above 0.5.
+        sampler: draws the prompts.
+        draws: number of draws.
+        kinds: decides what kinds of prompts are drawn; the same in every process of a distributed run, so that all
+            processes use the same parameters.
+        places: decides where they are.
+
+    Returns:
+        Mask logits (B, 1, H, W), one for each draw and one for each correction.
+    """
+    embedding = network.encode_image(image)
+    answers = []
+    for mode in sampler.modes(draws, kinds):
+        prompts = sampler.draw(label, mode, places)
+        answers.append(network.decode(embedding, **prompts))
+        if sampler.corrects(kinds):
+            prompts = add_correction(prompts, answers[-1].detach() > 0, label, places)
+            answers.append(network.decode(embedding, **prompts))
+    return answers
+
+
+class PromptedIteration:
+    """A training step for ``monai.engines.SupervisedTrainer`` (``iteration_update``).
+
+    The loss is the mean over all answers of :func:`answer_prompts`. Prompts depend on seed, iteration and process
+    alone, so that a resumed run repeats them.
+
+    Args:
+        sampler: draws the prompts.
+        draws: prompts a step, all on one encoding of the batch.
+        seed: seed of the prompts.
+        amp: whether to compute in bfloat16 where that is safe (autocast), on a CPU or a GPU.
+        clip_grad_norm: largest norm of the gradient; 0 leaves it as it is.
+    """
+
+    def __init__(
+        self,
+        *,
+        sampler: PromptSampler,
+        draws: int = 2,
+        seed: int = 0,
+        amp: bool = True,
+        clip_grad_norm: float = 1.0,
+    ) -> None:
+        self.sampler = sampler
+        self.draws = draws
+        self.seed = seed
+        self.amp = amp
+        self.clip_grad_norm = clip_grad_norm
+
+    def __call__(self, engine: SupervisedTrainer, batchdata: Mapping[str, Any]) -> dict[str, Any]:
+        """Take one step; the engine's output has image, label, the first answer's logits, and the loss."""
+        image, label = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[:2]
+        image, label = plain(image), plain(label)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        kinds = torch.Generator().manual_seed(stable_seed(self.seed, engine.state.iteration))
+        places = torch.Generator().manual_seed(stable_seed(self.seed, engine.state.iteration, rank))
+        engine.network.train()
+        engine.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            answers = call_through(
+                engine.network, answer_prompts, image, label, self.sampler, self.draws, kinds, places
+            )
+        loss = torch.stack([engine.loss_function(answer.float(), label) for answer in answers]).mean()
+        if not bool(torch.isfinite(loss)):
+            raise RuntimeError(
+                f"The loss is {loss.item()} at iteration {engine.state.iteration}. Lower the learning rate "
+                "(--learning_rate) or switch mixed precision off (--amp false)."
+            )
+        engine.state.output = {
+            Keys.IMAGE: image,
+            Keys.LABEL: label,
+            Keys.PRED: answers[0].detach(),
+            Keys.LOSS: loss.detach(),
+        }
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        engine.fire_event(IterationEvents.LOSS_COMPLETED)
+        loss.backward()
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        if self.clip_grad_norm > 0:
+            nn.utils.clip_grad_norm_(trainable_parameters(engine.network), self.clip_grad_norm)
+        engine.optimizer.step()
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return engine.state.output
+
+
+class PreparePromptBatch:
+    """Prepare a batch for an evaluator: image, label (or none), and the prompts as keyword arguments.
+
+    MONAI's engines pass the result on as ``inferer(image, network, **prompts)``.
+    """
+
+    def __call__(
+        self,
+        batchdata: Mapping[str, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, tuple[()], dict[str, Tensor]]:
+        """Move image, label and prompts to ``device``."""
+
+        def move(key: str) -> Tensor:
+            return batchdata[key].to(device=device, non_blocking=non_blocking, **kwargs)
+
+        prompts = {key: plain(move(key)) for key in PROMPT_KEYS if key in batchdata}
+        return move(Keys.IMAGE), move(Keys.LABEL) if Keys.LABEL in batchdata else None, (), prompts
+
+
+class PromptInferer(SimpleInferer):
+    """MONAI's simple inferer, with mixed precision where asked; logits come in single precision.
+
+    Args:
+        amp: whether to compute in bfloat16 where that is safe (autocast), on a CPU or a GPU.
+    """
+
+    def __init__(self, amp: bool = False) -> None:
+        super().__init__()
+        self.amp = amp
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Segment ``inputs`` (B, 3, H, W) with the prompts in ``kwargs``: logits (B, K, H, W)."""
+        inputs = plain(inputs)
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            return network(inputs, *args, **kwargs).float()

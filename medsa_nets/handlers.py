@@ -1,0 +1,291 @@
+"""Ignite handlers: checkpoints that survive a kill, and pictures of samples during training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
+from monai.data import list_data_collate
+from monai.utils import CommonKeys as Keys
+from torch import nn
+
+from medsa_nets.data import image_id, save_png
+from medsa_nets.engines import PreparePromptBatch, plain
+from medsa_nets.errors import WeightsError
+from medsa_nets.prompts import PROMPT_KEYS
+from medsa_nets.visualize import overlay_sample
+
+
+def save_atomically(obj: Any, path: str | Path) -> Path:
+    """``torch.save`` under a temporary name in the same folder, then rename: a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with open(part, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network inside ``DistributedDataParallel``, or itself."""
+    return getattr(network, "module", network)
+
+
+def writes_files() -> bool:
+    """Whether this process is the one that writes: the only one, or the first of a distributed run."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
+
+
+class EpochSeed:
+    """Tells the sampler, and through it the dataset, which epoch's random numbers to draw.
+
+    Args:
+        sampler: with ``set_epoch``, as :class:`medsa_nets.data.EpochSampler`.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda e: self.sampler.set_epoch(e.state.epoch))
+
+
+class Progress:
+    """A progress bar of an engine's iterations, with the loss where there is one; in the first process only."""
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer or evaluator."""
+        if writes_files():
+            bar = ProgressBar(desc=type(engine).__name__.removeprefix("Supervised"), persist=False)
+            bar.attach(engine, output_transform=self._loss)
+
+    @staticmethod
+    def _loss(output: Any) -> dict[str, float]:
+        first = output[0] if isinstance(output, list) else output  # one entry per image, or the batch
+        return {"loss": float(first[Keys.LOSS])} if isinstance(first, dict) and Keys.LOSS in first else {}
+
+
+class TrainingCheckpoint:
+    """Saves the best and the last adapter, and everything that an interrupted training needs to go on.
+
+    MONAI's ``CheckpointSaver`` writes in place and forgets the best metric of an interrupted run; this handler writes
+    under temporary names, and restores network, optimizer, schedule, epoch and best metric. Attach it to the trainer
+    after the ``ValidationHandler``.
+
+    - ``<save_dir>/<best_filename>``: adapter with the best validation metric (the last one where nothing validates).
+    - ``<save_dir>/<last_filename>``: adapter after the last epoch.
+    - ``<save_dir>/<resume_filename>``: the state of a run that has not finished; it is removed when the run ends.
+
+    Args:
+        save_dir: folder of the files.
+        network: the network.
+        optimizer: its optimizer.
+        lr_scheduler: its schedule.
+        evaluator: validates during training; none where nothing does.
+        best_filename: see above.
+        last_filename: see above.
+        resume_filename: see above.
+        resume: whether an unfinished run in ``save_dir`` is continued; else it is started anew.
+    """
+
+    def __init__(
+        self,
+        *,
+        save_dir: str,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: Any = None,
+        evaluator: Engine | None = None,
+        best_filename: str = "model.pt",
+        last_filename: str = "model_last.pt",
+        resume_filename: str = "training_state.pt",
+        resume: bool = True,
+    ) -> None:
+        self.folder = Path(save_dir)
+        self.network = network
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.evaluator = evaluator
+        self.best, self.last, self.state = (
+            self.folder / name for name in (best_filename, last_filename, resume_filename)
+        )
+        self.resume = resume
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(Events.STARTED, self.restore)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_state)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+        if self.evaluator is not None:
+            self.evaluator.add_event_handler(Events.COMPLETED, self.save_best)
+
+    def save_best(self, evaluator: Engine) -> None:
+        """Save the adapter if this validation was the best so far."""
+        if writes_files() and evaluator.state.best_metric_epoch == evaluator.state.epoch:
+            save_atomically(unwrap(self.network).state_dict(), self.best)
+            evaluator.logger.info(f"Saved {self.best}: {evaluator.state.best_metric:.4f} is the best metric so far.")
+
+    def save_state(self, engine: Engine) -> None:
+        """Save what a continued run needs."""
+        if not writes_files():
+            return
+        state = {
+            "network": unwrap(self.network).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+            "epoch_length": engine.state.epoch_length,
+        }
+        if self.lr_scheduler is not None:
+            state["lr_scheduler"] = self.lr_scheduler.state_dict()
+        if self.evaluator is not None:
+            state["best_metric"] = float(self.evaluator.state.best_metric)
+            state["best_metric_epoch"] = int(self.evaluator.state.best_metric_epoch)
+        save_atomically(state, self.state)
+
+    def restore(self, engine: Engine) -> None:
+        """Go on from the state of an unfinished run, if there is one."""
+        if not self.state.is_file():
+            return
+        if not self.resume:
+            engine.logger.info(f"{self.state} holds an unfinished run; it is started anew (resume is false).")
+            return
+        try:
+            state = torch.load(self.state, map_location="cpu", weights_only=True)
+            epoch, iteration = int(state["epoch"]), int(state["iteration"])
+        except Exception as error:  # torch, zipfile and pickle raise errors of their own
+            raise WeightsError(
+                f"{self.state}: the state of the unfinished run can't be read ({type(error).__name__}: {error}). "
+                "Delete it, or pass --resume false, to start anew."
+            ) from error
+        if state["epoch_length"] != engine.state.epoch_length:
+            raise WeightsError(
+                f"{self.state}: the unfinished run had {state['epoch_length']} iterations an epoch, this one has "
+                f"{engine.state.epoch_length}: other data, batch size or number of processes. Restore those, or pass "
+                "--resume false to start anew."
+            )
+        unwrap(self.network).load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.evaluator is not None:
+            self.evaluator.state.best_metric = state["best_metric"]
+            self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
+        engine.state.epoch, engine.state.iteration = epoch, iteration
+        engine.logger.info(f"Resuming from {self.state}: {epoch} of {engine.state.max_epochs} epochs are done.")
+
+    def finish(self, engine: Engine) -> None:
+        """Save the last adapter and drop the state of the run, which has ended."""
+        if not writes_files():
+            return
+        state = unwrap(self.network).state_dict()
+        save_atomically(state, self.last)
+        if self.evaluator is None or self.evaluator.state.best_metric_epoch < 0:
+            save_atomically(state, self.best)
+        self.state.unlink(missing_ok=True)
+
+
+class EarlyStop:
+    """Ends a training that no longer gains, judged by the evaluator's best metric, which a resumed run keeps.
+
+    MONAI's ``EarlyStopHandler`` counts in memory, so that a resumed run would stop later than an uninterrupted one.
+
+    Args:
+        evaluator: validates during training.
+        patience: epochs without a better metric; 0 never stops.
+    """
+
+    def __init__(self, evaluator: Engine, patience: int = 0) -> None:
+        self.evaluator = evaluator
+        self.patience = patience
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer, after the ``ValidationHandler``."""
+        if self.patience > 0:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Stop the trainer if the best metric is too old."""
+        best = self.evaluator.state.best_metric_epoch
+        if best > 0 and engine.state.epoch - best >= self.patience:
+            engine.logger.info(f"Stopping early: the best metric is {self.patience} epochs old.")
+            engine.terminate()
+
+
+class SampleOverlays:
+    """Writes pictures of a few samples every ``interval`` epochs: image, label, prediction and prompt.
+
+    Args:
+        output_dir: pictures go to ``<output_dir>/samples/epoch_0010_<image>.png``.
+        network: the network.
+        dataset: items with ``image``, ``label`` and, optionally, prompts, in the network's grid or its image's own.
+        inferer: as the evaluator's.
+        device: device of the network.
+        interval: epochs between pictures; 0 switches them off.
+        count: number of samples.
+    """
+
+    def __init__(
+        self,
+        *,
+        output_dir: str,
+        network: nn.Module,
+        dataset: Sequence[Any],
+        inferer: Any,
+        device: torch.device | str = "cpu",
+        interval: int = 10,
+        count: int = 4,
+    ) -> None:
+        if interval < 0:
+            raise ValueError(f"samples_interval must be 0 or more, got {interval}.")
+        self.folder = Path(output_dir) / "samples"
+        self.network = network
+        self.dataset = dataset
+        self.inferer = inferer
+        self.device = device
+        self.interval = interval
+        self.count = count
+        self.prepare = PreparePromptBatch()
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        if self.interval > 0:
+            engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the pictures."""
+        if not writes_files():
+            return
+        network = unwrap(self.network)
+        network.eval()
+        for i in range(min(self.count, len(self.dataset))):
+            item = self.dataset[i]
+            batch = list_data_collate([item])
+            image, _, _, prompts = self.prepare(batch, self.device)
+            with torch.no_grad():
+                logits = self.inferer(image, network, **prompts)
+            label = item.get("label")
+            if label is not None and label.shape[1:] != logits.shape[2:]:
+                label = nn.functional.interpolate(plain(label)[None].float(), size=logits.shape[2:])[0]
+            picture = overlay_sample(
+                plain(item["image"]),
+                prediction=logits[0] > 0,
+                label=label,
+                prompts={key: prompts[key][0] for key in PROMPT_KEYS if key in prompts},
+            )
+            name = image_id({"image": item["image"].meta.get("filename_or_obj", f"sample_{i}")})
+            save_png(picture, self.folder / f"epoch_{engine.state.epoch:04d}_{name}.png")
+        network.train()

@@ -1,0 +1,150 @@
+"""Prompts as dictionary transforms: drawn from a label, read from a file, and carried to the network's grid."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Transform
+from torch import Tensor
+
+from medsa_nets.data.dataset import stable_seed
+from medsa_nets.errors import DataError
+from medsa_nets.prompts import protocol_prompts
+
+
+class SamplePromptsd(MapTransform):
+    """Draw the prompts of an evaluation protocol from a label, the same for an image in every run.
+
+    Args:
+        keys: key of the label (1, spatial…), foreground above 0.5.
+        prompt: protocol, see :func:`medsa_nets.prompts.protocol_prompts`.
+        image_key: key of the image, whose file name seeds the draw.
+        seed: seed of the draw.
+    """
+
+    def __init__(self, keys: KeysCollection, prompt: str = "none", image_key: str = "image", seed: int = 0) -> None:
+        super().__init__(keys)
+        self.prompt = prompt
+        self.image_key = image_key
+        self.seed = seed
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add ``point_coords`` and ``point_labels``, or ``boxes``, in the label's grid."""
+        out = dict(data)
+        for key in self.key_iterator(out):
+            name = os.path.basename(str(getattr(out[self.image_key], "meta", {}).get("filename_or_obj", "")))
+            generator = torch.Generator().manual_seed(stable_seed(self.seed, name))
+            mask = torch.as_tensor(out[key])[0] > 0.5
+            out.update(protocol_prompts(mask, self.prompt, generator))
+        return out
+
+
+class ReadPromptsd(Transform):
+    """Read an image's prompts from a JSON file; images that it does not name are segmented automatically.
+
+    The file maps a file name to ``points`` (list of pixel positions [x, y]), ``labels`` (1 foreground, 0 background;
+    all 1 where absent) and ``box`` ([x0, y0, x1, y1])::
+
+        {"ISIC_0000001.jpg": {"points": [[512, 380]], "labels": [1]}, "ISIC_0000002.jpg": {"box": [90, 60, 700, 540]}}
+
+    Args:
+        prompts: path of the file; none or empty reads nothing.
+        image_key: key of the image.
+
+    Raises:
+        DataError: when the file is missing or malformed, or a prompt lies outside its image.
+    """
+
+    def __init__(self, prompts: str | None = None, image_key: str = "image") -> None:
+        self.image_key = image_key
+        self.path = prompts
+        self.table: dict[str, Any] = {}
+        if prompts:
+            try:
+                self.table = json.loads(Path(prompts).read_text())
+            except (OSError, ValueError) as error:
+                raise DataError(f"prompts {prompts}: not readable as JSON ({error}).") from error
+            if not isinstance(self.table, dict):
+                raise DataError(f"prompts {prompts}: expected an object that maps file names to prompts.")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add the image's prompts, in its own grid."""
+        out = dict(data)
+        image = out[self.image_key]
+        name = os.path.basename(str(image.meta.get("filename_or_obj", "")))
+        if name not in self.table:
+            return out
+        entry, shape = self.table[name], tuple(image.shape[1:])
+        try:
+            if "points" in entry:
+                points = torch.tensor(entry["points"], dtype=torch.float32).reshape(1, -1, len(shape))
+                labels = torch.tensor(entry.get("labels", [1] * points.shape[1]), dtype=torch.float32).reshape(1, -1)
+                if labels.shape[1] != points.shape[1]:
+                    raise ValueError(f"{points.shape[1]} points but {labels.shape[1]} labels")
+                if not set(labels.flatten().tolist()) <= {0.0, 1.0}:
+                    raise ValueError("labels other than 1 (foreground) and 0 (background)")
+                out.update(point_coords=points, point_labels=labels)
+            if "box" in entry:
+                out["boxes"] = torch.tensor(entry["box"], dtype=torch.float32).reshape(1, 2 * len(shape))
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise DataError(f"prompts {self.path}, {name}: {error}. Expected points, labels, box.") from error
+        _require_inside(out, shape, f"prompts {self.path}, {name}")
+        return out
+
+
+def _require_inside(data: Mapping[Any, Any], shape: tuple[int, ...], source: str) -> None:
+    last = torch.tensor(shape, dtype=torch.float32) - 1.0
+    for key in ("point_coords", "boxes"):
+        if key in data:
+            corners = data[key].reshape(-1, len(shape))
+            outside = ((corners < 0) | (corners > last)).any(dim=1)
+            if bool(outside.any()):
+                position = corners[outside][0].tolist()
+                raise DataError(f"{source}: {position} lies outside the image, which is {' x '.join(map(str, shape))}.")
+
+
+class PromptsToNetworkd(Transform):
+    """Carry prompts from the source's grid to that of the transformed image, by the image's affines.
+
+    A position p of the file's grid lies at ``inverse(image.affine) @ original_affine @ p`` of the tensor, whatever
+    spatial transforms the image went through.
+
+    Args:
+        image_key: key of the image, a :class:`monai.data.MetaTensor`.
+    """
+
+    def __init__(self, image_key: str = "image") -> None:
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Convert ``point_coords`` and ``boxes`` where they are present."""
+        out = dict(data)
+        image = out[self.image_key]
+        for key in ("point_coords", "boxes"):
+            if key in out:
+                shape = out[key].shape
+                moved = to_tensor_grid(out[key].reshape(-1, len(image.shape) - 1), image)
+                out[key] = _sort_corners(moved.reshape(shape)) if key == "boxes" else moved.reshape(shape)
+        return out
+
+
+def to_tensor_grid(positions: Tensor, image: MetaTensor) -> Tensor:
+    """Positions (N, dims) in the file's grid to the tensor's grid."""
+    dims = positions.shape[1]
+    source = torch.as_tensor(image.meta.get("original_affine", image.affine), dtype=torch.float64)
+    matrix = torch.linalg.solve(image.affine.to(torch.float64), source)
+    moved = positions.to(torch.float64) @ matrix[:dims, :dims].T + matrix[:dims, -1]
+    return moved.to(torch.float32)
+
+
+def _sort_corners(boxes: Tensor) -> Tensor:
+    """First corner before the opposite one on every axis, also after a flip."""
+    first, second = boxes.chunk(2, dim=-1)
+    return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=-1)
