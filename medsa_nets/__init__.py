@@ -1,6 +1,6 @@
 """MedSA: Medical SAM Adapter (arXiv 2304.12620) for MONAI bundles."""
 
-from medsa_nets import data, engines, errors, handlers, networks, prompts, transforms, visualize
+from medsa_nets import data, engines, errors, handlers, networks, prompts, transforms, visualize, weights
 from medsa_nets.bases import BASES, Base, build_medsa, parameter_table
 from medsa_nets.errors import DataError, MedSAError, WeightsError
 from medsa_nets.networks import MedSA
@@ -24,4 +24,5 @@ __all__ = [
     "prompts",
     "transforms",
     "visualize",
+    "weights",
 ]

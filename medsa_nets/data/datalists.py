@@ -97,13 +97,13 @@ def keep_readable(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     Raises:
         DataError: when none can be read.
     """
-    from medsa_nets.data.photographs import PhotographReader  # photographs.py imports this module
+    from medsa_nets.data.photographs import read_photograph  # photographs.py imports this module
 
-    reader, kept, skipped = PhotographReader(), [], []
+    kept, skipped = [], []
     for item in items:
         try:
             for path in item.values():
-                reader.read(path)
+                read_photograph(path)
             kept.append(item)
         except DataError as error:
             skipped.append(str(error))
@@ -219,11 +219,12 @@ def _first_file(places: Sequence[Path], table: Path) -> str:
     raise DataError(f"{table}: a file that it names is not there (looked for {' and '.join(map(str, places))}).")
 
 
-def list_photographs(folder: str | Path) -> list[dict[str, str]]:
+def list_photographs(folder: str | Path, *, skip_unreadable: bool = False) -> list[dict[str, str]]:
     """List the photographs of a folder for inference, by name, as entries with ``image``; no masks are needed.
 
     Args:
         folder: folder of JPEG, PNG, BMP, TIFF or DICOM photographs, or one such file. DICOM files need no suffix.
+        skip_unreadable: read every file now, leave out those that can't be read, and name them in the log.
 
     Raises:
         DataError: when there is no such folder, or no photograph in it; the message says what was found.
@@ -238,7 +239,8 @@ def list_photographs(folder: str | Path) -> list[dict[str, str]]:
     if not images:
         found = ", ".join(path.name for path in sorted(root.iterdir())[:10]) or "nothing"
         raise DataError(f"dataset_dir {root}: no photographs ({', '.join(PHOTOGRAPH_SUFFIXES)}); found {found}.")
-    return [{"image": str(path)} for path in images]
+    items = [{"image": str(path)} for path in images]
+    return keep_readable(items) if skip_unreadable else items
 
 
 def is_dicom(path: str | Path) -> bool:

@@ -30,33 +30,46 @@ class PhotographReader(PILReader):
         self.mode = mode
 
     def verify_suffix(self, filename: Any) -> bool:
-        """Every file: what can't be read is told by :meth:`read`."""
+        """Every file: what can't be read is told by :meth:`get_data`."""
         return True
 
-    def read(self, data: Any, **kwargs: Any) -> Any:
-        """Read one file to a PIL image of ``mode``.
+    def read(self, data: Any, **kwargs: Any) -> Path:
+        """The file's path; :meth:`get_data` decodes it, lest ``LoadImage`` tries its other readers."""
+        return Path(data[0] if isinstance(data, (list, tuple)) else data)
+
+    def get_data(self, img: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """Decode one file to an array and its metadata.
 
         Raises:
             DataError: when the file is missing, unreadable or truncated.
         """
-        path = Path(data[0] if isinstance(data, (list, tuple)) else data)
-        if not path.is_file():
-            raise DataError(f"{path}: there is no such file.")
-        try:
-            image = read_dicom_photograph(path) if is_dicom(path) else Image.open(path)
-            image.load()
-        except DataError:
-            raise
-        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and others for damaged files
-            raise DataError(
-                f"{path}: not readable as an image ({type(error).__name__}: {error}). Expected a whole JPEG, PNG, BMP, "
-                "TIFF or DICOM photograph; replace the file, or leave it out (--skip_unreadable true)."
-            ) from error
-        if image.mode in ("I;16", "I"):  # 16-bit grey: PIL would clip it at 255
-            array = np.asarray(image, dtype=np.float32)
-            top = float(array.max()) or 1.0
-            image = Image.fromarray((array / top * 255.0).astype(np.uint8))
-        return image if image.mode == self.mode else image.convert(self.mode)
+        return super().get_data(read_photograph(img, self.mode))
+
+
+def read_photograph(path: str | Path, mode: str = "RGB") -> Image.Image:
+    """Read one photograph as a PIL image of ``mode``.
+
+    Raises:
+        DataError: when the file is missing, unreadable or truncated.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file.")
+    try:
+        image = read_dicom_photograph(path) if is_dicom(path) else Image.open(path)
+        image.load()
+    except DataError:
+        raise
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and others for damaged files
+        raise DataError(
+            f"{path}: not readable as an image ({type(error).__name__}: {error}). Expected a whole JPEG, PNG, BMP, "
+            "TIFF or DICOM photograph; replace the file, or leave it out (--skip_unreadable true)."
+        ) from error
+    if image.mode.startswith("I"):  # 16-bit grey, of either byte order: PIL would clip it at 255
+        array = np.asarray(image, dtype=np.float32)
+        top = float(array.max()) or 1.0
+        image = Image.fromarray((array / top * 255.0).astype(np.uint8))
+    return image if image.mode == mode else image.convert(mode)
 
 
 def read_dicom_photograph(path: str | Path) -> Image.Image:
@@ -76,13 +89,10 @@ def read_dicom_photograph(path: str | Path) -> Image.Image:
             f"{path}: its DICOM pixels can't be read ({type(error).__name__}: {error}). Expected a photograph in a "
             "transfer syntax that pydicom decodes."
         ) from error
-    if interpretation.startswith("YBR_FULL"):
-        try:
-            from pydicom.pixels import convert_color_space
-        except ImportError:  # pydicom 2
-            from pydicom.pixel_data_handlers.util import convert_color_space
-        if str(dataset.file_meta.TransferSyntaxUID) == "1.2.840.10008.1.2.4.50" or getattr(array, "ndim", 0) == 3:
-            array = convert_color_space(array, interpretation, "RGB")
+    if interpretation.startswith("YBR_FULL") and int(pydicom.__version__.split(".")[0]) < 3:
+        from pydicom.pixel_data_handlers.util import convert_color_space  # pydicom 3 gives RGB by itself
+
+        array = convert_color_space(array, interpretation, "RGB")
     if array.ndim == 2:
         array = array.astype(np.float32)
         array -= array.min()

@@ -83,6 +83,8 @@ class ReadPromptsd(Transform):
             return out
         entry, shape = self.table[name], tuple(image.shape[1:])
         try:
+            if not set(entry) & {"points", "box"} or set(entry) - {"points", "labels", "box"}:
+                raise ValueError(f"found {', '.join(map(str, entry)) or 'nothing'}")
             if "points" in entry:
                 points = torch.tensor(entry["points"], dtype=torch.float32).reshape(1, -1, len(shape))
                 labels = torch.tensor(entry.get("labels", [1] * points.shape[1]), dtype=torch.float32).reshape(1, -1)
@@ -138,10 +140,25 @@ class PromptsToNetworkd(Transform):
 def to_tensor_grid(positions: Tensor, image: MetaTensor) -> Tensor:
     """Positions (N, dims) in the file's grid to the tensor's grid."""
     dims = positions.shape[1]
-    source = torch.as_tensor(image.meta.get("original_affine", image.affine), dtype=torch.float64)
+    source = _file_affine(image)
     matrix = torch.linalg.solve(image.affine.to(torch.float64), source)
     moved = positions.to(torch.float64) @ matrix[:dims, :dims].T + matrix[:dims, -1]
     return moved.to(torch.float32)
+
+
+def to_source_grid(positions: Tensor, image: MetaTensor) -> Tensor:
+    """Positions (N, dims) in the tensor's grid to the file's grid: the inverse of :func:`to_tensor_grid`."""
+    dims = positions.shape[1]
+    source = _file_affine(image)
+    matrix = torch.linalg.solve(source, image.affine.to(torch.float64))
+    moved = positions.to(torch.float64) @ matrix[:dims, :dims].T + matrix[:dims, -1]
+    return moved.to(torch.float32)
+
+
+def _file_affine(image: MetaTensor) -> Tensor:
+    """Affine of the file's grid: the identity for photographs, whose files have none and whose tensors start with it."""
+    affine = image.meta.get("original_affine")
+    return torch.eye(len(image.affine), dtype=torch.float64) if affine is None else torch.as_tensor(affine).double()
 
 
 def _sort_corners(boxes: Tensor) -> Tensor:

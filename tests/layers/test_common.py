@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from medsa_nets.layers import ConvBN, LayerNorm2d, MLPBlock, attend, merge_windows, partition_windows
+
+
+def test_layer_norm_2d_equals_segment_anything(segment_anything, randomise):
+    reference = randomise(segment_anything.modeling.common.LayerNorm2d(12))
+    ours = LayerNorm2d(12)
+    ours.load_state_dict(reference.state_dict())
+    x = 3.0 + 2.0 * torch.randn(2, 12, 5, 7)
+    torch.testing.assert_close(ours(x), reference(x), atol=1e-5, rtol=1e-5)
+
+
+def test_mlp_block_equals_segment_anything(segment_anything, randomise):
+    reference = randomise(segment_anything.modeling.common.MLPBlock(12, 48, nn.GELU))
+    ours = MLPBlock(features=12, hidden=48, activation=nn.GELU())
+    ours.load_state_dict(reference.state_dict())
+    x = torch.randn(2, 5, 12)
+    torch.testing.assert_close(ours(x), reference(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "shape", [{"kernel_size": 1}, {"kernel_size": 3}, {"kernel_size": 3, "stride": 2}, {"kernel_size": 3, "groups": 8}]
+)
+def test_conv_bn_equals_convolution_then_frozen_batch_norm(shape, training, randomise):
+    ours = randomise(ConvBN(8, 16, **shape)).train(training)
+    statistics = copy.deepcopy(ours.bn.state_dict())
+    convolution = nn.Conv2d(8, 16, padding=shape["kernel_size"] // 2, bias=False, **shape)
+    convolution.load_state_dict(ours.c.state_dict())
+    norm = nn.BatchNorm2d(16).eval()
+    norm.load_state_dict(statistics)
+    x = torch.randn(2, 8, 9, 11)
+    torch.testing.assert_close(ours(x), norm(convolution(x)), atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(value, statistics[name]) for name, value in ours.bn.state_dict().items())
+
+
+def _attention_by_the_formula(q, k, v, bias):
+    out = torch.zeros(*q.shape[:3], v.shape[3])
+    for b in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            for i in range(q.shape[2]):
+                scores = torch.stack([q[b, head, i] @ key for key in k[b, head]]) / q.shape[3] ** 0.5
+                if bias is not None:
+                    scores = scores + bias.expand(q.shape[0], q.shape[1], -1, -1)[b, head, i]
+                weights = scores.exp() / scores.exp().sum()
+                out[b, head, i] = weights @ v[b, head]
+    return out
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["fused", "explicit"])
+@pytest.mark.parametrize("bias_shape", [None, (2, 3, 5, 6), (1, 3, 5, 6), (1, 1, 5, 6)])
+def test_both_ways_to_attend_follow_the_formula(training, bias_shape):
+    q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 6, 4), torch.randn(2, 3, 6, 4)
+    bias = None if bias_shape is None else torch.randn(bias_shape)
+    actual = attend(q.clone().requires_grad_(training), k, v, bias)
+    torch.testing.assert_close(actual, _attention_by_the_formula(q, k, v, bias), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_the_explicit_way_equal_those_of_fused_attention():
+    tensors = [torch.randn(2, 3, 5, 4) for _ in range(3)] + [torch.randn(1, 3, 5, 5)]
+    ours = [t.clone().requires_grad_() for t in tensors]
+    theirs = [t.clone().requires_grad_() for t in tensors]
+    attend(*ours).square().sum().backward()
+    nn.functional.scaled_dot_product_attention(*theirs[:3], attn_mask=theirs[3]).square().sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(14, 14), (28, 14), (16, 16), (9, 30), (3, 5)])
+@pytest.mark.parametrize("window", [7, 14])
+def test_windows_equal_segment_anything(segment_anything, size, window):
+    module = segment_anything.modeling.image_encoder
+    x = torch.randn(2, *size, 3)
+    windows, padded = module.window_partition(x, window)
+    ours = partition_windows(x, window)
+    assert torch.equal(ours, windows)
+    shuffled = torch.randn_like(ours)  # merging is no mere undoing: attention has changed the windows
+    assert torch.equal(merge_windows(shuffled, *size), module.window_unpartition(shuffled, window, padded, size))
+    assert torch.equal(merge_windows(ours, *size), x)

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    Compose,
+    Flipd,
+    LoadImaged,
+    Orientationd,
+    Resized,
+    Rotate90d,
+    Spacingd,
+)
+from PIL import Image
+
+from medsa_nets.data import PhotographReader
+from medsa_nets.errors import DataError
+from medsa_nets.transforms import PromptsToNetworkd, ReadPromptsd, SamplePromptsd, to_source_grid, to_tensor_grid
+
+
+def item(name: str = "a.jpg", size: tuple[int, ...] = (60, 40)) -> dict[str, MetaTensor]:
+    label = torch.zeros(1, *size)
+    label[(0, *(slice(n // 4, n // 2) for n in size))] = 1
+    return {"image": MetaTensor(torch.zeros(3, *size), meta={"filename_or_obj": f"/folder/{name}"}), "label": label}
+
+
+@pytest.mark.parametrize("prompt", ["point", "points3", "box50", "box75"])
+def test_drawn_prompts_depend_on_name_and_seed_alone(prompt):
+    key = "boxes" if prompt.startswith("box") else "point_coords"
+    names = [f"{i}.jpg" for i in range(6)]
+
+    def draw(seed: int, order: list[str]) -> torch.Tensor:
+        transform = SamplePromptsd("label", prompt=prompt, seed=seed)
+        drawn = {name: transform(item(name))[key] for name in order}
+        return torch.cat([drawn[name] for name in names])
+
+    first = draw(1, names)
+    assert torch.equal(first, draw(1, names[::-1]))
+    assert len(first.flatten(1).unique(dim=0)) > 3
+    assert not torch.equal(first, draw(2, names))
+
+
+def test_drawn_prompts_do_not_depend_on_the_folder():
+    moved = item("a.jpg")
+    moved["image"].meta["filename_or_obj"] = "/another/place/a.jpg"
+    draw = SamplePromptsd("label", prompt="points3")
+    assert torch.equal(draw(item("a.jpg"))["point_coords"], draw(moved)["point_coords"])
+
+
+def test_the_exact_box_is_drawn_in_the_grid_of_the_label():
+    assert SamplePromptsd("label", prompt="box")(item())["boxes"].tolist() == [[15, 10, 29, 19]]
+
+
+def test_without_prompt_nothing_is_added():
+    assert SamplePromptsd("label", prompt="none")(item()).keys() == {"image", "label"}
+
+
+@pytest.fixture
+def write_prompts(tmp_path: Path):
+    def write(content) -> str:
+        path = tmp_path / "prompts.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    return write
+
+
+def test_prompts_are_read_for_the_image_that_is_named(write_prompts):
+    path = write_prompts(
+        {
+            "a.jpg": {"points": [[12, 30], [59, 0]], "labels": [1, 0], "box": [1, 2, 30, 39]},
+            "b.jpg": {"points": [[5, 6]]},
+            "c.jpg": {"box": [0, 0, 59, 39]},
+        }
+    )
+    read = ReadPromptsd(path)
+    a, b, c = (read(item(name)) for name in ("a.jpg", "b.jpg", "c.jpg"))
+    assert a["point_coords"].tolist() == [[[12, 30], [59, 0]]]
+    assert a["point_labels"].tolist() == [[1, 0]]
+    assert a["boxes"].tolist() == [[1, 2, 30, 39]]
+    assert b["point_labels"].tolist() == [[1]]
+    assert "boxes" not in b
+    assert c["boxes"].tolist() == [[0, 0, 59, 39]]
+    assert "point_coords" not in c
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_image_that_is_not_named_is_left_as_it_is(write_prompts, given):
+    read = ReadPromptsd(write_prompts({"a.jpg": {"points": [[1, 1]]}}) if given else None)
+    assert read(item("unnamed.jpg")).keys() == {"image", "label"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"points": [[60, 10]]}, r"\[60\.0, 10\.0\] lies outside.*60 x 40"),
+        ({"points": [[5, 5], [10, -1]], "labels": [1, 1]}, r"\[10\.0, -1\.0\] lies outside"),
+        ({"box": [0, 0, 30, 40]}, r"\[30\.0, 40\.0\] lies outside"),
+        ({"points": [[5, 5], [6, 6]], "labels": [1]}, "2 points but 1 labels"),
+        ({"points": [[5, 5]], "labels": [2]}, "labels other than 1"),
+        ({"points": [[5, 5, 5]]}, "Expected points, labels, box"),
+        ({"points": "5, 5"}, "Expected points, labels, box"),
+        ({"box": [1, 2, 3]}, "Expected points, labels, box"),
+        ({"point": [[5, 5]]}, "Expected points, labels, box"),
+        ({"points": [[5, 5]], "boxes": [1, 2, 3, 4]}, "Expected points, labels, box"),
+        ({}, "Expected points, labels, box"),
+        ([[5, 5]], "Expected points, labels, box"),
+    ],
+)
+def test_a_prompt_that_cannot_be_used_names_file_and_image(write_prompts, entry, told):
+    path = write_prompts({"a.jpg": entry})
+    with pytest.raises(DataError, match=told) as caught:
+        ReadPromptsd(path)(item("a.jpg"))
+    assert path in str(caught.value)
+    assert "a.jpg" in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "told"), [("{", "not readable as JSON"), ("[1]", "maps file names to prompts")])
+def test_a_file_of_prompts_that_is_no_table_is_refused(write_prompts, content, told):
+    path = write_prompts(content)
+    with pytest.raises(DataError, match=told) as caught:
+        ReadPromptsd(path)
+    assert path in str(caught.value)
+
+
+def test_a_missing_file_of_prompts_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"absent\.json"):
+        ReadPromptsd(str(tmp_path / "absent.json"))
+
+
+def brightest(image: torch.Tensor) -> np.ndarray:
+    """Index of the brightest voxel of the first channel."""
+    return np.array(np.unravel_index(int(image[0].argmax()), image.shape[1:]))
+
+
+def bright_photograph(path: Path, place: tuple[int, int], size: tuple[int, int] = (90, 60)) -> None:
+    """A black photograph of ``size`` (width, height) with a bright spot of 3 x 3 pixels, brightest in its middle."""
+    array = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    array[place[1] - 1 : place[1] + 2, place[0] - 1 : place[0] + 2] = 120
+    array[place[1], place[0]] = 255
+    Image.fromarray(array).save(path)
+
+
+PHOTOGRAPH_CHAINS = {
+    "none": [],
+    "resized up": [Resized("image", (256, 256), mode="bilinear", anti_aliasing=True)],
+    "resized down": [Resized("image", (30, 30), mode="bilinear", anti_aliasing=True)],
+    "rotated": [Rotate90d("image", k=1)],
+    "rotated thrice": [Rotate90d("image", k=3)],
+    "flipped": [Flipd("image", spatial_axis=0)],
+    "all": [
+        Resized("image", (128, 96), mode="bilinear"),
+        Rotate90d("image", k=1),
+        Flipd("image", spatial_axis=1),
+        Resized("image", (200, 160), mode="bilinear"),
+    ],
+}
+
+
+@pytest.mark.parametrize("place", [(20, 10), (70, 48), (1, 1)])
+@pytest.mark.parametrize("chain", PHOTOGRAPH_CHAINS)
+def test_a_point_of_a_photograph_goes_where_its_pixel_goes(tmp_path, place, chain):
+    bright_photograph(tmp_path / "a.png", place)
+    (tmp_path / "prompts.json").write_text(json.dumps({"a.png": {"points": [place]}}))
+    transform = Compose(
+        [
+            LoadImaged("image", reader=PhotographReader(), ensure_channel_first=True),
+            ReadPromptsd(str(tmp_path / "prompts.json")),
+            *PHOTOGRAPH_CHAINS[chain],
+            PromptsToNetworkd(),
+        ]
+    )
+    out = transform({"image": str(tmp_path / "a.png")})
+    np.testing.assert_allclose(out["point_coords"][0, 0].numpy(), brightest(out["image"]), atol=1.0)
+    assert out["point_labels"].tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("chain", PHOTOGRAPH_CHAINS)
+def test_a_box_of_a_photograph_stays_around_its_object_with_ordered_corners(tmp_path, chain):
+    array = np.zeros((60, 90, 3), dtype=np.uint8)
+    array[12:28, 50:80] = 255  # rows, columns
+    Image.fromarray(array).save(tmp_path / "a.png")
+    (tmp_path / "prompts.json").write_text(json.dumps({"a.png": {"box": [50, 12, 79, 27]}}))
+    transform = Compose(
+        [
+            LoadImaged("image", reader=PhotographReader(), ensure_channel_first=True),
+            ReadPromptsd(str(tmp_path / "prompts.json")),
+            *PHOTOGRAPH_CHAINS[chain],
+            PromptsToNetworkd(),
+        ]
+    )
+    out = transform({"image": str(tmp_path / "a.png")})
+    object_ = (out["image"][0] > 127).nonzero().numpy()
+    np.testing.assert_allclose(out["boxes"][0].numpy(), [*object_.min(0), *object_.max(0)], atol=1.5)
+
+
+ROTATION = np.array([[0.9363, -0.2896, 0.1987], [0.3130, 0.9447, -0.0980], [-0.1593, 0.1540, 0.9752]])
+AFFINES = {
+    "RAS anisotropic": np.diag([0.8, 1.1, 2.5, 1.0]),
+    "LAS": np.diag([-0.9, 0.9, 2.0, 1.0]),
+    "LPS": np.diag([-1.0, -1.0, 3.0, 1.0]),
+    "permuted": np.array([[0, 0, 2.0, 0], [1.0, 0, 0, 0], [0, -1.2, 0, 0], [0, 0, 0, 1]]),
+    "oblique": np.block([[ROTATION @ np.diag([0.9, 1.1, 2.0]), np.zeros((3, 1))], [np.zeros((1, 3)), 1]]),
+}
+VOLUME_CHAINS = {
+    "orientation": [Orientationd("image", axcodes="RAS", labels=None)],
+    "spacing": [Spacingd("image", pixdim=(1.5, 1.5, 1.5), mode="bilinear")],
+    "all": [
+        Orientationd("image", axcodes="RAS", labels=None),
+        Spacingd("image", pixdim=(1.0, 1.0, 1.0), mode="bilinear"),
+        Rotate90d("image", k=1),
+        Flipd("image", spatial_axis=2),
+        Resized("image", (40, 44, 48), mode="trilinear"),
+    ],
+}
+
+
+@pytest.mark.parametrize("affine", AFFINES)
+@pytest.mark.parametrize("chain", VOLUME_CHAINS)
+def test_a_point_of_a_volume_goes_where_its_voxel_goes(tmp_path, affine, chain):
+    place, size = np.array([6, 15, 9]), (18, 22, 14)
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in size), indexing="ij"), axis=-1)
+    volume = np.exp(-((grid - place) ** 2).sum(-1) / 8.0).astype(np.float32)
+    matrix = AFFINES[affine].copy()
+    matrix[:3, 3] = (-30, 12, 7)
+    nib.save(nib.Nifti1Image(volume, matrix), tmp_path / "a.nii.gz")
+    transform = Compose([LoadImaged("image", ensure_channel_first=True), *VOLUME_CHAINS[chain], PromptsToNetworkd()])
+    out = transform(
+        {
+            "image": str(tmp_path / "a.nii.gz"),
+            "point_coords": torch.tensor([[place.tolist()]], dtype=torch.float32),
+            "point_labels": torch.ones(1, 1),
+            "boxes": torch.tensor([[*(place - 3), *(place + 3)]], dtype=torch.float32),
+        }
+    )
+    peak = brightest(out["image"])
+    np.testing.assert_allclose(out["point_coords"][0, 0].numpy(), peak, atol=1.0)
+    first, last = out["boxes"][0, :3].numpy(), out["boxes"][0, 3:].numpy()
+    np.testing.assert_allclose((first + last) / 2, peak, atol=1.0)
+    assert (last > first).all()
+
+
+def test_positions_come_back_from_the_network_grid(tmp_path):
+    bright_photograph(tmp_path / "a.png", (20, 10))
+    load = LoadImaged("image", reader=PhotographReader(), ensure_channel_first=True)
+    image = Compose([load, *PHOTOGRAPH_CHAINS["all"]])({"image": str(tmp_path / "a.png")})["image"]
+    places = torch.tensor([[0.0, 0.0], [20.0, 10.0], [89.0, 59.0]])
+    back = to_source_grid(to_tensor_grid(places, image), image)
+    torch.testing.assert_close(back, places, atol=1e-3, rtol=0)
+    assert not torch.allclose(to_tensor_grid(places, image), places, atol=5.0)
+
+
+def test_a_batch_without_prompts_is_left_as_it_is():
+    assert PromptsToNetworkd()(item()).keys() == {"image", "label"}
