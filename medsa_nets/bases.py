@@ -169,7 +169,7 @@ def build_medsa(
     spec = get_base(base)
     size = spec.img_size if img_size is None else img_size
     size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    adapter = {"adapter_ratio": adapter_ratio, "adapter_dim": adapter_dim, "scale": scale}
+    adapter: dict[str, Any] = {"adapter_ratio": adapter_ratio, "adapter_dim": adapter_dim, "scale": scale}
     network = MedSA(
         image_encoder=spec.encoder(img_size=size, **adapter),
         prompt_encoder=PromptEncoder(),

@@ -158,9 +158,8 @@ def read_base_file(path: str | Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile, pickle and safetensors each raise errors of their own
-        reason = (str(error).splitlines() or ["no reason given"])[0]
         raise WeightsError(
-            f"{path}: not readable as weights ({type(error).__name__}: {reason}). Expected a "
+            f"{path}: not readable as weights ({_describe(error)}). Expected a "
             "PyTorch state dictionary or a safetensors file; fetch it again."
         ) from error
     for key in ("model", "state_dict"):
@@ -176,6 +175,10 @@ def read_base_file(path: str | Path) -> dict[str, Tensor]:
     # MobileSAM's file carries the classifier that its encoder was distilled with; segmentation does not use it.
     unused = ("image_encoder.head.", "image_encoder.norm_head.", "pixel_mean", "pixel_std")
     return {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
+
+
+def _describe(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])  # some have no text
 
 
 _HUGGING_FACE_NAMES = (
@@ -327,8 +330,7 @@ def check_adapter(path: str | Path) -> str:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle raise errors of their own
         raise WeightsError(
-            f"{path}: not readable as an adapter ({type(error).__name__}: {str(error).splitlines()[0]}). Restore the "
-            "file, or train it again."
+            f"{path}: not readable as an adapter ({_describe(error)}). Restore the file, or train it again."
         ) from error
     if not isinstance(state, Mapping):
         raise WeightsError(f"{path}: holds a {type(state).__name__}, expected an adapter's state dictionary.")

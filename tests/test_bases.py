@@ -81,13 +81,16 @@ def test_table_has_a_row_for_every_base_and_grows_with_the_ratio():
     small, large = parameter_table(adapter_ratio=0.125), parameter_table(adapter_ratio=0.25)
     assert [row["base"] for row in small] == list(BASES)
     for a, b in zip(small, large, strict=True):
-        assert a["trainable"] < b["trainable"] and a["total"] - a["trainable"] == b["total"] - b["trainable"]
+        assert a["trainable"] < b["trainable"]
+        assert a["total"] - a["trainable"] == b["total"] - b["trainable"]
 
 
 @pytest.mark.parametrize("name", list(BASES))
 def test_published_files_are_named_with_their_source_and_licence(name):
     base = BASES[name]
-    assert base.name == name and base.url and base.licence
+    assert base.name == name
+    assert base.url
+    assert base.licence
     assert base.sha256 is None or len(base.sha256) == 64
     assert base.filename.endswith((".pth", ".pt"))
 
@@ -97,7 +100,7 @@ def test_published_files_are_named_with_their_source_and_licence(name):
 
 @pytest.mark.parametrize("find", [get_base, lambda name: build_medsa(name, pretrained=False)])
 def test_unknown_base_is_refused_with_the_names_there_are(find):
-    with pytest.raises(ValueError, match="no base 'vit_g'.*lite_medsam.*vit_h"):
+    with pytest.raises(ValueError, match=r"no base 'vit_g'.*lite_medsam.*vit_h"):
         find("vit_g")
 
 

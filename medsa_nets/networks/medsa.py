@@ -58,7 +58,7 @@ class MedSA(nn.Module):
     Source: arXiv 2304.12620, figure 2.
     """
 
-    __jit_unused_properties__ = ["trained_names"]  # TorchScript has no frozenset
+    __jit_unused_properties__ = ("trained_names",)  # TorchScript has no frozenset
 
     if TYPE_CHECKING:  # TorchScript cannot read a class's postponed annotations
         identity: Tensor
@@ -158,7 +158,7 @@ class MedSA(nn.Module):
         for name, tensor in self.full_state_dict().items():
             if name not in self._trained_names:
                 state_dict.setdefault(f"{prefix}{name}", tensor)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Encode images for any number of :meth:`decode` calls.

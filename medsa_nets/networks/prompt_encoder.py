@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from medsa_nets.layers import LayerNorm2d
 
 class PositionEmbeddingRandom(nn.Module):
     """Positional encoding by random spatial frequencies (a frozen 2 x ``num_pos_feats`` matrix of the base)."""
+
+    if TYPE_CHECKING:  # TorchScript cannot read a class's postponed annotations
+        positional_encoding_gaussian_matrix: Tensor
 
     def __init__(self, num_pos_feats: int) -> None:
         super().__init__()
@@ -70,14 +73,15 @@ class PromptEncoder(nn.Module):
         kind = labels.unsqueeze(-1)
         embedding = torch.where(kind == -1, torch.zeros_like(embedding), embedding)
         embedding = embedding + (kind == -1) * self.not_a_point_embed.weight
-        embedding = embedding + (kind == 0) * self.point_embeddings[0].weight
-        return embedding + (kind == 1) * self.point_embeddings[1].weight
+        embedding = embedding + (kind == 0) * self.point_embeddings[0].weight  # type: ignore[operator]
+        return embedding + (kind == 1) * self.point_embeddings[1].weight  # type: ignore[operator]
 
     def embed_boxes(self, boxes: Tensor, height: int, width: int) -> Tensor:
         """Embed boxes (N, 4) as (x0, y0, x1, y1) pixels: (N, 2, embed_dim)."""
         size = torch.tensor([float(width), float(height)], device=boxes.device)
         corners = self.pe_layer((boxes.float().reshape(-1, 2, 2) + 0.5) / size)
-        kinds = torch.cat([self.point_embeddings[2].weight, self.point_embeddings[3].weight], dim=0)
+        first, second = self.point_embeddings[2].weight, self.point_embeddings[3].weight
+        kinds = torch.cat([first, second], dim=0)  # type: ignore[list-item]
         return corners + kinds.unsqueeze(0)
 
     def forward(

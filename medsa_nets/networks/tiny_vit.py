@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,9 @@ class ConvStage(nn.Module):
 
 class TinyViTAttention(nn.Module):
     """Multi-head attention within a window, with a learned bias for each distance of two tokens."""
+
+    if TYPE_CHECKING:  # TorchScript cannot read a class's postponed annotations
+        bias_index: Tensor
 
     def __init__(self, features: int, *, num_heads: int, window_size: int) -> None:
         super().__init__()

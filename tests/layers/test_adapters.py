@@ -54,7 +54,7 @@ def test_impossible_bottlenecks_are_refused(settings, message):
 
 
 def test_unknown_hyper_prompting_form_is_refused():
-    with pytest.raises(ValueError, match="additive.*weights.*'multiplied'"):
+    with pytest.raises(ValueError, match=r"additive.*weights.*'multiplied'"):
         HyperPromptingAdapter(16, 16, form="multiplied")
 
 

@@ -65,7 +65,8 @@ def test_first_adapter_stands_before_the_residual_and_second_beside_the_mlp(rand
         normed = block.norm2(after_attention)
         expected = after_attention + block.mlp(normed) + 0.25 * block.mlp_adapter(normed)
         torch.testing.assert_close(block(x), expected)
-    assert block.attn_adapter.skip and not block.mlp_adapter.skip
+    assert block.attn_adapter.skip
+    assert not block.mlp_adapter.skip
 
 
 @pytest.mark.parametrize("name", ["up.weight", "up.bias"])

@@ -267,7 +267,8 @@ def test_gradient_reaches_every_trained_parameter_and_none_of_the_base(
         for name in ("weight", "bias")
     }
     ours = {n for n, _ in network.named_parameters()} - base
-    assert len(ours) > 20 and norms
+    assert len(ours) > 20
+    assert norms
     assert reached == (ours | norms if train_norms else ours)
     assert network.trained_names == reached
 
@@ -324,7 +325,8 @@ def test_adapter_file_loads_strictly_into_another_network_on_the_same_base(build
     other = build(num_classes=2)
     assert not torch.allclose(_output(other), _output(trained), atol=1e-3)
     result = other.load_state_dict(state, strict=True)
-    assert result.missing_keys == [] and result.unexpected_keys == []
+    assert result.missing_keys == []
+    assert result.unexpected_keys == []
     assert torch.equal(_output(other), _output(trained))
 
 
@@ -372,7 +374,7 @@ def test_adapter_of_other_settings_is_refused(build, trained, settings, message)
 
 
 def test_a_file_that_is_no_adapter_is_refused(network, tiny_sam):
-    with pytest.raises(WeightsError, match="no MedSA adapter.*'identity'.*sam_checkpoint"):
+    with pytest.raises(WeightsError, match=r"no MedSA adapter.*'identity'.*sam_checkpoint"):
         network.load_state_dict(tiny_sam.state_dict())
 
 
@@ -395,7 +397,7 @@ def test_identity_survives_its_encoding_and_has_one_length():
     identity = {"base": "vit_b", "sha256": 64 * "0", "adapter": {"scale": 0.5, "adapter_dim": None}}
     assert decode_identity(encode_identity(identity)) == identity
     assert encode_identity(identity).shape == encode_identity({"base": ""}).shape
-    with pytest.raises(ValueError, match="identity takes .* bytes"):
+    with pytest.raises(ValueError, match=r"identity takes .* bytes"):
         encode_identity({"base": 1000 * "x"})
 
 
@@ -448,7 +450,8 @@ def test_monai_copy_model_state_copies_an_adapter(build, trained):
 
     other = build(num_classes=2)
     _, changed, unchanged = copy_model_state(other, trained)
-    assert set(changed) == set(trained.state_dict()) and unchanged == []
+    assert set(changed) == set(trained.state_dict())
+    assert unchanged == []
     assert torch.equal(_output(other), _output(trained))
 
 

@@ -56,7 +56,8 @@ def test_positional_encoding_of_the_grid_equals_segment_anything(encoders):
 
 def test_no_prompt_gives_the_asked_for_number_of_empty_sets(encoders):
     sparse, dense = encoders[0](None, None, None, None, 5, (HEIGHT, WIDTH), GRID)
-    assert sparse.shape == (5, 0, 256) and dense.shape == (5, 256, *GRID)
+    assert sparse.shape == (5, 0, 256)
+    assert dense.shape == (5, 256, *GRID)
 
 
 def test_padding_points_say_nothing_wherever_they_lie(encoders):

@@ -151,7 +151,8 @@ def test_training_and_inference_encode_alike_and_leave_statistics_alone(randomis
     with torch.no_grad():
         expected = encoder(image)
     torch.testing.assert_close(encoder.train()(image), expected, atol=1e-5, rtol=1e-4)
-    assert before and all(torch.equal(tensor, before[name]) for name, tensor in encoder.named_buffers())
+    assert before
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.named_buffers())
 
 
 @pytest.mark.parametrize("adapter", ["attn_adapter", "mlp_adapter"])

@@ -1,0 +1,313 @@
+"""The bundle medsa_isic through its own commands, on phantoms and, where they are, on real images."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+from monai.bundle import ConfigParser, ckpt_export, onnx_export, run, verify_net_in_out
+from PIL import Image
+
+from medsa_nets import WeightsError, build_medsa
+from medsa_nets.data.phantoms import phantom, write_phantoms
+from medsa_nets.weights import find_base_file, get_base
+
+BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_isic"
+TRAIN, EVALUATE, INFERENCE = (str(BUNDLE / "configs" / f"{n}.yaml") for n in ("train", "evaluate", "inference"))
+META = str(BUNDLE / "configs" / "metadata.json")
+COMMON = {"bundle_root": str(BUNDLE), "meta_file": META, "num_workers": 0, "amp": False}
+# small pictures: LiteMedSAM takes any size, and these runs test wiring, not accuracy
+SMALL = {"image_size": 64, "batch_size": 2, "warmup_steps": 1, "samples_interval": 0}
+
+try:
+    find_base_file(get_base("lite_medsam"))
+except WeightsError as error:
+    pytest.skip(f"LiteMedSAM's weights are not installed: {error}", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_phantoms(tmp_path_factory.mktemp("phantoms"), training=4, validation=2, size=96)
+
+
+@pytest.fixture(scope="module")
+def adapter() -> torch.nn.Module:
+    network = build_medsa("lite_medsam").eval()
+    network.load_state_dict(torch.load(BUNDLE / "models" / "model.pt", weights_only=True))
+    return network
+
+
+def cli(*arguments: str, cwd: Path = BUNDLE, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "monai.bundle", *arguments]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def metrics(folder: Path) -> dict[str, float]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return {name: float(value) for name, value in csv.reader(file)}
+
+
+def test_metadata_fits_the_schema_of_the_bundle_specification() -> None:
+    schema = json.loads((Path(__file__).parent / "meta_schema.json").read_text())
+    metadata = json.loads(Path(META).read_text())
+    assert list(Draft202012Validator(schema).iter_errors(metadata)) == []
+    del metadata["network_data_format"]["inputs"]["image"]["num_channels"]
+    assert list(Draft202012Validator(schema).iter_errors(metadata)), "the schema must notice a missing field"
+    assert metadata["version"] in metadata["changelog"]
+
+
+@pytest.mark.parametrize("config", [TRAIN, INFERENCE])
+def test_network_takes_and_gives_what_the_metadata_say(config: str) -> None:
+    verify_net_in_out(net_id="network_def", meta_file=META, config_file=config, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "bundle_root device dataset_dir output_dir network_def inferer train#trainer train#trainer#max_epochs",
+        "train#dataset#data train#handlers validate#evaluator validate#handlers validate#dataset#data val_interval",
+        "network train#dataset validate#dataset run training initialize",
+    ],
+)
+def test_training_has_the_keys_that_tools_look_for(key: str) -> None:
+    parser = ConfigParser(ConfigParser.load_config_file(TRAIN))
+    assert all(name in parser for name in key.split())
+
+
+def test_named_and_plain_run_are_the_same() -> None:
+    for files, name in (([TRAIN], "training"), ([TRAIN, EVALUATE], "evaluating"), ([INFERENCE], "inferring")):
+        config = ConfigParser.load_config_files(files)
+        assert config["run"] == config[name]
+
+
+@pytest.mark.parametrize("overlay", ["vit_b", "mobile_sam", "medsam", "kvasir"])
+def test_overlays_are_a_few_lines_that_build(overlay: str) -> None:
+    path = BUNDLE / "configs" / f"{overlay}.yaml"
+    settings = ConfigParser.load_config_file(path)
+    assert 0 < len(settings) <= 8
+    parser = ConfigParser(ConfigParser.load_config_files([TRAIN, str(path)]))
+    parser["network_def"]["pretrained"] = False
+    parser["image_size"] = 64
+    network = parser.get_parsed_content("network_def")
+    assert network(torch.rand(1, 3, 64, 64)).shape == (1, 1, 64, 64)
+
+
+def test_torchscript_export_holds_base_and_adapter(tmp_path: Path, adapter: torch.nn.Module) -> None:
+    file = tmp_path / "model.ts"
+    ckpt_export(net_id="network_def", filepath=str(file), ckpt_file=str(BUNDLE / "models" / "model.pt"),
+                meta_file=META, config_file=INFERENCE)  # fmt: skip
+    scripted = torch.jit.load(file)
+    image = torch.rand(1, 3, 256, 256)
+    point, label = torch.tensor([[[[100.0, 140.0]]]]), torch.ones(1, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(scripted(image), adapter(image), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(scripted(image, point, label), adapter(image, point, label), atol=1e-4, rtol=1e-4)
+
+
+def test_onnx_export_equals_eager(tmp_path: Path, adapter: torch.nn.Module) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    file = tmp_path / "model.onnx"
+    onnx_export(net_id="network_def", filepath=str(file), ckpt_file=str(BUNDLE / "models" / "model.pt"),
+                meta_file=META, config_file=INFERENCE)  # fmt: skip
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    image = torch.rand(1, 3, 256, 256)
+    (out,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(out, adapter(image).numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_training_from_another_folder_lowers_the_loss_and_writes_whole_files(phantoms: Path, tmp_path: Path) -> None:
+    result = cli("run", "training", config_file=TRAIN, dataset_dir=phantoms, ckpt_dir=tmp_path / "models",
+                 output_dir=tmp_path / "out", max_epochs=4, learning_rate=0.002, cwd=tmp_path,
+                 **{**COMMON, **SMALL, "samples_interval": 2})  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {p.name for p in (tmp_path / "models").iterdir()} == {"model.pt", "model_last.pt"}
+    assert len(list((tmp_path / "out" / "samples").glob("epoch_000[24]_PHANTOM_*.png"))) == 4
+    log = (tmp_path / "out" / "training.log").read_text()
+    losses = [float(line.rsplit("train_loss:", 1)[1].split()[0]) for line in log.splitlines() if "train_loss:" in line]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert "val_mean_dice" in log
+    assert not (BUNDLE / "eval").exists() or not list((BUNDLE / "eval").glob("training.log"))
+
+
+def test_killed_training_resumes_to_the_same_weights(phantoms: Path, tmp_path: Path) -> None:
+    def arguments(folder: Path) -> list[str]:
+        options = {**COMMON, **SMALL, "config_file": TRAIN, "dataset_dir": phantoms, "ckpt_dir": folder,
+                   "output_dir": folder, "max_epochs": 4, "val_interval": 2}  # fmt: skip
+        return [sys.executable, "-m", "monai.bundle", "run", "training"] + [
+            text for name, value in options.items() for text in (f"--{name}", str(value))
+        ]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(arguments(whole), check=True, capture_output=True, timeout=600)
+    process = subprocess.Popen(arguments(cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    state = cut / "training_state.pt"
+    deadline = time.monotonic() + 300
+    while not state.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(random.random())  # some moment of a later epoch, a save among them
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for file in cut.glob("*.pt"):
+        torch.load(file, weights_only=True)  # whatever is there is whole
+    resumed = subprocess.run(arguments(cut), check=True, capture_output=True, text=True, timeout=600)
+    if process.returncode == -signal.SIGKILL and not (cut / "model_last.pt").is_file():
+        assert "Resuming from" in resumed.stdout + resumed.stderr
+    expected, found = (torch.load(f / "model_last.pt", weights_only=True) for f in (whole, cut))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)
+
+
+def test_two_processes_train_together(phantoms: Path, tmp_path: Path) -> None:
+    overlay = str(BUNDLE / "configs" / "multi_gpu_train.yaml")
+    folders = {"dataset_dir": phantoms, "ckpt_dir": tmp_path, "output_dir": tmp_path}
+    options = {**COMMON, **SMALL, **folders, "max_epochs": 1}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+               "monai.bundle", "run", "training", "--config_file", f"['{TRAIN}','{overlay}']"]  # fmt: skip
+    command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {p.name for p in tmp_path.glob("*.pt")} == {"model.pt", "model_last.pt"}
+
+
+def test_evaluation_agrees_with_the_official_scorer(phantoms: Path, tmp_path: Path) -> None:
+    pytest.importorskip("isic_challenge_scoring")
+    from isic_challenge_scoring.segmentation import SegmentationScore
+
+    validation = phantoms / "ISIC-2017_Validation_Data"
+    run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(phantoms), prompt="none",
+        output_dir=str(tmp_path / "metrics"), **COMMON)  # fmt: skip
+    run("inferring", config_file=INFERENCE, dataset_dir=str(validation), output_dir=str(tmp_path / "masks"), **COMMON)
+    score = SegmentationScore.from_dir(phantoms / "ISIC-2017_Validation_Part1_GroundTruth", tmp_path / "masks")
+    official = score.macro_average
+    ours = metrics(tmp_path / "metrics")
+    assert ours["val_mean_dice"] == pytest.approx(official["dice"], abs=1e-5)
+    assert ours["val_mean_iou"] == pytest.approx(official["jaccard"], abs=1e-5)
+
+
+@pytest.mark.parametrize("prompt", ["point", "points3", "box50", "box75", "box"])
+def test_every_protocol_gives_all_metrics_and_raw_values(phantoms: Path, tmp_path: Path, prompt: str) -> None:
+    run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(phantoms), prompt=prompt, image_size=64,
+        overlays=1, output_dir=str(tmp_path), **COMMON)  # fmt: skip
+    assert set(metrics(tmp_path)) == {"val_mean_dice", "val_mean_iou", "val_hd95"}
+    assert len((tmp_path / "val_mean_dice_raw.csv").read_text().splitlines()) == 3  # a head and two images
+    assert len(list((tmp_path / "overlays").glob("*_overlay.png"))) == 1
+
+
+def test_inference_writes_masks_at_each_images_size_and_reads_prompts(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    picture, mask = phantom(3, 120)
+    Image.fromarray(picture[:90]).save(photos / "wide.jpg")
+    Image.fromarray(picture).convert("L").save(photos / "grey.png")
+    Image.fromarray(picture).convert("RGBA").save(photos / "alpha.png")
+    y, x = np.argwhere(mask > 0).mean(axis=0)
+    (tmp_path / "prompts.json").write_text(json.dumps({"grey.png": {"points": [[float(x), float(y)]]}}))
+    run("inferring", config_file=INFERENCE, dataset_dir=str(photos), output_dir=str(tmp_path / "out"),
+        prompts=str(tmp_path / "prompts.json"), save_overlays=True, save_probabilities=True, **COMMON)  # fmt: skip
+    for name, size in (("wide", (120, 90)), ("grey", (120, 120)), ("alpha", (120, 120))):
+        for kind in ("segmentation", "overlay", "probability"):
+            assert Image.open(tmp_path / "out" / f"{name}_{kind}.png").size == size
+        assert set(np.unique(Image.open(tmp_path / "out" / f"{name}_segmentation.png"))) <= {0, 255}
+    grey = np.asarray(Image.open(tmp_path / "out" / "grey_segmentation.png")) > 0
+    assert grey[round(y), round(x)]
+    target = mask > 0
+    assert 2 * (grey & target).sum() / (grey.sum() + target.sum()) > 0.8
+
+
+def two_lesions(seed_a: int, seed_b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two phantoms beside each other in one picture, with both masks."""
+    (a, mask_a), (b, mask_b) = phantom(seed_a, 128), phantom(seed_b, 128)
+    empty = np.zeros_like(mask_a)
+    picture = np.concatenate([a, b], axis=1).repeat(2, axis=0)[:256]
+    left = np.concatenate([mask_a, empty], axis=1).repeat(2, axis=0)[:256]
+    right = np.concatenate([empty, mask_b], axis=1).repeat(2, axis=0)[:256]
+    return picture, left > 0, right > 0
+
+
+@pytest.mark.parametrize("seeds", [(11, 12), (13, 14), (15, 16)])
+def test_trained_adapter_follows_the_prompt(adapter: torch.nn.Module, seeds: tuple[int, int]) -> None:
+    picture, left, right = two_lesions(*seeds)
+    image = torch.from_numpy(picture / 255.0).float().permute(2, 1, 0)[None]  # (1, 3, W, H), as the bundle reads
+    image = (image - image.min()) / (image.max() - image.min())
+    boxes = []
+    for mask in (left, right):
+        rows, columns = np.where(mask)
+        boxes.append([columns.min(), rows.min(), columns.max(), rows.max()])
+    with torch.no_grad():
+        embedding = adapter.encode_image(image)
+        answers = adapter.decode(embedding, boxes=torch.tensor(boxes, dtype=torch.float32)[None])[0] > 0
+        clicks = torch.tensor([[[[(b[0] + b[2]) / 2, (b[1] + b[3]) / 2]] for b in boxes]], dtype=torch.float32)
+        clicked = adapter.decode(embedding, point_coords=clicks, point_labels=torch.ones(1, 2, 1))[0]
+    for answer, own, other in ((answers[0], left, right), (answers[1], right, left)):
+        found = answer.numpy().T
+        assert (found & own).sum() > 0.6 * own.sum()
+        assert (found & other).sum() < 0.2 * other.sum()
+    # a moved click moves the mask: each click's own lesion gains logit against the other click's answer
+    gain = (clicked[0] - clicked[1]).numpy().T
+    assert gain[left].mean() > gain[right].mean()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "expected"),
+    [
+        (lambda root: None, "no data set found"),
+        (lambda root: (root / "images").mkdir() or (root / "masks").mkdir(), "is empty"),
+    ],
+)
+def test_wrong_folder_ends_with_one_clear_line(tmp_path: Path, prepare, expected: str) -> None:
+    prepare(tmp_path)
+    result = cli("run", "training", config_file=TRAIN, dataset_dir=tmp_path, ckpt_dir=tmp_path / "m",
+                 output_dir=tmp_path / "o", **COMMON)  # fmt: skip
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert str(tmp_path) in last
+    assert expected in last
+    assert not (tmp_path / "m").exists()
+
+
+def test_damaged_image_is_named_in_the_last_line_and_can_be_skipped(tmp_path: Path) -> None:
+    data = write_phantoms(tmp_path / "data", training=3, validation=1, size=64)
+    victim = sorted((data / "ISIC-2017_Training_Data").iterdir())[1]
+    victim.write_bytes(victim.read_bytes()[:200])
+    options = {"config_file": TRAIN, "dataset_dir": data, "ckpt_dir": tmp_path / "m", "output_dir": tmp_path / "o",
+               "max_epochs": 1, **COMMON, **SMALL}  # fmt: skip
+    result = cli("run", "training", **options)
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines()[-1].startswith(f"error: {victim}")
+    skipped = cli("run", "training", **options, skip_unreadable=True)
+    assert skipped.returncode == 0, skipped.stderr[-2000:]
+    assert str(victim) in skipped.stdout + skipped.stderr
+
+
+def test_adapter_of_another_form_is_refused(phantoms: Path, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="hyper_prompting") as caught:
+        run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(phantoms), hyper_prompting="weights",
+            output_dir=str(tmp_path), **COMMON)  # fmt: skip
+    assert caught.value is not None
+
+
+def test_mlflow_tracks_a_run(phantoms: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    result = cli("run", "training", config_file=TRAIN, dataset_dir=phantoms, ckpt_dir=tmp_path / "m", tracking="mlflow",
+                 output_dir=tmp_path / "o", max_epochs=1, cwd=tmp_path, **COMMON, **SMALL)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    recorded = [p for p in (*tmp_path.rglob("mlruns/**/metrics/*"), *tmp_path.rglob("mlflow.db")) if p.is_file()]
+    assert recorded
