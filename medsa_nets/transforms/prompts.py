@@ -156,7 +156,7 @@ def to_source_grid(positions: Tensor, image: MetaTensor) -> Tensor:
 
 
 def _file_affine(image: MetaTensor) -> Tensor:
-    """Affine of the file's grid: the identity for photographs, whose files have none and whose tensors start with it."""
+    """Affine of the file's grid: the identity for photographs, which have none and whose tensors start at it."""
     affine = image.meta.get("original_affine")
     return torch.eye(len(image.affine), dtype=torch.float64) if affine is None else torch.as_tensor(affine).double()
 

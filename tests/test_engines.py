@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.engines import SupervisedTrainer
+from monai.losses import DiceCELoss
+from torch import nn
+
+from medsa_nets import build_medsa
+from medsa_nets.engines import (
+    PreparePromptBatch,
+    PromptedIteration,
+    PromptInferer,
+    answer_prompts,
+    call_through,
+    plain,
+    trainable_parameters,
+)
+from medsa_nets.prompts import PromptSampler
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def untrained() -> nn.Module:
+    torch.manual_seed(0)
+    return build_medsa("lite_medsam", pretrained=False)
+
+
+@pytest.fixture
+def network(untrained: nn.Module) -> nn.Module:
+    return copy.deepcopy(untrained)
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    """One picture with a bright square, and its mask."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.zeros(1, 1, SIZE, SIZE)
+    label[..., 16:40, 20:50] = 1
+    return {
+        "image": 0.7 * label.expand(1, 3, -1, -1) + 0.3 * torch.rand(1, 3, SIZE, SIZE, generator=generator),
+        "label": label,
+    }
+
+
+def train(network: nn.Module, batch: dict, epochs: int, loss: nn.Module | None = None, **settings) -> list[float]:
+    """Losses of a training on one batch, one iteration an epoch."""
+    losses = []
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=epochs,
+        train_data_loader=[batch],
+        network=network,
+        optimizer=torch.optim.AdamW(trainable_parameters(network), lr=2e-3),
+        loss_function=loss or DiceCELoss(sigmoid=True),
+        iteration_update=PromptedIteration(**{"sampler": PromptSampler(), "amp": False, **settings}),
+        decollate=False,
+    )
+    trainer.add_event_handler("iteration_completed", lambda engine: losses.append(float(engine.state.output["loss"])))
+    trainer.run()
+    return losses
+
+
+class Wrapper(nn.Module):
+    """Stands for ``DistributedDataParallel``: counts what goes through its forward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.calls = 0
+
+    def forward(self, *args):
+        self.calls += 1
+        return self.module(*args)
+
+
+def test_call_through_goes_through_the_forward_pass_of_a_wrapper():
+    wrapper = Wrapper(nn.Linear(2, 3))
+    seen = []
+    wrapper.module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    result = call_through(wrapper, lambda module, x, y: (module, x + y), 2, 3)
+    assert result == (wrapper.module, 5)
+    assert wrapper.calls == 1
+    assert seen == [(wrapper.module, 5)]
+
+
+def test_call_through_serves_a_network_without_wrapper():
+    layer = nn.Linear(2, 3)
+    assert call_through(layer, lambda module, x: (module is layer, x), 7) == (True, 7)
+
+
+def test_call_through_leaves_the_forward_pass_as_it_was():
+    layer = nn.Linear(2, 3)
+    x = torch.rand(4, 2)
+    before = layer(x)
+
+    def fail(module):
+        raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        call_through(Wrapper(layer), fail)
+    assert torch.equal(layer(x), before)
+
+
+def test_only_adapters_and_class_embeddings_are_trained(network):
+    trained = {id(parameter) for parameter in trainable_parameters(network)}
+    names = {name for name, parameter in network.named_parameters() if id(parameter) in trained}
+    assert names == {n for n in network.state_dict() if n in dict(network.named_parameters())}
+    assert all("adapter" in name or "class_embedding" in name for name in names)
+
+
+def test_prompts_are_answered_on_one_encoding(network, batch):
+    encoded = []
+    network.image_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    sampler = PromptSampler(correction=1.0)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    with torch.no_grad():
+        answers = answer_prompts(network, batch["image"], batch["label"], sampler, 3, *generators)
+    assert len(encoded) == 1
+    assert len(answers) == 6  # three draws, each followed by a correction
+    assert all(answer.shape == (1, 1, SIZE, SIZE) for answer in answers)
+
+
+def test_an_automatic_answer_is_the_forward_pass_without_prompts(network, batch):
+    network.eval()
+    sampler = PromptSampler(none=1.0, points=0.0, boxes=0.0, correction=0.0)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    with torch.no_grad():
+        answers = answer_prompts(network, batch["image"], batch["label"], sampler, 1, *generators)
+        torch.testing.assert_close(answers[0], network(batch["image"]))
+
+
+def test_training_lowers_the_loss_on_one_image_and_changes_nothing_frozen(network, batch):
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    losses = train(
+        network, batch, epochs=12, sampler=PromptSampler(none=1.0, points=0.0, boxes=0.0, correction=0.0), draws=1
+    )
+    assert len(losses) == 12
+    assert losses[-1] < 0.8 * losses[0]
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, before[name]), name
+    assert any(not torch.equal(p, before[n]) for n, p in network.named_parameters() if p.requires_grad)
+
+
+def test_two_identical_runs_give_identical_weights(untrained, batch):
+    runs = []
+    for _ in range(2):
+        network = copy.deepcopy(untrained)
+        runs.append((train(network, batch, epochs=2), network.state_dict()))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
+
+
+def test_another_seed_draws_other_prompts(untrained, batch):
+    losses = [train(copy.deepcopy(untrained), batch, epochs=1, seed=seed)[0] for seed in (0, 1, 2)]
+    assert len(set(losses)) > 1
+
+
+def test_a_wrapped_network_learns_as_the_network_itself(untrained, batch):
+    alone, wrapper = copy.deepcopy(untrained), Wrapper(copy.deepcopy(untrained))
+    assert train(alone, batch, epochs=2) == train(wrapper, batch, epochs=2)
+    assert wrapper.calls == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_training_before_the_weights_change(network, batch, value):
+    class Broken(nn.Module):
+        def forward(self, prediction, label):
+            return prediction.mean() * value
+
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(RuntimeError, match=r"The loss is (nan|inf|-inf) at iteration 1.*learning rate"):
+        train(network, batch, epochs=1, loss=Broken(), draws=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_gradients_are_clipped_to_their_largest_norm(untrained, batch):
+    norms = {}
+    for limit in (0.0, 1e-3):
+        network = copy.deepcopy(untrained)
+        train(network, batch, epochs=1, draws=1, clip_grad_norm=limit)
+        gradients = [p.grad for p in trainable_parameters(network) if p.grad is not None]
+        norms[limit] = float(torch.stack([g.norm() for g in gradients]).norm())
+    assert norms[0.0] > 2e-3
+    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3)
+
+
+def meta_batch(**more) -> dict:
+    return {"image": MetaTensor(torch.zeros(1, 3, 8, 8)), **more}
+
+
+def test_a_batch_without_label_and_prompts_is_prepared():
+    image, label, arguments, prompts = PreparePromptBatch()(meta_batch())
+    assert isinstance(image, MetaTensor)  # its transforms are inverted later
+    assert label is None
+    assert arguments == ()
+    assert prompts == {}
+
+
+@pytest.mark.parametrize(
+    "keys", [("boxes",), ("point_coords", "point_labels"), ("point_coords", "point_labels", "boxes")]
+)
+def test_label_and_prompts_are_prepared_without_metadata(keys):
+    given = {key: MetaTensor(torch.rand(1, 1, 4)) for key in keys}
+    label = torch.ones(1, 1, 8, 8)
+    _, found, _, prompts = PreparePromptBatch()(meta_batch(label=label, **given), "cpu")
+    assert torch.equal(found, label)
+    assert prompts.keys() == set(keys)
+    for key in keys:
+        assert not isinstance(prompts[key], MetaTensor)
+        assert torch.equal(prompts[key], given[key].as_tensor())
+
+
+def test_plain_takes_metadata_off_and_leaves_other_tensors_as_they_are():
+    tensor = torch.rand(2)
+    assert plain(tensor) is tensor
+    assert type(plain(MetaTensor(tensor))) is torch.Tensor
+    assert torch.equal(plain(MetaTensor(tensor)), tensor)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_inferer_hands_prompts_on_and_gives_single_precision(network, batch, amp):
+    network.eval()
+    boxes = torch.tensor([[[16.0, 20.0, 39.0, 49.0]]])
+    with torch.no_grad():
+        logits = PromptInferer(amp)(MetaTensor(batch["image"]), network, boxes=boxes)
+        expected = network(batch["image"], boxes=boxes)
+    assert logits.dtype == torch.float32
+    assert logits.shape == (1, 1, SIZE, SIZE)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(logits, expected, atol=0.1 * scale if amp else 1e-5, rtol=0)

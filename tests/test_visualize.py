@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medsa_nets.visualize import (
+    BOX_COLOUR,
+    LABEL_COLOUR,
+    NEGATIVE_COLOUR,
+    POSITIVE_COLOUR,
+    PREDICTION_COLOUR,
+    contact_sheet,
+    overlay,
+    overlay_sample,
+)
+
+WIDTH, HEIGHT = 80, 50
+GREY = 102  # 0.4 of 255
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    return np.full((3, WIDTH, HEIGHT), 0.4, dtype=np.float32)
+
+
+def rectangle(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
+    """Mask (W, H) that is true from (x0, y0) to (x1, y1), both inclusive."""
+    mask = np.zeros((WIDTH, HEIGHT), dtype=bool)
+    mask[x0 : x1 + 1, y0 : y1 + 1] = True
+    return mask
+
+
+def places(picture: Image.Image, colour: tuple[int, int, int]) -> np.ndarray:
+    """(x, y) of the pixels of a colour."""
+    return np.argwhere((np.asarray(picture) == colour).all(axis=-1))[:, ::-1]
+
+
+def extent(picture: Image.Image, colour: tuple[int, int, int]) -> list[int]:
+    found = places(picture, colour)
+    return [*found.min(0).tolist(), *found.max(0).tolist()]
+
+
+def test_a_picture_without_marks_is_the_image_upright():
+    gradient = np.zeros((3, WIDTH, HEIGHT), dtype=np.float32)
+    gradient[0] = np.linspace(0, 1, WIDTH)[:, None]  # red grows to the right
+    gradient[1] = np.linspace(0, 1, HEIGHT)[None]  # green grows downwards
+    picture = overlay(gradient)
+    assert picture.size == (WIDTH, HEIGHT)
+    assert picture.mode == "RGB"
+    array = np.asarray(picture).astype(int)
+    assert tuple(array[0, -1]) == (255, 0, 0)
+    assert tuple(array[-1, 0]) == (0, 255, 0)
+
+
+def test_intensities_outside_the_range_are_cut(image):
+    image[:, :5], image[:, 5:10] = -3.0, 7.0
+    array = np.asarray(overlay(image))
+    assert set(array[:, :5].flatten().tolist()) == {0}
+    assert set(array[:, 5:10].flatten().tolist()) == {255}
+
+
+@pytest.mark.parametrize(("name", "colour"), [("prediction", PREDICTION_COLOUR), ("label", LABEL_COLOUR)])
+def test_the_outline_of_a_mask_lies_on_its_edge(image, name, colour):
+    picture = overlay(image, **{name: rectangle(20, 10, 59, 39)})
+    found = extent(picture, colour)
+    np.testing.assert_allclose(found, [20, 10, 59, 39], atol=1)
+    assert tuple(np.asarray(picture)[2, 2]) == (GREY,) * 3
+    inside = tuple(np.asarray(picture)[25, 40].tolist())
+    assert (inside != (GREY,) * 3) is (name == "prediction")  # only predictions are tinted
+    assert inside != colour
+
+
+@pytest.mark.parametrize("name", ["prediction", "label"])
+def test_an_empty_mask_draws_nothing(image, name):
+    picture = overlay(image, **{name: np.zeros((WIDTH, HEIGHT), dtype=bool)})
+    assert np.array_equal(np.asarray(picture), np.asarray(overlay(image)))
+
+
+def test_points_are_drawn_at_their_place_in_the_colour_of_their_label(image):
+    points, labels = np.array([[10.0, 40.0], [60.0, 8.0], [40.0, 25.0]]), np.array([1.0, 0.0, -1.0])
+    picture = overlay(image, point_coords=points, point_labels=labels)
+    for point, colour in ((points[0], POSITIVE_COLOUR), (points[1], NEGATIVE_COLOUR)):
+        np.testing.assert_allclose(places(picture, colour).mean(0), point, atol=0.6)
+    assert tuple(np.asarray(picture)[25, 40]) == (GREY,) * 3  # padding is not drawn
+
+
+def test_boxes_are_drawn_at_their_corners(image):
+    picture = overlay(image, boxes=np.array([[12, 5, 70, 44]]))
+    assert extent(picture, BOX_COLOUR) == [12, 5, 70, 44]
+    assert tuple(np.asarray(picture)[25, 40]) == (GREY,) * 3
+
+
+def test_a_sample_of_tensors_gives_the_picture_of_its_arrays(image):
+    prediction, label = rectangle(20, 10, 59, 39), rectangle(30, 10, 50, 45)
+    prompts = {
+        "point_coords": torch.tensor([[[10.0, 40.0]]]),
+        "point_labels": torch.tensor([[1.0]]),
+        "boxes": torch.tensor([[12.0, 5.0, 70.0, 44.0]]),
+    }
+    picture = overlay_sample(
+        torch.from_numpy(image),
+        prediction=torch.from_numpy(prediction)[None].float(),
+        label=torch.from_numpy(label)[None],
+        prompts=prompts,
+    )
+    expected = overlay(
+        image,
+        prediction=prediction,
+        label=label,
+        point_coords=np.array([[10.0, 40.0]]),
+        point_labels=np.array([1.0]),
+        boxes=np.array([[12, 5, 70, 44]]),
+    )
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+    bare = overlay_sample(torch.from_numpy(image), prompts={})
+    assert np.array_equal(np.asarray(bare), np.asarray(overlay(image)))
+
+
+def test_a_contact_sheet_holds_a_cell_for_each_picture(tmp_path):
+    red, blue = Image.new("RGB", (40, 20), (255, 0, 0)), Image.new("RGB", (20, 40), (0, 0, 255))
+    rows = [("first", [("a", red), ("b", blue)]), ("second", [("a", blue)])]
+    path = contact_sheet(rows, tmp_path / "page.png", title="Title", cell=64)
+    assert path == tmp_path / "page.png"
+    page = Image.open(path)
+    found_red, found_blue = places(page, (255, 0, 0)), places(page, (0, 0, 255))
+    assert len(found_red) == 64 * 32
+    assert len(found_blue) == 2 * 64 * 32
+    # the blue picture of the second row stands below the red one, in the same column
+    assert found_red[:, 0].min() == found_blue[found_blue[:, 1] > found_red[:, 1].max() + 40][:, 0].min()
