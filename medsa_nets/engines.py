@@ -11,6 +11,7 @@ from monai.engines import IterationEvents, SupervisedTrainer
 from monai.inferers import SimpleInferer
 from monai.utils import CommonKeys as Keys
 from torch import Tensor, nn
+from torch.nn import functional
 
 from medsa_nets.data.dataset import stable_seed
 from medsa_nets.networks import MedSA
@@ -47,21 +48,60 @@ def call_through(network: nn.Module, function: Callable[..., Any], *args: Any) -
         module.forward = original
 
 
+def beside_another(image: Tensor, label: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Show each image of a batch beside the next one, both at half their extent on one axis, chosen at random.
+
+    Where images hold one object each, a network can learn to find it and to ignore the prompt. In such a pair only the
+    prompt tells which of the two is meant.
+
+    Args:
+        image: (B, C, H, W), B of 2 or more.
+        label: (B, 1, H, W), foreground above 0.5.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        The pairs (B, C, H, W), the label of each image's own object, and the label of both objects (B, 1, H, W).
+    """
+    size = list(image.shape[2:])
+    axis, first = torch.randint(0, 2, (2,), generator=generator).tolist()
+    half = list(size)
+    half[axis] = size[axis] // 2
+    rest = list(size)
+    rest[axis] = size[axis] - half[axis]
+
+    def halves(tensor: Tensor, extent: list[int], mode: str) -> Tensor:
+        antialias = mode == "bilinear"
+        return functional.interpolate(tensor, extent, mode=mode, antialias=antialias)
+
+    def join(own: Tensor, other: Tensor) -> Tensor:
+        return torch.cat([own, other] if first else [other, own], dim=axis + 2)
+
+    own, other = halves(image, half, "bilinear"), halves(image.roll(1, 0), rest, "bilinear")
+    own_label, other_label = halves(label, half, "nearest"), halves(label.roll(1, 0), rest, "nearest")
+    return (
+        join(own, other),
+        join(own_label, torch.zeros_like(other_label)),
+        join(own_label, other_label),
+    )
+
+
 def answer_prompts(
     network: MedSA,
     image: Tensor,
     label: Tensor,
+    automatic_label: Tensor,
     sampler: PromptSampler,
     draws: int,
     kinds: torch.Generator,
     places: torch.Generator,
-) -> list[Tensor]:
+) -> list[tuple[Tensor, Tensor]]:
     """Encode a batch once and decode several draws of prompts, some followed by a correcting click.
 
     Args:
         network: the network.
         image: (B, 3, H, W) in [0, 1].
-        label: (B, 1, H, W), foreground above 0.5.
+        label: (B, 1, H, W), foreground above 0.5: what prompts ask for.
+        automatic_label: (B, 1, H, W), what is expected without prompt.
         sampler: draws the prompts.
         draws: number of draws.
         kinds: decides what kinds of prompts are drawn; the same in every process of a distributed run, so that all
@@ -69,16 +109,18 @@ def answer_prompts(
         places: decides where they are.
 
     Returns:
-        Mask logits (B, 1, H, W), one for each draw and one for each correction.
+        Mask logits (B, 1, H, W) with their target, one for each draw and one for each correction.
     """
     embedding = network.encode_image(image)
     answers = []
     for mode in sampler.modes(draws, kinds):
         prompts = sampler.draw(label, mode, places)
-        answers.append(network.decode(embedding, **prompts))
+        target = label if prompts else automatic_label
+        logits = network.decode(embedding, **prompts)
+        answers.append((logits, target))
         if sampler.corrects(kinds):
-            prompts = add_correction(prompts, answers[-1].detach() > 0, label, places)
-            answers.append(network.decode(embedding, **prompts))
+            prompts = add_correction(prompts, logits.detach() > 0, target, places)
+            answers.append((network.decode(embedding, **prompts), target))
     return answers
 
 
@@ -91,6 +133,8 @@ class PromptedIteration:
     Args:
         sampler: draws the prompts.
         draws: prompts a step, all on one encoding of the batch.
+        pairs: share of steps that show two images beside each other (:func:`beside_another`): prompts ask for one of
+            them, the automatic mode for both. Batches of one image are never paired.
         seed: seed of the prompts.
         amp: whether to compute in bfloat16 where that is safe (autocast), on a CPU or a GPU.
         clip_grad_norm: largest norm of the gradient; 0 leaves it as it is.
@@ -101,12 +145,14 @@ class PromptedIteration:
         *,
         sampler: PromptSampler,
         draws: int = 2,
+        pairs: float = 0.0,
         seed: int = 0,
         amp: bool = True,
         clip_grad_norm: float = 1.0,
     ) -> None:
         self.sampler = sampler
         self.draws = draws
+        self.pairs = pairs
         self.seed = seed
         self.amp = amp
         self.clip_grad_norm = clip_grad_norm
@@ -119,13 +165,16 @@ class PromptedIteration:
         rank = torch.distributed.get_rank() if distributed else 0
         kinds = torch.Generator().manual_seed(stable_seed(self.seed, engine.state.iteration))
         places = torch.Generator().manual_seed(stable_seed(self.seed, engine.state.iteration, rank))
+        automatic_label = label
+        if float(torch.rand(1, generator=kinds)) < self.pairs and len(image) > 1:
+            image, label, automatic_label = beside_another(image, label, places)
         engine.network.train()
         engine.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
             answers = call_through(
-                engine.network, answer_prompts, image, label, self.sampler, self.draws, kinds, places
+                engine.network, answer_prompts, image, label, automatic_label, self.sampler, self.draws, kinds, places
             )
-        loss = torch.stack([engine.loss_function(answer.float(), label) for answer in answers]).mean()
+        loss = torch.stack([engine.loss_function(logits.float(), target) for logits, target in answers]).mean()
         if not bool(torch.isfinite(loss)):
             raise RuntimeError(
                 f"The loss is {loss.item()} at iteration {engine.state.iteration}. Lower the learning rate "
@@ -133,8 +182,8 @@ class PromptedIteration:
             )
         engine.state.output = {
             Keys.IMAGE: image,
-            Keys.LABEL: label,
-            Keys.PRED: answers[0].detach(),
+            Keys.LABEL: answers[0][1],
+            Keys.PRED: answers[0][0].detach(),
             Keys.LOSS: loss.detach(),
         }
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)

@@ -26,6 +26,11 @@ def find_cause(error: BaseException | None) -> MedSAError | None:
     return error
 
 
+def describe(error: BaseException) -> str:
+    """Kind of an error and the first line of what it says, to be quoted in another error's line."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])  # some have no text
+
+
 def report_plainly() -> None:
     """End this process with one line, not a traceback, where an error of this package stops it.
 

@@ -12,13 +12,15 @@ import ignite.handlers
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
+from ignite.metrics import Average
 from monai.data import list_data_collate
+from monai.handlers import from_engine
 from monai.utils import CommonKeys as Keys
 from torch import nn
 
 from medsa_nets.data import image_id, save_png
 from medsa_nets.engines import PreparePromptBatch, plain
-from medsa_nets.errors import WeightsError
+from medsa_nets.errors import WeightsError, describe
 from medsa_nets.prompts import PROMPT_KEYS
 from medsa_nets.visualize import overlay_sample
 
@@ -57,6 +59,7 @@ def for_this_process(handlers: Sequence[Any]) -> list[Any]:
     """
     shared = (
         "CheckpointLoader",
+        "EpochLoss",
         "EarlyStop",
         "EpochSeed",
         "LrScheduleHandler",
@@ -82,6 +85,14 @@ class EpochSeed:
         engine.add_event_handler(Events.EPOCH_STARTED, lambda e: self.sampler.set_epoch(e.state.epoch))
 
 
+class EpochLoss:
+    """Keeps the mean of an epoch's losses as the metric ``train_loss``, for logs. Attach it before what prints it."""
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        Average(output_transform=from_engine([Keys.LOSS], first=True)).attach(engine, "train_loss")
+
+
 class Progress:
     """A progress bar of an engine's iterations, with the loss where there is one; in the first process only."""
 
@@ -93,7 +104,7 @@ class Progress:
 
     @staticmethod
     def _loss(output: Any) -> dict[str, float]:
-        first = output[0] if isinstance(output, list) else output  # one entry per image, or the batch
+        first = next(iter(output), None) if isinstance(output, list) else output  # one entry per image, or the batch
         return {"loss": float(first[Keys.LOSS])} if isinstance(first, dict) and Keys.LOSS in first else {}
 
 
@@ -187,7 +198,7 @@ class TrainingCheckpoint:
             epoch, iteration = int(state["epoch"]), int(state["iteration"])
         except Exception as error:  # torch, zipfile and pickle raise errors of their own
             raise WeightsError(
-                f"{self.state}: the state of the unfinished run can't be read ({type(error).__name__}: {error}). "
+                f"{self.state}: the state of the unfinished run can't be read ({describe(error)}). "
                 "Delete it, or pass --resume false, to start anew."
             ) from error
         if state["epoch_length"] != engine.state.epoch_length:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medsa_nets.bases import BASES, Base, build_medsa, get_base, parameter_table
-from medsa_nets.errors import WeightsError
+from medsa_nets.errors import WeightsError, describe
 from medsa_nets.networks import MedSA
 
 WEIGHTS_DIR_VARIABLE = "MEDSA_WEIGHTS_DIR"
@@ -159,7 +159,7 @@ def read_base_file(path: str | Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile, pickle and safetensors each raise errors of their own
         raise WeightsError(
-            f"{path}: not readable as weights ({_describe(error)}). Expected a "
+            f"{path}: not readable as weights ({describe(error)}). Expected a "
             "PyTorch state dictionary or a safetensors file; fetch it again."
         ) from error
     for key in ("model", "state_dict"):
@@ -175,10 +175,6 @@ def read_base_file(path: str | Path) -> dict[str, Tensor]:
     # MobileSAM's file carries the classifier that its encoder was distilled with; segmentation does not use it.
     unused = ("image_encoder.head.", "image_encoder.norm_head.", "pixel_mean", "pixel_std")
     return {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
-
-
-def _describe(error: Exception) -> str:
-    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])  # some have no text
 
 
 _HUGGING_FACE_NAMES = (
@@ -330,7 +326,7 @@ def check_adapter(path: str | Path) -> str:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle raise errors of their own
         raise WeightsError(
-            f"{path}: not readable as an adapter ({_describe(error)}). Restore the file, or train it again."
+            f"{path}: not readable as an adapter ({describe(error)}). Restore the file, or train it again."
         ) from error
     if not isinstance(state, Mapping):
         raise WeightsError(f"{path}: holds a {type(state).__name__}, expected an adapter's state dictionary.")

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from ignite.engine import Events
 from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer
 from monai.losses import DiceCELoss
@@ -15,6 +16,7 @@ from medsa_nets.engines import (
     PromptedIteration,
     PromptInferer,
     answer_prompts,
+    beside_another,
     call_through,
     plain,
     trainable_parameters,
@@ -54,13 +56,16 @@ def train(network: nn.Module, batch: dict, epochs: int, loss: nn.Module | None =
         device=torch.device("cpu"),
         max_epochs=epochs,
         train_data_loader=[batch],
+        epoch_length=1,
         network=network,
         optimizer=torch.optim.AdamW(trainable_parameters(network), lr=2e-3),
         loss_function=loss or DiceCELoss(sigmoid=True),
         iteration_update=PromptedIteration(**{"sampler": PromptSampler(), "amp": False, **settings}),
         decollate=False,
     )
-    trainer.add_event_handler("iteration_completed", lambda engine: losses.append(float(engine.state.output["loss"])))
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda engine: losses.append(float(engine.state.output["loss"]))
+    )
     trainer.run()
     return losses
 
@@ -119,10 +124,10 @@ def test_prompts_are_answered_on_one_encoding(network, batch):
     sampler = PromptSampler(correction=1.0)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     with torch.no_grad():
-        answers = answer_prompts(network, batch["image"], batch["label"], sampler, 3, *generators)
+        answers = answer_prompts(network, batch["image"], batch["label"], batch["label"], sampler, 3, *generators)
     assert len(encoded) == 1
     assert len(answers) == 6  # three draws, each followed by a correction
-    assert all(answer.shape == (1, 1, SIZE, SIZE) for answer in answers)
+    assert all(logits.shape == target.shape == (1, 1, SIZE, SIZE) for logits, target in answers)
 
 
 def test_an_automatic_answer_is_the_forward_pass_without_prompts(network, batch):
@@ -130,16 +135,58 @@ def test_an_automatic_answer_is_the_forward_pass_without_prompts(network, batch)
     sampler = PromptSampler(none=1.0, points=0.0, boxes=0.0, correction=0.0)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     with torch.no_grad():
-        answers = answer_prompts(network, batch["image"], batch["label"], sampler, 1, *generators)
-        torch.testing.assert_close(answers[0], network(batch["image"]))
+        answers = answer_prompts(network, batch["image"], batch["label"], batch["label"], sampler, 1, *generators)
+        torch.testing.assert_close(answers[0][0], network(batch["image"]))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "automatic"), [({"none": 1.0, "points": 0.0, "boxes": 0.0}, True), ({"none": 0.0}, False)]
+)
+def test_prompts_ask_for_one_object_and_the_automatic_mode_for_all(network, batch, sampler, automatic):
+    other = 1.0 - batch["label"]
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    with torch.no_grad():
+        answers = answer_prompts(
+            network, batch["image"], batch["label"], other, PromptSampler(**sampler, correction=1.0), 2, *generators
+        )
+    assert len(answers) == 4
+    assert all(target is (other if automatic else batch["label"]) for _, target in answers)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_pair_shows_both_images_and_asks_for_each(seed):
+    colours = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    image = colours[:, :, None, None].expand(-1, -1, 32, 33).clone()
+    label = torch.zeros(3, 1, 32, 33)
+    for index in range(3):
+        label[index, :, 10 : 14 + 4 * index, 8:20] = 1
+    pair, own, both = beside_another(image, label, torch.Generator().manual_seed(seed))
+    assert pair.shape == image.shape
+    assert own.shape == both.shape == label.shape
+    for index in range(3):
+        shown, asked = pair[index], own[index, 0] > 0
+        assert asked.any()
+        assert (shown[index] > 0.99)[asked].all(), "the object that is asked for lies in its own image"
+        assert (shown[index - 1] > 0.99)[(both[index, 0] > 0) & ~asked].all(), "the other one in the other image"
+        assert float(shown[index].mean()) == pytest.approx(0.5, abs=0.02)
+        # half the extent, half the area
+        assert int(asked.sum()) == pytest.approx(int(label[index].sum()) / 2, rel=0.2)
+        assert int((both[index] - own[index]).sum()) == pytest.approx(int(label[index - 1].sum()) / 2, rel=0.2)
+
+
+def test_pairs_change_the_training_and_need_two_images(untrained, batch):
+    two = {key: torch.cat([value, value.flip(-1)]) for key, value in batch.items()}
+    for data, same in ((batch, True), (two, False)):
+        losses = [train(copy.deepcopy(untrained), data, epochs=1, pairs=pairs)[0] for pairs in (0.0, 1.0)]
+        assert (losses[0] == losses[1]) == same
 
 
 def test_training_lowers_the_loss_on_one_image_and_changes_nothing_frozen(network, batch):
     before = {name: parameter.clone() for name, parameter in network.named_parameters()}
     losses = train(
-        network, batch, epochs=12, sampler=PromptSampler(none=1.0, points=0.0, boxes=0.0, correction=0.0), draws=1
+        network, batch, epochs=30, sampler=PromptSampler(none=1.0, points=0.0, boxes=0.0, correction=0.0), draws=1
     )
-    assert len(losses) == 12
+    assert len(losses) == 30
     assert losses[-1] < 0.8 * losses[0]
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:

@@ -40,7 +40,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**os.environ, "MONAI_DEBUG": "", **environment},
+        env={**os.environ, "MONAI_DEBUG": "0", **environment},
         check=False,
         timeout=300,
     )
@@ -86,17 +86,10 @@ def test_an_error_of_a_data_loader_is_one_line_too(tmp_path, workers):
 
 
 def test_the_cause_is_found_however_deep_it_lies():
-    cause = DataError("deep")
-    try:
-        try:
-            try:
-                raise cause
-            except DataError:
-                raise KeyError("in between")  # noqa: B904 (the context counts too)
-        except KeyError as error:
-            raise RuntimeError("outer") from error
-    except RuntimeError as error:
-        assert find_cause(error) is cause
+    cause, context, outer = DataError("deep"), KeyError("in between"), RuntimeError("outer")
+    context.__context__ = cause  # raised while the other was handled
+    outer.__cause__ = context  # raise … from …
+    assert find_cause(outer) is cause
     assert find_cause(cause) is cause
     assert find_cause(ValueError("unrelated")) is None
     assert find_cause(None) is None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import random
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -21,6 +24,7 @@ from PIL import Image
 
 from medsa_nets import WeightsError, build_medsa
 from medsa_nets.data.phantoms import phantom, write_phantoms
+from medsa_nets.errors import find_cause
 from medsa_nets.weights import find_base_file, get_base
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_isic"
@@ -191,10 +195,16 @@ def test_evaluation_agrees_with_the_official_scorer(phantoms: Path, tmp_path: Pa
     from isic_challenge_scoring.segmentation import SegmentationScore
 
     validation = phantoms / "ISIC-2017_Validation_Data"
+    truth = tmp_path / "truth"  # the scorer wants names of the challenge
+    truth.mkdir()
+    for mask in (phantoms / "ISIC-2017_Validation_Part1_GroundTruth").iterdir():
+        shutil.copy(mask, truth / mask.name.replace("PHANTOM", "ISIC"))
     run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(phantoms), prompt="none",
         output_dir=str(tmp_path / "metrics"), **COMMON)  # fmt: skip
     run("inferring", config_file=INFERENCE, dataset_dir=str(validation), output_dir=str(tmp_path / "masks"), **COMMON)
-    score = SegmentationScore.from_dir(phantoms / "ISIC-2017_Validation_Part1_GroundTruth", tmp_path / "masks")
+    for mask in (tmp_path / "masks").iterdir():
+        mask.rename(mask.with_name(mask.name.replace("PHANTOM", "ISIC")))
+    score = SegmentationScore.from_dir(truth, tmp_path / "masks")
     official = score.macro_average
     ours = metrics(tmp_path / "metrics")
     assert ours["val_mean_dice"] == pytest.approx(official["dice"], abs=1e-5)
@@ -298,16 +308,37 @@ def test_damaged_image_is_named_in_the_last_line_and_can_be_skipped(tmp_path: Pa
 
 
 def test_adapter_of_another_form_is_refused(phantoms: Path, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="hyper_prompting") as caught:
+    with pytest.raises(RuntimeError) as caught:
         run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(phantoms), hyper_prompting="weights",
             output_dir=str(tmp_path), **COMMON)  # fmt: skip
-    assert caught.value is not None
+    cause = find_cause(caught.value)
+    assert isinstance(cause, WeightsError)
+    assert "hyper_prompting='additive' (here 'weights')" in str(cause)
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_the_base_without_adaptation_is_measured_too(phantoms: Path, tmp_path: Path) -> None:
+    run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(phantoms), checkpoint="", prompt="none",
+        output_dir=str(tmp_path), **COMMON)  # fmt: skip
+    assert metrics(tmp_path)["val_mean_dice"] < 0.5
+
+
+def test_training_starts_from_an_adapter(phantoms: Path, tmp_path: Path) -> None:
+    model = BUNDLE / "models" / "model.pt"
+    still = {"start_from": str(model), "learning_rate": 0.0, "weight_decay": 0.0, "max_epochs": 1}
+    run("training", config_file=TRAIN, dataset_dir=str(phantoms), ckpt_dir=str(tmp_path), output_dir=str(tmp_path),
+        **COMMON, **SMALL, **still)  # fmt: skip
+    expected, found = (torch.load(f, weights_only=True) for f in (model, tmp_path / "model_last.pt"))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
 
 
 def test_mlflow_tracks_a_run(phantoms: Path, tmp_path: Path) -> None:
-    pytest.importorskip("mlflow")
+    for package in ("mlflow", "sqlalchemy", "alembic"):
+        pytest.importorskip(package)
     result = cli("run", "training", config_file=TRAIN, dataset_dir=phantoms, ckpt_dir=tmp_path / "m", tracking="mlflow",
                  output_dir=tmp_path / "o", max_epochs=1, cwd=tmp_path, **COMMON, **SMALL)  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    recorded = [p for p in (*tmp_path.rglob("mlruns/**/metrics/*"), *tmp_path.rglob("mlflow.db")) if p.is_file()]
-    assert recorded
+    with contextlib.closing(sqlite3.connect(tmp_path / "o" / "mlruns.db")) as database:
+        recorded = {key for (key,) in database.execute("SELECT key FROM metrics")}
+    assert {"train_loss", "val_mean_dice"} <= recorded
