@@ -26,10 +26,10 @@ from medsa_nets.weights import (
     file_sha256,
     find_base_file,
     load_base,
-    main,
     read_base_file,
     weights_dir,
 )
+from medsa_nets.weights.__main__ import main
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,7 @@ UNET = {
         "strides": [2, 2, 2, 2],
         "num_res_units": 2,
     },
-    "train#trainer#iteration_update": None,
+    "train#trainer#iteration_update": "$None",
     "train#trainer#amp": False,
 }
 

@@ -1,0 +1,62 @@
+"""Command line of the base weights: ``python -m medsa_nets.weights``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from medsa_nets.bases import BASES, parameter_table
+from medsa_nets.errors import WeightsError
+from medsa_nets.weights import describe_file, fetch, find_base_file
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: ``list`` (default), ``fetch NAME``, ``check FILE``, ``parameters``."""
+    parser = argparse.ArgumentParser(prog="python -m medsa_nets.weights", description="Base weights for MedSA.")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("list", help="list the bases, where they come from, and which are on this machine (default)")
+    fetch_parser = commands.add_parser("fetch", help="fetch the weights of a base")
+    fetch_parser.add_argument("name", choices=list(BASES))
+    fetch_parser.add_argument("--url", help="another address of the same file")
+    check_parser = commands.add_parser("check", help="say which base a file holds, or that it holds none")
+    check_parser.add_argument("file")
+    parameters_parser = commands.add_parser("parameters", help="table of parameters, total and trainable, per base")
+    parameters_parser.add_argument("--adapter_ratio", type=float, default=0.25)
+    parameters_parser.add_argument("--adapter_dim", type=int)
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "fetch":
+            print(fetch(options.name, url=options.url))
+        elif options.command == "check":
+            print(describe_file(options.file))
+        elif options.command == "parameters":
+            _print_parameters(options.adapter_ratio, options.adapter_dim)
+        else:
+            _print_bases()
+    except WeightsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print_bases() -> None:
+    for base in BASES.values():
+        try:
+            place = str(find_base_file(base))
+        except WeightsError as error:
+            place = "not on this machine" if "not on this machine" in str(error) else str(error)
+        print(f"{base.name}\n  file    {base.filename}, {base.img_size} x {base.img_size}, {base.licence}")
+        print(f"  from    {base.url}\n  sha256  {base.sha256 or 'no published figure'}\n  here    {place}")
+
+
+def _print_parameters(adapter_ratio: float, adapter_dim: int | None) -> None:
+    print("| base | total | trainable | of these in the encoder | trainable share |\n| --- | --- | --- | --- | --- |")
+    for row in parameter_table(adapter_ratio=adapter_ratio, adapter_dim=adapter_dim):
+        print(
+            f"| {row['base']} | {row['total'] / 1e6:.2f} M | {row['trainable'] / 1e6:.2f} M "
+            f"| {row['encoder_adapters'] / 1e6:.2f} M | {row['percent']:.2f} % |"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
