@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from medsa_nets.networks import ImageEncoderViT, MaskDecoder, MedSA, PromptEncoder, TinyViTEncoder, TwoWayTransformer
+from medsa_nets.networks import (
+    ImageEncoderViT,
+    MaskDecoder,
+    MedSA,
+    PromptEncoder,
+    TinyViTEncoder,
+    TwoWayTransformer,
+    VolumeMedSA,
+)
 
 # SAM's pixel statistics (arXiv 2304.02643, its published code), for intensities in [0, 1].
 SAM_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
@@ -133,6 +141,7 @@ def build_medsa(
     *,
     sam_checkpoint: str | None = None,
     pretrained: bool = True,
+    spatial_dims: int = 2,
     img_size: int | tuple[int, int] | None = None,
     num_classes: int = 1,
     adapter_ratio: float = 0.25,
@@ -140,8 +149,10 @@ def build_medsa(
     scale: float = 0.5,
     hyper_prompting: str = "additive",
     train_norms: bool = False,
+    checkpointing: bool = False,
+    class_chunk: int = 0,
 ) -> MedSA:
-    """Build an adapted network on a base model.
+    """Build an adapted network on a base model: a :class:`MedSA` for images or a :class:`VolumeMedSA` for volumes.
 
     Args:
         base: name of the base, a key of :data:`BASES`.
@@ -149,6 +160,7 @@ def build_medsa(
             ``SamModel`` as safetensors or bin); none looks in the weights' folder and, for ``lite_medsam``, in the
             installed package that carries it.
         pretrained: whether the base's weights are loaded; false leaves them random (tests, parameter counts).
+        spatial_dims: 2 for images, 3 for volumes.
         img_size: height and width that a ViT's position tables are made for; none takes the base's own. TinyViT bases
             take any size and ignore it.
         num_classes: number of classes of the automatic mode.
@@ -157,28 +169,37 @@ def build_medsa(
         scale: weight of the adapters beside the MLPs.
         hyper_prompting: ``additive`` or ``weights``, the form of the decoder's hyper-prompting adapters.
         train_norms: whether layer norms train too.
+        checkpointing: whether training computes activations twice, for less memory.
+        class_chunk: for volumes, the classes that the decoder answers at a time; 0 answers all at once.
 
     Returns:
         The network, base frozen, adapters at the identity.
 
     Raises:
+        ValueError: when ``spatial_dims`` is neither 2 nor 3.
         WeightsError: when the weights are missing, damaged or of another network.
     """
+    if spatial_dims not in (2, 3):
+        raise ValueError(f"spatial_dims must be 2 (images) or 3 (volumes), got {spatial_dims}.")
     from medsa_nets.weights import base_fingerprint, load_base  # weights.py reads files for the networks made here
 
     spec = get_base(base)
     size = spec.img_size if img_size is None else img_size
     size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     adapter: dict[str, Any] = {"adapter_ratio": adapter_ratio, "adapter_dim": adapter_dim, "scale": scale}
-    network = MedSA(
-        image_encoder=spec.encoder(img_size=size, **adapter),
-        prompt_encoder=PromptEncoder(),
-        mask_decoder=MaskDecoder(transformer=TwoWayTransformer(hyper_prompting=hyper_prompting, **adapter)),
-        num_classes=num_classes,
-        pixel_mean=spec.pixel_mean,
-        pixel_std=spec.pixel_std,
-        train_norms=train_norms,
-    )
+    parts: dict[str, Any] = {
+        "image_encoder": spec.encoder(img_size=size, spatial_dims=spatial_dims, checkpointing=checkpointing, **adapter),
+        "prompt_encoder": PromptEncoder(),
+        "mask_decoder": MaskDecoder(transformer=TwoWayTransformer(hyper_prompting=hyper_prompting, **adapter)),
+        "num_classes": num_classes,
+        "pixel_mean": spec.pixel_mean,
+        "pixel_std": spec.pixel_std,
+        "train_norms": train_norms,
+    }
+    if spatial_dims == 3:
+        network: MedSA = VolumeMedSA(class_chunk=class_chunk, checkpointing=checkpointing, **parts)
+    else:
+        network = MedSA(**parts)
     fingerprint = load_base(network, spec, sam_checkpoint) if pretrained else base_fingerprint({})
     network.set_identity(
         {
@@ -189,6 +210,7 @@ def build_medsa(
                 "hyper_prompting": hyper_prompting,
                 "num_classes": num_classes,
                 "train_norms": train_norms,
+                **({"spatial_dims": 3} if spatial_dims == 3 else {}),
             },
         }
     )

@@ -6,5 +6,14 @@ from medsa_nets.networks.medsa import MedSA
 from medsa_nets.networks.prompt_encoder import PromptEncoder
 from medsa_nets.networks.tiny_vit import TinyViTEncoder
 from medsa_nets.networks.transformer import TwoWayTransformer
+from medsa_nets.networks.volumes import VolumeMedSA
 
-__all__ = ["ImageEncoderViT", "MaskDecoder", "MedSA", "PromptEncoder", "TinyViTEncoder", "TwoWayTransformer"]
+__all__ = [
+    "ImageEncoderViT",
+    "MaskDecoder",
+    "MedSA",
+    "PromptEncoder",
+    "TinyViTEncoder",
+    "TwoWayTransformer",
+    "VolumeMedSA",
+]

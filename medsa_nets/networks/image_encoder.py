@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from medsa_nets.layers import Adapter, LayerNorm2d, MLPBlock, attend, merge_windows, partition_windows
+from medsa_nets.layers import Adapter, DepthBranch, LayerNorm2d, MLPBlock, attend, merge_windows, partition_windows
+from medsa_nets.networks.checkpointing import run_block
 
 
 class PatchEmbed(nn.Module):
@@ -48,11 +49,16 @@ class Attention(nn.Module):
             steps = torch.arange(size)
             self.register_buffer(name, steps[:, None] - steps[None, :] + size - 1, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend over (B, H, W, C), with H and W as given at construction."""
-        batch, height, width, features = x.shape
-        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, features // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    def split(self, qkv: Tensor) -> Tensor:
+        """Queries, keys and values by head: (B, H, W, 3 C) to (B, H, W, 3, heads, C / heads)."""
+        batch, height, width, features = qkv.shape
+        return qkv.reshape(batch, height, width, 3, self.num_heads, features // (3 * self.num_heads))
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """Attend over a map of queries, keys and values (B, H, W, 3 C), H and W as given at construction."""
+        batch, height, width = qkv.shape[:3]
+        features = qkv.shape[3] // 3
+        q, k, v = self.split(qkv).flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
         q_map = q.reshape(batch, self.num_heads, height, width, features // self.num_heads)
         # bias[query, key] = q . R_h[row distance] + q . R_w[column distance]
         bias_h = torch.einsum("bnhwc,hkc->bnhwk", q_map, self.rel_pos_h[self.index_h].to(q.dtype))
@@ -81,6 +87,7 @@ class Block(nn.Module):
         scale: float,
         adapter_ratio: float,
         adapter_dim: int | None,
+        spatial_dims: int = 2,
     ) -> None:
         super().__init__()
         self.window_size = window_size
@@ -93,16 +100,29 @@ class Block(nn.Module):
         self.mlp = MLPBlock(features=features, hidden=4 * features, activation=nn.GELU())
         self.attn_adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim, skip=True)
         self.mlp_adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim)
+        self.depth: DepthBranch | None = None
+        if spatial_dims == 3:
+            self.depth = DepthBranch(
+                features, num_heads=num_heads, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim
+            )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform tokens (B, H, W, C)."""
+    def forward(self, x: Tensor, depth: int = 1) -> Tensor:
+        """Transform tokens (B * depth, H, W, C)."""
         normed = self.norm1(x)
         if self.window_size > 0:
-            attended = self.attn(partition_windows(normed, self.window_size))
-            attended = merge_windows(attended, x.shape[1], x.shape[2])
+            qkv = self.attn.qkv(partition_windows(normed, self.window_size))
+            attended = merge_windows(self.attn(qkv), x.shape[1], x.shape[2])
         else:
-            attended = self.attn(normed)
-        x = x + self.attn_adapter(attended)
+            qkv = self.attn.qkv(normed)
+            attended = self.attn(qkv)
+        attended = self.attn_adapter(attended)
+        if self.depth is not None:
+            # the same queries, keys and values, on the whole slice again
+            if self.window_size > 0:
+                qkv = merge_windows(qkv, x.shape[1], x.shape[2])
+            q, k, v = self.attn.split(qkv).unbind(3)
+            attended = attended + self.depth(self.attn.proj(self.depth.attend(q, k, v, depth)))
+        x = x + attended
         normed = self.norm2(x)
         return x + self.mlp(normed) + self.scale * self.mlp_adapter(normed)
 
@@ -120,6 +140,8 @@ class ImageEncoderViT(nn.Module):
         scale: weight of the adapter beside the MLP (paper: 0.5).
         adapter_ratio: see :class:`~medsa_nets.layers.Adapter`.
         adapter_dim: see :class:`~medsa_nets.layers.Adapter`.
+        spatial_dims: 2, or 3 for space-depth blocks (SD-Trans).
+        checkpointing: whether training recomputes each block in the backward pass, for less memory and more time.
 
     Raises:
         ValueError: when ``img_size`` is no multiple of 16.
@@ -142,8 +164,11 @@ class ImageEncoderViT(nn.Module):
         scale: float = 0.5,
         adapter_ratio: float = 0.25,
         adapter_dim: int | None = None,
+        spatial_dims: int = 2,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         if img_size[0] % self.patch_size or img_size[1] % self.patch_size:
             raise ValueError(f"img_size must be a multiple of {self.patch_size} on both axes, got {img_size}.")
         self.stride = self.patch_size
@@ -161,6 +186,7 @@ class ImageEncoderViT(nn.Module):
                     scale=scale,
                     adapter_ratio=adapter_ratio,
                     adapter_dim=adapter_dim,
+                    spatial_dims=spatial_dims,
                 )
                 for i in range(depth)
             ]
@@ -172,9 +198,9 @@ class ImageEncoderViT(nn.Module):
             LayerNorm2d(self.out_channels),
         )
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Encode normalised images (B, 3, H, W) to (B, 256, H / 16, W / 16)."""
+    def forward(self, image: Tensor, depth: int = 1) -> Tensor:
+        """Encode normalised slices (B * depth, 3, H, W) to (B * depth, 256, H / 16, W / 16)."""
         x = self.patch_embed(image) + self.pos_embed
         for block in self.blocks:
-            x = block(x)
+            x = block(x, depth) if torch.jit.is_scripting() else run_block(block, x, depth, self.checkpointing)
         return self.neck(x.permute(0, 3, 1, 2))

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsa_nets.errors import WeightsError
-from medsa_nets.layers import Adapter, HyperPromptingAdapter
+from medsa_nets.layers import Adapter, DepthBranch, DistantPrompt, HyperPromptingAdapter
 from medsa_nets.networks.mask_decoder import MaskDecoder
 from medsa_nets.networks.prompt_encoder import PromptEncoder
 
+TRAINED_MODULES = (Adapter, HyperPromptingAdapter, DepthBranch, DistantPrompt)
 IDENTITY_BYTES = 512  # one size for every identity, so that tools that compare shapes let it through to our check
 
 
@@ -88,6 +89,11 @@ class MedSA(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("identity", encode_identity({"base": "", "sha256": "", "adapter": {}}))
+        self._trained_names = frozenset[str]()
+        self.freeze(train_norms)
+
+    def freeze(self, train_norms: bool = False) -> None:
+        """Leave gradients to the adapters and the class embeddings (and the layer norms, where asked) alone."""
         self._trained_names = self._find_trained_names(train_norms)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self._trained_names)
@@ -99,8 +105,7 @@ class MedSA(nn.Module):
     def _find_trained_names(self, train_norms: bool) -> frozenset[str]:
         names = {"class_embeddings"}
         for prefix, module in self.named_modules():
-            adapts = isinstance(module, (Adapter, HyperPromptingAdapter))
-            if adapts or (train_norms and isinstance(module, nn.LayerNorm)):
+            if isinstance(module, TRAINED_MODULES) or (train_norms and isinstance(module, nn.LayerNorm)):
                 names.update(f"{prefix}.{name}" for name, _ in module.named_parameters())
         return frozenset(names)
 
@@ -114,7 +119,7 @@ class MedSA(nn.Module):
         adapters = {
             f"{prefix}.{name}"
             for prefix, module in self.named_modules()
-            if isinstance(module, (Adapter, HyperPromptingAdapter))
+            if isinstance(module, TRAINED_MODULES)
             for name, _ in module.named_parameters()
         }
         own = adapters | {"class_embeddings", "identity"}
@@ -152,8 +157,9 @@ class MedSA(nn.Module):
                 "(base, sam_checkpoint), or train an adapter for this one."
             )
         if theirs["adapter"] != ours["adapter"]:
-            different = [k for k in ours["adapter"] if theirs["adapter"].get(k) != ours["adapter"][k]]
-            listed = ", ".join(f"{k}={theirs['adapter'].get(k)!r} (here {ours['adapter'][k]!r})" for k in different)
+            there, here = theirs["adapter"], ours["adapter"]
+            different = [k for k in {**here, **there} if there.get(k) != here.get(k)]
+            listed = ", ".join(f"{k}={there.get(k)!r} (here {here.get(k)!r})" for k in different)
             raise WeightsError(f"This adapter was made with other settings: {listed}. Build the network with those.")
         for name, tensor in self.full_state_dict().items():
             if name not in self._trained_names:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsa_nets.layers import Adapter, ConvBN, LayerNorm2d, attend, merge_windows, partition_windows
+from medsa_nets.layers import Adapter, ConvBN, DepthBranch, LayerNorm2d, attend, merge_windows, partition_windows
+from medsa_nets.networks.checkpointing import run_block
 
 
 class PatchEmbed(nn.Module):
@@ -67,8 +68,8 @@ class ConvStage(nn.Module):
         self.blocks = nn.ModuleList([MBConv(features) for _ in range(depth)])
         self.downsample = downsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform ``x`` (B, C, H, W)."""
+    def forward(self, x: Tensor, depth: int = 1) -> Tensor:
+        """Transform ``x`` (B * depth, C, H, W)."""
         for block in self.blocks:
             x = block(x)
         return self.downsample(x)
@@ -96,11 +97,15 @@ class TinyViTAttention(nn.Module):
             "bias_index", torch.tensor(indices).reshape(len(positions), len(positions)), persistent=False
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend within each window: (B, N, C) to (B, N, C)."""
-        batch, tokens, features = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(batch, tokens, self.num_heads, 3, features // self.num_heads)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)
+    def split(self, qkv: Tensor) -> Tensor:
+        """Queries, keys and values by head: (..., 3 C) to (..., heads, 3, C / heads)."""
+        return qkv.unflatten(-1, [self.num_heads, 3, -1])
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """Attend within each window: queries, keys and values (B, N, 3 C) to (B, N, C)."""
+        batch, tokens = qkv.shape[:2]
+        features = qkv.shape[2] // 3
+        q, k, v = self.split(qkv).permute(3, 0, 2, 1, 4).unbind(0)
         bias = self.attention_biases[:, self.bias_index].to(q.dtype)
         x = attend(q, k, v, bias.unsqueeze(0))
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, features))
@@ -135,6 +140,7 @@ class TinyViTBlock(nn.Module):
         scale: float,
         adapter_ratio: float,
         adapter_dim: int | None,
+        spatial_dims: int = 2,
     ) -> None:
         super().__init__()
         self.window_size = window_size
@@ -144,19 +150,31 @@ class TinyViTBlock(nn.Module):
         self.mlp = TinyViTMLP(features, hidden=4 * features)
         self.attn_adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim, skip=True)
         self.mlp_adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim)
+        self.depth: DepthBranch | None = None
+        if spatial_dims == 3:
+            self.depth = DepthBranch(
+                features, num_heads=num_heads, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim
+            )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform ``x`` (B, C, H, W)."""
+    def forward(self, x: Tensor, depth: int = 1) -> Tensor:
+        """Transform ``x`` (B * depth, C, H, W)."""
         tokens = x.permute(0, 2, 3, 1)
         height, width = tokens.shape[1], tokens.shape[2]
-        if height == self.window_size and width == self.window_size:
-            attended = self.attn(tokens.flatten(1, 2)).reshape(tokens.shape)
-        else:
-            # Zeros pad the windows and take part in the attention, as they did when the base was trained.
-            windows = partition_windows(tokens, self.window_size)
-            attended = self.attn(windows.flatten(1, 2)).reshape(windows.shape)
+        whole = height == self.window_size and width == self.window_size
+        # Zeros pad the windows and take part in the attention, as they did when the base was trained.
+        windows = tokens if whole else partition_windows(tokens, self.window_size)
+        qkv = self.attn.qkv(self.attn.norm(windows))
+        attended = self.attn(qkv.flatten(1, 2)).reshape(windows.shape)
+        if not whole:
             attended = merge_windows(attended, height, width)
-        tokens = tokens + self.attn_adapter(attended)
+        attended = self.attn_adapter(attended)
+        if self.depth is not None:
+            # the same queries, keys and values, on the whole slice again
+            if not whole:
+                qkv = merge_windows(qkv, height, width)
+            q, k, v = self.attn.split(qkv).unbind(4)
+            attended = attended + self.depth(self.attn.proj(self.depth.attend(q, k, v, depth)))
+        tokens = tokens + attended
         tokens = self.local_conv(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         normed = self.mlp.norm(tokens)
         tokens = tokens + self.mlp(normed) + self.scale * self.mlp_adapter(normed)
@@ -166,15 +184,18 @@ class TinyViTBlock(nn.Module):
 class TinyViTStage(nn.Module):
     """A stage of attention blocks, with the change of width behind it where there is one."""
 
-    def __init__(self, blocks: Sequence[TinyViTBlock], *, downsample: nn.Module | None) -> None:
+    def __init__(
+        self, blocks: Sequence[TinyViTBlock], *, downsample: nn.Module | None, checkpointing: bool = False
+    ) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample if downsample is not None else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform ``x`` (B, C, H, W)."""
+    def forward(self, x: Tensor, depth: int = 1) -> Tensor:
+        """Transform ``x`` (B * depth, C, H, W)."""
         for block in self.blocks:
-            x = block(x)
+            x = block(x, depth) if torch.jit.is_scripting() else run_block(block, x, depth, self.checkpointing)
         return self.downsample(x)
 
 
@@ -187,6 +208,8 @@ class TinyViTEncoder(nn.Module):
         scale: weight of the adapter beside the MLP (paper: 0.5).
         adapter_ratio: see :class:`~medsa_nets.layers.Adapter`.
         adapter_dim: see :class:`~medsa_nets.layers.Adapter`.
+        spatial_dims: 2, or 3 for space-depth blocks (SD-Trans).
+        checkpointing: whether training recomputes each block in the backward pass, for less memory and more time.
 
     Source: TinyViT, arXiv 2207.10666 (5M variant, the last stage kept at the third one's resolution as MobileSAM
     does, arXiv 2306.14289); adapters: arXiv 2304.12620.
@@ -201,6 +224,8 @@ class TinyViTEncoder(nn.Module):
         scale: float = 0.5,
         adapter_ratio: float = 0.25,
         adapter_dim: int | None = None,
+        spatial_dims: int = 2,
+        checkpointing: bool = False,
         features: Sequence[int] = (64, 128, 160, 320),
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (2, 4, 5, 10),
@@ -228,10 +253,11 @@ class TinyViTEncoder(nn.Module):
                     scale=scale,
                     adapter_ratio=adapter_ratio,
                     adapter_dim=adapter_dim,
+                    spatial_dims=spatial_dims,
                 )
                 for _ in range(depths[i])
             ]
-            self.layers.append(TinyViTStage(blocks, downsample=downsample))
+            self.layers.append(TinyViTStage(blocks, downsample=downsample, checkpointing=checkpointing))
         self.neck = nn.Sequential(
             nn.Conv2d(features[-1], self.out_channels, kernel_size=1, bias=False),
             LayerNorm2d(self.out_channels),
@@ -239,9 +265,9 @@ class TinyViTEncoder(nn.Module):
             LayerNorm2d(self.out_channels),
         )
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Encode normalised images (B, 3, H, W) to (B, 256, H / stride, W / stride)."""
+    def forward(self, image: Tensor, depth: int = 1) -> Tensor:
+        """Encode normalised slices (B * depth, 3, H, W) to (B * depth, 256, H / stride, W / stride)."""
         x = self.patch_embed(image)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, depth)
         return self.neck(x)
