@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.inferers import SlidingWindowInferer
+
+from medsa_nets.bases import build_medsa
+from medsa_nets.inferers import EmbeddingCache, SlabInferer, tensor_sha256
+
+
+@pytest.fixture(scope="module")
+def network(perturb_adapters):
+    torch.manual_seed(0)
+    network = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
+    return perturb_adapters(network, std=0.05)
+
+
+@pytest.fixture(scope="module")
+def flat():
+    """A network whose slices don't see each other: slabs change nothing."""
+    torch.manual_seed(0)
+    return build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def click(z: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"point_coords": torch.tensor([[[[20.0, 30.0, z]]]]), "point_labels": torch.ones(1, 1, 1)}
+
+
+def count_encodings(network, function) -> int:
+    calls = []
+    handle = network.image_encoder.register_forward_hook(lambda *_: calls.append(1))
+    function()
+    handle.remove()
+    return len(calls)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4, 5, 11])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
+def test_slabs_give_what_one_pass_gives_where_slices_do_not_see_each_other(flat, depth, overlap):
+    image = torch.rand(1, 1, 32, 32, depth)
+    expected = flat(image)
+    found = SlabInferer(slab_depth=4, overlap=overlap)(image, flat)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 6])
+def test_a_volume_within_one_slab_is_one_pass(network, depth):
+    image = torch.rand(2, 1, 32, 32, depth)
+    torch.testing.assert_close(SlabInferer(slab_depth=6)(image, network), network(image), atol=1e-5, rtol=1e-5)
+    prompts = {name: value.expand(2, *value.shape[1:]) for name, value in click(0.0).items()}
+    expected = network(image, **prompts)
+    torch.testing.assert_close(SlabInferer(slab_depth=6)(image, network, **prompts), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("depth", "slab", "overlap"), [(10, 4, 0.5), (11, 4, 0.25), (1000, 16, 0.25), (17, 16, 0.9)])
+def test_slabs_cover_every_slice_and_end_with_the_volume(depth, slab, overlap):
+    starts = SlabInferer(slab_depth=slab, overlap=overlap).starts(depth)
+    covered = {z for start in starts for z in range(start, start + slab)}
+    assert covered == set(range(depth))
+    assert starts == sorted(set(starts))
+
+
+@pytest.mark.parametrize("prompts", [{}, click(5.0), {"boxes": torch.tensor([[[4.0, 5, 2, 20, 25, 6]]])}])
+def test_results_do_not_depend_on_how_many_slabs_are_computed_at_once(network, prompts):
+    image = torch.rand(1, 1, 32, 32, 11)
+    one = SlabInferer(slab_depth=4, overlap=0.5, sw_batch_size=1)(image, network, **prompts)
+    for size in (2, 3, 16):
+        many = SlabInferer(slab_depth=4, overlap=0.5, sw_batch_size=size)(image, network, **prompts)
+        torch.testing.assert_close(many, one, atol=1e-4, rtol=1e-4)
+
+
+def test_clicks_are_counted_from_the_first_slice_of_each_slab(flat):
+    image = torch.rand(1, 1, 32, 32, 9)
+    found = SlabInferer(slab_depth=4, overlap=0.0)(image, flat, **click(6.0))
+    torch.testing.assert_close(found, flat(image, **click(6.0)), atol=1e-4, rtol=1e-4)
+    box = {"boxes": torch.tensor([[[4.0, 5, 3, 20, 25, 6]]])}
+    torch.testing.assert_close(
+        SlabInferer(slab_depth=4, overlap=0.0)(image, flat, **box), flat(image, **box), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_any_size_in_plane_is_padded_and_cut_again(network):
+    image = torch.rand(1, 1, 30, 37, 3)
+    found = SlabInferer(slab_depth=4)(image, network)
+    assert found.shape == (1, 2, 30, 37, 3)
+    padded = torch.nn.functional.pad(image, (0, 0, 0, 3, 0, 2))
+    torch.testing.assert_close(found, network(padded)[:, :, :30, :37])
+
+
+def test_each_slab_is_encoded_once_whatever_the_prompts(network):
+    image = torch.rand(1, 1, 32, 32, 10)
+    inferer = SlabInferer(slab_depth=4, overlap=0.5)
+    slabs = len(inferer.starts(10))
+    many = {"point_coords": torch.rand(1, 5, 1, 3) * 10, "point_labels": torch.ones(1, 5, 1)}
+    for prompts in ({}, click(), many):
+        assert count_encodings(network, lambda p=prompts: inferer(image, network, **p)) == slabs
+
+
+def test_a_second_click_runs_the_decoder_alone_and_gives_the_same_bit_for_bit(network):
+    image = MetaTensor(torch.rand(1, 1, 32, 32, 10))
+    cached = SlabInferer(slab_depth=4, overlap=0.5, sw_batch_size=2, cache=EmbeddingCache())
+    fresh = SlabInferer(slab_depth=4, overlap=0.5, sw_batch_size=2)
+    first = cached(image, network, **click(1.0))
+    assert torch.equal(first, fresh(image, network, **click(1.0)))
+    results = []
+    assert count_encodings(network, lambda: results.append(cached(image, network, **click(7.0)))) == 0
+    assert torch.equal(results[0], fresh(image, network, **click(7.0)))
+    assert torch.equal(cached(image, network), fresh(image, network))
+    assert (cached.cache.hits, cached.cache.misses) == (2, 1)
+
+
+def test_another_image_window_slab_or_adapter_is_encoded_anew(network, flat):
+    image = torch.rand(1, 1, 32, 32, 5)
+    cache = EmbeddingCache()
+    inferer = SlabInferer(slab_depth=4, cache=cache)
+    inferer(image, network)
+    for other_image, other_network, depth in (
+        (image * 0.9, network, 4),
+        (image, flat, 4),
+        (image, network, 3),
+    ):
+        other = SlabInferer(slab_depth=depth, cache=cache)
+        assert count_encodings(other_network, lambda o=other, i=other_image, n=other_network: o(i, n)) > 0
+    assert count_encodings(network, lambda: inferer(image, network)) == 0
+    assert count_encodings(network, lambda: inferer(image, network, image_key="a name")) > 0
+    assert count_encodings(network, lambda: inferer(image, network, image_key="a name")) == 0
+
+
+def test_the_cache_is_bounded_and_forgets_the_least_recently_used():
+    cache = EmbeddingCache(max_bytes=1000)
+    slab = torch.zeros(1, 100)  # 400 bytes
+    cache.put("a", [slab])
+    cache.put("b", [slab])
+    assert cache.get("a") is not None
+    cache.put("c", [slab])
+    assert cache.bytes <= 1000
+    assert cache.get("b") is None
+    assert cache.get("a") is not None
+    cache.put("large", [slab, slab, slab])
+    assert cache.get("large") is None
+    assert len(cache) == 2
+    cache.clear()
+    assert cache.bytes == 0
+
+
+def test_a_volume_too_large_for_the_cache_is_segmented_all_the_same(network):
+    image = torch.rand(1, 1, 32, 32, 9)
+    inferer = SlabInferer(slab_depth=4, cache=EmbeddingCache(max_bytes=100_000))
+    torch.testing.assert_close(inferer(image, network), SlabInferer(slab_depth=4)(image, network))
+    assert len(inferer.cache) == 0
+
+
+def test_hashes_tell_values_shapes_and_types_apart():
+    a = torch.arange(6.0)
+    assert tensor_sha256(a) == tensor_sha256(a.clone())
+    others = [a.reshape(2, 3), a.double(), a + 1, a.int()]
+    assert len({tensor_sha256(t) for t in (a, *others)}) == 5
+
+
+def test_plain_sliding_windows_work_in_automatic_mode(network):
+    image = torch.rand(1, 1, 32, 32, 10)
+    found = SlidingWindowInferer((32, 32, 4), sw_batch_size=2, overlap=0.5, mode="gaussian")(image, network)
+    assert found.shape == (1, 2, 32, 32, 10)
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"slab_depth": 0}, "slab_depth"), ({"overlap": 1.0}, "overlap"), ({"sw_batch_size": 0}, "sw_batch_size")],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SlabInferer(**settings)
+
+
+def test_wrong_networks_and_volumes_are_named(network):
+    with pytest.raises(ValueError, match="spatial_dims=3"):
+        SlabInferer()(torch.rand(1, 1, 8, 8, 8), torch.nn.Identity())
+    with pytest.raises(ValueError, match=r"\(B, C, H, W, D\)"):
+        SlabInferer()(torch.rand(1, 1, 8, 8), network)
