@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from medsa_nets.data.dataset import stable_seed
 from medsa_nets.networks import MedSA
-from medsa_nets.prompts import PROMPT_KEYS, PromptSampler, add_correction
+from medsa_nets.prompts import PROMPT_KEYS, PromptSampler, add_correction, class_masks
 
 
 def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
@@ -157,24 +157,35 @@ class PromptedIteration:
         self.amp = amp
         self.clip_grad_norm = clip_grad_norm
 
-    def __call__(self, engine: SupervisedTrainer, batchdata: Mapping[str, Any]) -> dict[str, Any]:
-        """Take one step; the engine's output has image, label, the first answer's logits, and the loss."""
+    def answer(
+        self,
+        engine: SupervisedTrainer,
+        batchdata: Mapping[str, Any],
+        kinds: torch.Generator,
+        places: torch.Generator,
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Answer the batch's prompts: the image, and for each draw logits and what the loss function compares."""
         image, label = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[:2]
         image, label = plain(image), plain(label)
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
-        kinds = torch.Generator().manual_seed(stable_seed(self.seed, engine.state.iteration))
-        places = torch.Generator().manual_seed(stable_seed(self.seed, engine.state.iteration, rank))
         automatic_label = label
         if float(torch.rand(1, generator=kinds)) < self.pairs and len(image) > 1:
             image, label, automatic_label = beside_another(image, label, places)
-        engine.network.train()
-        engine.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
             answers = call_through(
                 engine.network, answer_prompts, image, label, automatic_label, self.sampler, self.draws, kinds, places
             )
-        loss = torch.stack([engine.loss_function(logits.float(), target) for logits, target in answers]).mean()
+        return image, answers
+
+    def __call__(self, engine: SupervisedTrainer, batchdata: Mapping[str, Any]) -> dict[str, Any]:
+        """Take one step; the engine's output has image, label, the first answer's logits, and the loss."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        kinds = torch.Generator().manual_seed(stable_seed(self.seed, engine.state.iteration))
+        places = torch.Generator().manual_seed(stable_seed(self.seed, engine.state.iteration, rank))
+        engine.network.train()
+        engine.optimizer.zero_grad(set_to_none=True)
+        image, answers = self.answer(engine, batchdata, kinds, places)
+        loss = torch.stack([engine.loss_function(logits.float(), *target) for logits, *target in answers]).mean()
         if not bool(torch.isfinite(loss)):
             raise RuntimeError(
                 f"The loss is {loss.item()} at iteration {engine.state.iteration}. Lower the learning rate "
@@ -195,6 +206,93 @@ class PromptedIteration:
         engine.optimizer.step()
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
+
+
+class VolumeIteration(PromptedIteration):
+    """A training step on labelled volumes, for ``monai.engines.SupervisedTrainer`` (``iteration_update``).
+
+    Without prompt, every class is asked for; with prompts, some classes, those in the volumes first. The loss function
+    is called with logits, masks and which classes are annotated, see :class:`~medsa_nets.losses.AnnotatedDiceCELoss`.
+
+    Args:
+        num_classes: number of classes; labels hold 0 (background) and 1 + class id.
+        max_classes: most classes that are prompted for at once.
+        unnamed: share of prompted draws that do not say which class is meant, so that a click alone works too.
+        annotated_key: key of the batch with the annotated classes of each volume, (B, num_classes); where a batch has
+            none, all classes are annotated.
+        settings: see :class:`PromptedIteration`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        max_classes: int = 3,
+        unnamed: float = 0.25,
+        annotated_key: str = "annotated",
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        if max_classes < 1:
+            raise ValueError(f"max_classes must be 1 or more, got {max_classes}.")
+        self.num_classes = num_classes
+        self.max_classes = max_classes
+        self.unnamed = unnamed
+        self.annotated_key = annotated_key
+
+    def answer(
+        self,
+        engine: SupervisedTrainer,
+        batchdata: Mapping[str, Any],
+        kinds: torch.Generator,
+        places: torch.Generator,
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Answer the batch's prompts: the image, and for each draw logits, masks and annotated classes (B, K)."""
+        image, label = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[:2]
+        image, label = plain(image), plain(label)
+        annotated = torch.ones(len(image), self.num_classes, dtype=torch.bool, device=image.device)
+        if self.annotated_key in batchdata:
+            annotated = plain(batchdata[self.annotated_key]).to(image.device).bool()
+        with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            answers = call_through(engine.network, self._answer, image, label, annotated, kinds, places)
+        return image, answers
+
+    def choose_classes(self, label: Tensor, annotated: Tensor, places: torch.Generator) -> Tensor:
+        """Up to ``max_classes`` class ids to prompt for: first those in the volumes, then other annotated ones."""
+        present = torch.zeros(self.num_classes, dtype=torch.bool)
+        values = torch.unique(label).long().cpu() - 1
+        present[values[(values >= 0) & (values < self.num_classes)]] = True
+        usable = annotated.any(0).cpu()
+        order = torch.rand(self.num_classes, generator=places) + (~present).float() + 2.0 * (~usable).float()
+        count = max(1, min(self.max_classes, int((present & usable).sum())))
+        return order.argsort()[:count].sort().values
+
+    def _answer(
+        self,
+        network: MedSA,
+        image: Tensor,
+        label: Tensor,
+        annotated: Tensor,
+        kinds: torch.Generator,
+        places: torch.Generator,
+    ) -> list[tuple[Tensor, ...]]:
+        embedding = network.encode_image(image)
+        answers: list[tuple[Tensor, ...]] = []
+        for mode in self.sampler.modes(self.draws, kinds):
+            if mode == "none":
+                classes = torch.arange(self.num_classes)
+            else:
+                classes = self.choose_classes(label, annotated, places)
+            masks, known = class_masks(label, classes), annotated[:, classes.to(annotated.device)]
+            prompts = self.sampler.draw(masks.float(), mode, places)
+            if not prompts or float(torch.rand(1, generator=kinds)) >= self.unnamed:
+                prompts["classes"] = classes.to(image.device)
+            logits = network.decode(embedding, **prompts)
+            answers.append((logits, masks, known))
+            if self.sampler.corrects(kinds):
+                prompts = add_correction(prompts, logits.detach() > 0, masks.float(), places)
+                answers.append((network.decode(embedding, **prompts), masks, known))
+        return answers
 
 
 class PreparePromptBatch:

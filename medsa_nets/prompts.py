@@ -14,6 +14,7 @@ from torch import Tensor
 
 PROMPT_KEYS = ("point_coords", "point_labels", "boxes")
 PROTOCOLS = ("none", "point", "points3", "box50", "box75", "box")
+VOLUME_PROTOCOLS = ("none", "point", "point_per_slice", "points3", "box50", "box75", "box")
 
 
 def random_points(mask: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -146,6 +147,62 @@ def protocol_prompts(mask: Tensor, protocol: str, generator: torch.Generator) ->
     return {"boxes": box[None]}
 
 
+def class_masks(label: Tensor, classes: Tensor) -> Tensor:
+    """Masks (B, K, spatial…) of classes (K,), from a label (B, 1, spatial…) of 0 (background) and 1 + class id."""
+    wanted = (classes + 1).reshape(1, -1, *[1] * (label.dim() - 2)).to(label.device)
+    return label == wanted
+
+
+def class_protocol_prompts(
+    label: Tensor, num_classes: int, protocol: str, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The prompts of an evaluation protocol for every class that a labelled volume holds.
+
+    As :func:`protocol_prompts` for each class. ``point`` is one click per class and *volume*; ``point_per_slice`` is
+    one per class and slice along the last axis, as the paper and most publications count (arXiv 2304.12620).
+
+    Args:
+        label: (spatial…) of 0 (background) and 1 + class id.
+        num_classes: number of classes.
+        protocol: one of :data:`VOLUME_PROTOCOLS`.
+        generator: source of randomness.
+
+    Returns:
+        ``point_coords`` (K, P, dims) and ``point_labels`` (K, P), -1 where a class has fewer points, or ``boxes``
+        (K, 2 * dims), and ``classes`` (K,): ids of the classes in the volume. Nothing where there is none of them, or
+        with ``none``.
+
+    Raises:
+        ValueError: when the protocol is unknown.
+    """
+    if protocol not in VOLUME_PROTOCOLS:
+        raise ValueError(f"prompt must be one of {', '.join(VOLUME_PROTOCOLS)}; got {protocol!r}.")
+    present = [i for i in range(num_classes) if bool((label == i + 1).any())]
+    if protocol == "none" or not present:
+        return {}
+    drawn = []
+    for i in present:
+        mask = label == i + 1
+        if protocol == "point_per_slice":
+            points = []
+            for z in mask.any(0).any(0).nonzero().flatten().tolist():
+                point = random_points(mask[..., z], 1, generator)[0]
+                points.append(torch.cat([point, point.new_tensor([float(z)])]))
+            drawn.append({"point_coords": torch.stack(points)[None], "point_labels": torch.ones(1, len(points))})
+        else:
+            drawn.append(protocol_prompts(mask, protocol, generator))
+    out = {"classes": torch.tensor(present)}
+    if "boxes" in drawn[0]:
+        return {**out, "boxes": torch.cat([prompts["boxes"] for prompts in drawn])}
+    most = max(prompts["point_labels"].shape[1] for prompts in drawn)
+    coords = torch.zeros(len(drawn), most, label.dim())
+    labels = -torch.ones(len(drawn), most)
+    for k, prompts in enumerate(drawn):
+        count = prompts["point_labels"].shape[1]
+        coords[k, :count], labels[k, :count] = prompts["point_coords"][0], prompts["point_labels"][0]
+    return {**out, "point_coords": coords, "point_labels": labels}
+
+
 class PromptSampler:
     """Draws the prompts of one training step: none, points or a box, in given proportions.
 
@@ -195,24 +252,25 @@ class PromptSampler:
         """Draw prompts for a batch.
 
         Args:
-            label: (B, 1, spatial…), foreground above 0.5.
+            label: (B, K, spatial…), foreground above 0.5: one mask for each prompt set.
             mode: ``none``, ``points`` or ``boxes``.
             generator: source of randomness, on the CPU.
 
         Returns:
-            Prompts with K = 1. An empty mask gets background points only, or a box of any place and size: the answer
-            to both is an empty mask.
+            K prompt sets for each image. An empty mask gets background points only, or a box of any place and size:
+            the answer to both is an empty mask.
         """
-        masks = [image[0] > 0.5 for image in label]
+        shape = tuple(label.shape[:2])
+        masks = [mask > 0.5 for mask in label.flatten(0, 1)]
         if mode == "points":
             count = int(torch.randint(1, self.max_points + 1, (1,), generator=generator))
             drawn = [self._points(mask, count, generator) for mask in masks]
             return {
-                "point_coords": torch.stack([coords for coords, _ in drawn]).unsqueeze(1),
-                "point_labels": torch.stack([labels for _, labels in drawn]).unsqueeze(1),
+                "point_coords": torch.stack([coords for coords, _ in drawn]).unflatten(0, shape),
+                "point_labels": torch.stack([labels for _, labels in drawn]).unflatten(0, shape),
             }
         if mode == "boxes":
-            return {"boxes": torch.stack([self._box(mask, generator) for mask in masks]).unsqueeze(1)}
+            return {"boxes": torch.stack([self._box(mask, generator) for mask in masks]).unflatten(0, shape)}
         return {}
 
     def _points(self, mask: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -247,21 +305,22 @@ def add_correction(
     """Add one click on the error of each image's mask to its prompts.
 
     Args:
-        prompts: prompts with K = 1, as :class:`PromptSampler` draws them.
-        prediction: (B, 1, spatial…) boolean masks that these prompts gave.
-        label: (B, 1, spatial…), foreground above 0.5.
+        prompts: K prompt sets, as :class:`PromptSampler` draws them.
+        prediction: (B, K, spatial…) boolean masks that these prompts gave.
+        label: (B, K, spatial…), foreground above 0.5.
         generator: source of randomness.
 
     Returns:
         Prompts with one point more; a padding point where a mask has no error.
     """
     coords, labels = [], []
-    for mask, target in zip(prediction, label > 0.5):
-        click = error_point(mask[0], target[0], generator)
-        coords.append(torch.zeros(target.dim() - 1, device=label.device) if click is None else click[0])
+    for mask, target in zip(prediction.flatten(0, 1), label.flatten(0, 1) > 0.5):
+        click = error_point(mask, target, generator)
+        coords.append(torch.zeros(target.dim(), device=label.device) if click is None else click[0])
         labels.append(-1.0 if click is None else float(click[1]))
-    new_coords = torch.stack(coords)[:, None, None]
-    new_labels = torch.tensor(labels, device=label.device)[:, None, None]
+    shape = tuple(label.shape[:2])
+    new_coords = torch.stack(coords).unflatten(0, shape).unsqueeze(2)
+    new_labels = torch.tensor(labels, device=label.device).unflatten(0, shape).unsqueeze(2)
     out = dict(prompts)
     if "point_coords" in prompts:
         new_coords = torch.cat([prompts["point_coords"], new_coords], dim=2)

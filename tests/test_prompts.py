@@ -7,9 +7,12 @@ import torch
 
 from medsa_nets.prompts import (
     PROTOCOLS,
+    VOLUME_PROTOCOLS,
     PromptSampler,
     add_correction,
     bounding_box,
+    class_masks,
+    class_protocol_prompts,
     error_point,
     jitter_box,
     overlapping_box,
@@ -288,3 +291,70 @@ def test_corrections_are_added_after_the_prompts_that_are_there(kind):
     if kind == "boxes":
         assert torch.equal(corrected["boxes"], prompts["boxes"])
     assert "point_coords" not in prompts or prompts["point_coords"].shape[2] == before  # the input is left alone
+
+
+# ---------------------------------------------------------------- volumes of several classes
+
+
+def organs() -> torch.Tensor:
+    """Classes 1 (slices 1 to 3), 2 (one voxel) and 4, of 5."""
+    label = torch.zeros(10, 12, 6)
+    label[1:4, 2:5, 1:4] = 1
+    label[7, 8, 5] = 2
+    label[5:9, 1:4, :] = 4
+    return label
+
+
+def test_masks_of_classes_are_where_the_label_has_them():
+    masks = class_masks(organs()[None, None], torch.tensor([3, 0, 2]))
+    assert masks.shape == (1, 3, 10, 12, 6)
+    assert torch.equal(masks[0, 0], organs() == 4)
+    assert torch.equal(masks[0, 1], organs() == 1)
+    assert not masks[0, 2].any()
+
+
+@pytest.mark.parametrize("protocol", VOLUME_PROTOCOLS)
+def test_a_volume_protocol_prompts_for_the_classes_that_are_there(protocol):
+    label = organs()
+    prompts = class_protocol_prompts(label, 5, protocol, generator())
+    if protocol == "none":
+        assert prompts == {}
+        return
+    assert prompts["classes"].tolist() == [0, 1, 3]
+    if protocol.startswith("box"):
+        assert prompts["boxes"].shape == (3, 6)
+        if protocol == "box":
+            assert prompts["boxes"][0].tolist() == [1, 2, 1, 3, 4, 3]
+        return
+    counts = {"point": [1, 1, 1], "points3": [3, 3, 3], "point_per_slice": [3, 1, 6]}[protocol]
+    assert prompts["point_labels"].shape == (3, max(counts))
+    for k, value in enumerate((1, 2, 4)):
+        assert (prompts["point_labels"][k] == 1).sum() == counts[k]
+        assert (prompts["point_labels"][k] == -1).sum() == max(counts) - counts[k]
+        for point in prompts["point_coords"][k, : counts[k]].long().tolist():
+            assert label[tuple(point)] == value
+    if protocol == "point_per_slice":
+        assert prompts["point_coords"][2, :, 2].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_an_unlabelled_volume_gives_no_prompts_and_an_unknown_protocol_is_named():
+    assert class_protocol_prompts(torch.zeros(4, 4, 4), 3, "point", generator()) == {}
+    with pytest.raises(ValueError, match="point_per_slice"):
+        class_protocol_prompts(organs(), 5, "points", generator())
+
+
+def test_prompts_and_corrections_are_drawn_for_each_class_of_each_volume():
+    masks = class_masks(torch.stack([organs(), organs().flip(0)]).unsqueeze(1), torch.tensor([0, 3, 2])).float()
+    points = PromptSampler(max_points=3).draw(masks, "points", generator())
+    count = points["point_labels"].shape[2]
+    assert points["point_coords"].shape == (2, 3, count, 3)
+    for b in range(2):
+        for k in range(3):
+            for point, label in zip(points["point_coords"][b, k].long().tolist(), points["point_labels"][b, k]):
+                assert masks[b, k][tuple(point)] == label
+    assert (points["point_labels"][:, 2] == 0).all(), "an absent class gets background points"
+    boxes = PromptSampler(box_jitter=0.0).draw(masks, "boxes", generator())["boxes"]
+    assert boxes[:, 0].tolist() == [[1, 2, 1, 3, 4, 3], [6, 2, 1, 8, 4, 3]]
+    corrected = add_correction(points, torch.zeros_like(masks) > 0, masks, generator())
+    assert corrected["point_coords"].shape == (2, 3, count + 1, 3)
+    assert corrected["point_labels"][:, :, -1].tolist() == [[1, 1, -1]] * 2

@@ -1,0 +1,51 @@
+"""The loss of volumes in which not every class is annotated."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from monai.losses import DiceLoss
+from torch import Tensor, nn
+
+
+class AnnotatedDiceCELoss(nn.Module):
+    """Dice over the classes in a volume and binary cross-entropy over the annotated ones.
+
+    Real data sets are labelled in part. A class that a volume's annotation leaves out gives no loss there; a class
+    that is annotated and absent gives cross-entropy (it must not be found), and no Dice, which is not defined.
+
+    Args:
+        dice_weight: weight of the Dice loss.
+        ce_weight: weight of the cross-entropy.
+    """
+
+    def __init__(self, dice_weight: float = 1.0, ce_weight: float = 1.0) -> None:
+        super().__init__()
+        self.dice = DiceLoss(sigmoid=True, reduction="none")
+        self.dice_weight = dice_weight
+        self.ce_weight = ce_weight
+
+    def forward(self, logits: Tensor, target: Tensor, annotated: Tensor | None = None) -> Tensor:
+        """Compare masks.
+
+        Args:
+            logits: (B, K, spatial…).
+            target: (B, K, spatial…), boolean or 0 and 1.
+            annotated: (B, K), whether the class is annotated in the volume; none takes all for annotated.
+
+        Returns:
+            Scalar; zero, with a gradient of zero, where nothing is annotated.
+
+        Raises:
+            ValueError: when shapes differ.
+        """
+        if logits.shape != target.shape:
+            raise ValueError(f"logits {tuple(logits.shape)} and target {tuple(target.shape)} must have one shape.")
+        target = target.to(logits.dtype)
+        weight = logits.new_ones(logits.shape[:2]) if annotated is None else annotated.to(logits)
+        if weight.shape != logits.shape[:2]:
+            raise ValueError(f"annotated must have shape {tuple(logits.shape[:2])}, got {tuple(weight.shape)}.")
+        entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(2).mean(-1)
+        dice = self.dice(logits, target).reshape(weight.shape)
+        present = weight * (target.flatten(2).amax(-1) > 0)
+        entropy = (entropy * weight).sum() / weight.sum().clamp_min(1.0)
+        return self.ce_weight * entropy + self.dice_weight * (dice * present).sum() / present.sum().clamp_min(1.0)
