@@ -1,8 +1,9 @@
-"""Data: lists of images and masks, reading of photographs, datasets with reproducible randomness."""
+"""Data: lists of images and masks, reading of photographs and volumes, datasets with reproducible randomness."""
 
 from medsa_nets.data.datalists import image_id, list_photographs, load_datalist
 from medsa_nets.data.dataset import EpochSampler, SeededDataset, stable_seed
 from medsa_nets.data.photographs import AtomicPILWriter, PhotographReader, read_dicom_photograph, save_png
+from medsa_nets.data.volumes import list_volumes, load_volume_datalist, read_volume, volume_id
 
 __all__ = [
     "AtomicPILWriter",
@@ -11,8 +12,12 @@ __all__ = [
     "SeededDataset",
     "image_id",
     "list_photographs",
+    "list_volumes",
     "load_datalist",
+    "load_volume_datalist",
     "read_dicom_photograph",
+    "read_volume",
     "save_png",
     "stable_seed",
+    "volume_id",
 ]

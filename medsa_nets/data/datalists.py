@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +75,39 @@ def load_datalist(
     root = Path(dataset_dir).expanduser()
     if not root.is_dir():
         raise DataError(f"dataset_dir {root}: there is no such folder. Pass the data set's folder (--dataset_dir).")
-    splits = _read_json(Path(datalist).expanduser(), root) if datalist else _scan(root)
+    splits = read_datalist(Path(datalist).expanduser(), root) if datalist else _scan(root)
+    items = choose_split(splits, split, validation_fraction, seed, limit, str(datalist or root), image_id)
+    return keep_readable(items) if skip_unreadable else items
+
+
+def choose_split(
+    splits: dict[str, list[dict[str, Any]]],
+    split: str,
+    validation_fraction: float,
+    seed: int,
+    limit: int,
+    source: str,
+    name_of: Callable[[dict[str, Any]], str],
+) -> list[dict[str, Any]]:
+    """Entries of a split, sorted; where there is no validation split, a share of the training entries stands for it.
+
+    Both that share and ``limit`` choose by a hash of ``name_of(entry)``; other arguments as in :func:`load_datalist`.
+
+    Raises:
+        DataError: when the split is empty; the message begins with ``source`` and counts what was found.
+    """
     if not splits.get("validation") and split != "testing":
         training = splits.get("training", [])
         count = round(validation_fraction * len(training)) if len(training) > 1 else 0
-        ranked = sorted(training, key=lambda item: _hash(image_id(item), seed))
+        ranked = sorted(training, key=lambda item: _hash(name_of(item), seed))
         splits["validation"], splits["training"] = ranked[:count], ranked[count:]
     items = splits.get(split, [])
     if not items:
         counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in SPLITS)
-        raise DataError(f"{datalist or root}: the split {split!r} is empty (found: {counts}).")
+        raise DataError(f"{source}: the split {split!r} is empty (found: {counts}).")
     if limit > 0:
-        items = sorted(items, key=lambda item: _hash(image_id(item), seed))[:limit]
-    items = sorted(items, key=lambda item: item["image"])
-    return keep_readable(items) if skip_unreadable else items
+        items = sorted(items, key=lambda item: _hash(name_of(item), seed))[:limit]
+    return sorted(items, key=lambda item: item["image"])
 
 
 def keep_readable(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
@@ -120,7 +139,12 @@ def _hash(text: str, seed: int) -> str:
     return hashlib.sha256(f"{seed} {text}".encode()).hexdigest()
 
 
-def _read_json(path: Path, root: Path) -> dict[str, list[dict[str, str]]]:
+def read_datalist(path: Path, root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Read the splits of a Decathlon JSON whose paths are relative to ``root``.
+
+    Raises:
+        DataError: when it is missing, no such JSON, or names files that are not there.
+    """
     if not path.is_file():
         raise DataError(f"datalist {path}: there is no such file. Expected a Decathlon JSON (--datalist).")
     try:
@@ -142,7 +166,7 @@ def _read_json(path: Path, root: Path) -> dict[str, list[dict[str, str]]]:
 
 def require_files(paths: Iterable[str], source: str) -> None:
     """Raise a :class:`DataError` that counts and names the files that are not there."""
-    missing = [path for path in paths if not Path(path).is_file()]
+    missing = [path for path in paths if not Path(path).exists()]
     if missing:
         raise DataError(f"{source}: {len(missing)} files are not there, the first is {missing[0]}.")
 
