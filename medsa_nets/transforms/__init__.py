@@ -1,4 +1,4 @@
-"""MONAI transforms for masks and prompts."""
+"""MONAI transforms for masks, prompts and volumes."""
 
 from medsa_nets.transforms.masks import BinarizeMaskd
 from medsa_nets.transforms.overlays import SaveOverlayd
@@ -9,13 +9,25 @@ from medsa_nets.transforms.prompts import (
     to_source_grid,
     to_tensor_grid,
 )
+from medsa_nets.transforms.volumes import (
+    CheckLabelsd,
+    LoadVolumed,
+    MasksToLabeld,
+    SampleClassPromptsd,
+    all_classes,
+)
 
 __all__ = [
     "BinarizeMaskd",
+    "CheckLabelsd",
+    "LoadVolumed",
+    "MasksToLabeld",
     "PromptsToNetworkd",
     "ReadPromptsd",
+    "SampleClassPromptsd",
     "SamplePromptsd",
     "SaveOverlayd",
+    "all_classes",
     "to_source_grid",
     "to_tensor_grid",
 ]

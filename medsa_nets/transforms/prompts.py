@@ -133,7 +133,7 @@ class PromptsToNetworkd(Transform):
             if key in out:
                 shape = out[key].shape
                 moved = to_tensor_grid(out[key].reshape(-1, len(image.shape) - 1), image)
-                out[key] = _sort_corners(moved.reshape(shape)) if key == "boxes" else moved.reshape(shape)
+                out[key] = sort_corners(moved.reshape(shape)) if key == "boxes" else moved.reshape(shape)
         return out
 
 
@@ -161,7 +161,7 @@ def _file_affine(image: MetaTensor) -> Tensor:
     return torch.eye(len(image.affine), dtype=torch.float64) if affine is None else torch.as_tensor(affine).double()
 
 
-def _sort_corners(boxes: Tensor) -> Tensor:
+def sort_corners(boxes: Tensor) -> Tensor:
     """First corner before the opposite one on every axis, also after a flip."""
     first, second = boxes.chunk(2, dim=-1)
     return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=-1)

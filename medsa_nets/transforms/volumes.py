@@ -1,0 +1,175 @@
+"""Transforms of volumes: reading, checks of labels, prompts of each class, and masks back to one label map."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from torch import Tensor
+
+from medsa_nets.data.dataset import stable_seed
+from medsa_nets.data.volumes import read_volume
+from medsa_nets.errors import DataError
+from medsa_nets.prompts import class_protocol_prompts
+from medsa_nets.transforms.prompts import sort_corners, to_source_grid
+
+
+class LoadVolumed(MapTransform):
+    """Read volumes (see :func:`medsa_nets.data.read_volume`) into (1, X, Y, Z) tensors with affine.
+
+    Args:
+        keys: keys of the paths: files, or folders of DICOM series.
+        allow_missing_keys: whether entries without a key pass.
+
+    Raises:
+        DataError: when a volume can't be read.
+    """
+
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Read."""
+        out = dict(data)
+        for key in self.key_iterator(out):
+            out[key] = read_volume(out[key])
+        return out
+
+
+class CheckLabelsd(MapTransform):
+    """Check label volumes against their image and their classes. Place it after ``Orientationd``.
+
+    Args:
+        keys: keys of the labels (1, X, Y, Z).
+        image_key: key of the image.
+        classes: names of the classes, 1 + id in the labels.
+        tolerance: how far corners of the two grids may lie apart, in mm.
+        allow_missing_keys: whether entries without a label pass.
+
+    Raises:
+        DataError: when the grids differ or values are no classes.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        classes: Sequence[str],
+        image_key: str = "image",
+        tolerance: float = 0.1,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.classes = list(classes)
+        self.image_key = image_key
+        self.tolerance = tolerance
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Check."""
+        out = dict(data)
+        for key in self.key_iterator(out):
+            label, image = out[key], out[self.image_key]
+            names = [str(x.meta.get("filename_or_obj", k)) for x, k in ((label, key), (image, self.image_key))]
+            if label.shape != image.shape or _distance(label, image) > self.tolerance:
+                raise DataError(
+                    f"{names[0]}: the label's grid is {_grid(label)}; its image {names[1]} has {_grid(image)}. "
+                    "Expected one grid; resample the label to the image."
+                )
+            values = torch.unique(torch.as_tensor(label))
+            known = torch.arange(len(self.classes) + 1, dtype=values.dtype, device=values.device)
+            unknown = values[~torch.isin(values, known)]
+            if len(unknown):
+                listed = ", ".join(f"{v:g}" for v in unknown[:10].tolist())
+                raise DataError(
+                    f"{names[0]}: the label holds {listed}{' …' if len(unknown) > 10 else ''}; expected 0 (background) "
+                    f"to {len(self.classes)} ({', '.join(self.classes)})."
+                )
+        return out
+
+
+def _grid(volume: MetaTensor) -> str:
+    affine = np.round(np.asarray(volume.affine), 3)
+    spacing = np.round(np.linalg.norm(np.asarray(volume.affine)[:3, :3], axis=0), 3)
+    size = " x ".join(str(n) for n in volume.shape[1:])
+    return f"{size} voxels of {' x '.join(f'{s:g}' for s in spacing)} mm from {affine[:3, 3].tolist()}"
+
+
+def _distance(a: MetaTensor, b: MetaTensor) -> float:
+    """How far the corners of two grids of one shape lie apart, in mm."""
+    corners = np.array([[x, y, z, 1.0] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
+    corners[:, :3] *= np.array(a.shape[1:]) - 1
+    moved = corners @ (np.asarray(a.affine, dtype=float) - np.asarray(b.affine, dtype=float)).T
+    return float(np.linalg.norm(moved[:, :3], axis=1).max())
+
+
+class SampleClassPromptsd(MapTransform):
+    """Draw the prompts of an evaluation protocol for each class of a label, the same for a volume in every run.
+
+    Image and label may have been reoriented before; prompts are given in the file's grid, as a user would give them,
+    and :class:`~medsa_nets.transforms.PromptsToNetworkd` carries them to the network's.
+
+    Args:
+        keys: key of the label (1, X, Y, Z).
+        num_classes: number of classes.
+        prompt: protocol, see :func:`medsa_nets.prompts.class_protocol_prompts`.
+        image_key: key of the image, whose file name seeds the draw.
+        seed: seed of the draw.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, num_classes: int, prompt: str = "none", image_key: str = "image", seed: int = 0
+    ) -> None:
+        super().__init__(keys)
+        self.num_classes = num_classes
+        self.prompt = prompt
+        self.image_key = image_key
+        self.seed = seed
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add ``point_coords`` and ``point_labels``, or ``boxes``, in the file's grid, and ``classes``."""
+        out = dict(data)
+        for key in self.key_iterator(out):
+            name = os.path.basename(str(getattr(out[self.image_key], "meta", {}).get("filename_or_obj", "")))
+            generator = torch.Generator().manual_seed(stable_seed(self.seed, name))
+            label = torch.as_tensor(out[key])[0]
+            prompts = class_protocol_prompts(label, self.num_classes, self.prompt, generator)
+            for name in ("point_coords", "boxes"):
+                if name in prompts:
+                    shape = prompts[name].shape
+                    moved = to_source_grid(prompts[name].reshape(-1, label.dim()), out[self.image_key]).reshape(shape)
+                    prompts[name] = sort_corners(moved) if name == "boxes" else moved
+            out.update(prompts)
+        return out
+
+
+class MasksToLabeld(MapTransform):
+    """Join the masks of classes into one label map: at each voxel the class of highest logit, if that is positive.
+
+    Args:
+        keys: keys of logits (num_classes, X, Y, Z).
+        threshold: logits up to this one are background.
+    """
+
+    def __init__(self, keys: KeysCollection, threshold: float = 0.0) -> None:
+        super().__init__(keys)
+        self.threshold = threshold
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Map to (1, X, Y, Z) of 0 (background) and 1 + class id."""
+        out = dict(data)
+        for key in self.key_iterator(out):
+            highest, index = out[key].max(dim=0, keepdim=True)
+            out[key] = torch.where(highest > self.threshold, index + 1, torch.zeros_like(index)).to(torch.float32)
+        return out
+
+
+def all_classes(logits: Tensor, classes: Tensor, num_classes: int, absent: float = -20.0) -> Tensor:
+    """Logits of some classes (B, K, spatial…) as those of all (B, num_classes, spatial…), ``absent`` elsewhere."""
+    out = logits.new_full((logits.shape[0], num_classes, *logits.shape[2:]), absent)
+    out[:, classes.to(logits.device)] = logits
+    return out

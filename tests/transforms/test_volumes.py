@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, Orientationd, Spacingd
+
+from medsa_nets.errors import DataError, find_cause
+from medsa_nets.transforms import (
+    CheckLabelsd,
+    LoadVolumed,
+    MasksToLabeld,
+    PromptsToNetworkd,
+    SampleClassPromptsd,
+    all_classes,
+)
+
+CLASSES = ["spleen", "liver"]
+
+
+def case(tmp_path, label=None, label_affine=None, affine=None):
+    affine = np.diag([-2.0, -1.5, 3.0, 1.0]) if affine is None else affine
+    label = np.zeros((12, 10, 8), np.uint8) if label is None else label
+    if not label.any():
+        label[2:5, 3:6, 1:4], label[7:9, 7:9, 6] = 1, 2
+    nib.save(
+        nib.Nifti1Image(np.random.default_rng(0).normal(size=(12, 10, 8)).astype(np.float32), affine),
+        tmp_path / "i.nii.gz",
+    )
+    nib.save(nib.Nifti1Image(label, affine if label_affine is None else label_affine), tmp_path / "l.nii.gz")
+    return {"image": str(tmp_path / "i.nii.gz"), "label": str(tmp_path / "l.nii.gz")}
+
+
+LOAD = [LoadVolumed(["image", "label"]), Orientationd(["image", "label"], axcodes="RAS", labels=None)]
+
+
+def test_image_and_label_stored_in_other_directions_pass_as_one_grid(tmp_path):
+    item = case(tmp_path)
+    label = nib.load(item["label"])
+    flipped = label.as_reoriented(np.array([[0, 1], [1, -1], [2, 1]]))
+    nib.save(flipped, tmp_path / "flipped.nii.gz")
+    out = Compose([*LOAD, CheckLabelsd("label", CLASSES)])({**item, "label": str(tmp_path / "flipped.nii.gz")})
+    straight = Compose(LOAD)(item)
+    assert torch.equal(out["label"].as_tensor(), straight["label"].as_tensor())
+
+
+def test_another_grid_is_refused_with_both_grids(tmp_path):
+    moved = np.diag([-2.0, -1.5, 3.0, 1.0])
+    moved[2, 3] = 5.0
+    with pytest.raises(RuntimeError) as caught:
+        Compose([*LOAD, CheckLabelsd("label", CLASSES)])(case(tmp_path, label_affine=moved))
+    text = str(find_cause(caught.value))
+    assert "l.nii.gz: the label's grid is 12 x 10 x 8 voxels of 2 x 1.5 x 3 mm from" in text
+    assert "i.nii.gz has 12 x 10 x 8 voxels" in text
+    with pytest.raises(RuntimeError) as caught:
+        Compose([*LOAD, CheckLabelsd("label", CLASSES)])(case(tmp_path, label=np.ones((12, 10, 7), np.uint8)))
+    assert "12 x 10 x 7 voxels" in str(find_cause(caught.value))
+
+
+def test_values_that_are_no_classes_are_listed(tmp_path):
+    label = np.zeros((12, 10, 8), np.uint8)
+    label[0, 0, :3] = [2, 3, 7]
+    with pytest.raises(RuntimeError) as caught:
+        Compose([*LOAD, CheckLabelsd("label", CLASSES)])(case(tmp_path, label=label))
+    assert isinstance(find_cause(caught.value), DataError)
+    assert "the label holds 3, 7; expected 0 (background) to 2 (spleen, liver)" in str(find_cause(caught.value))
+
+
+@pytest.mark.parametrize("prompt", ["point", "points3", "point_per_slice"])
+def test_clicks_lie_on_their_class_after_any_spatial_transforms(tmp_path, prompt):
+    transforms = Compose(
+        [
+            *LOAD,
+            SampleClassPromptsd("label", 2, prompt),
+            Spacingd(["image", "label"], pixdim=(1.0, 1.0, 1.0), mode=("bilinear", "nearest")),
+            PromptsToNetworkd(),
+        ]
+    )
+    out = transforms(case(tmp_path))
+    assert out["classes"].tolist() == [0, 1]
+    for k in range(2):
+        for point, label in zip(out["point_coords"][k], out["point_labels"][k]):
+            if label == 1:
+                assert out["label"][0][tuple(point.round().long())] == k + 1
+    again = transforms(case(tmp_path))
+    assert torch.equal(again["point_coords"], out["point_coords"])
+
+
+def test_boxes_follow_flips_with_ordered_corners(tmp_path):
+    out = Compose([*LOAD, SampleClassPromptsd("label", 2, "box"), PromptsToNetworkd()])(case(tmp_path))
+    for k, box in enumerate(out["boxes"]):
+        voxels = (out["label"][0] == k + 1).nonzero()
+        assert box.tolist() == [*voxels.amin(0).tolist(), *voxels.amax(0).tolist()]
+
+
+def test_masks_become_one_label_and_some_classes_all():
+    logits = torch.tensor([[-1.0, 2.0, 3.0, -4.0], [-2.0, 1.0, 5.0, 0.5]]).reshape(2, 4, 1, 1)
+    out = MasksToLabeld("pred")({"pred": MetaTensor(logits)})["pred"]
+    assert isinstance(out, MetaTensor)
+    assert out.flatten().tolist() == [0, 1, 2, 2]
+    spread = all_classes(logits[None], torch.tensor([2, 0]), 4)
+    assert torch.equal(spread[0, 2], logits[0])
+    assert torch.equal(spread[0, 0], logits[1])
+    assert (spread[0, [1, 3]] == -20).all()
