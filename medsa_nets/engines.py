@@ -314,6 +314,8 @@ class PreparePromptBatch:
             return batchdata[key].to(device=device, non_blocking=non_blocking, **kwargs)
 
         prompts = {key: plain(move(key)) for key in PROMPT_KEYS if key in batchdata}
+        if "classes" in batchdata:  # the same for every item of the batch
+            prompts["classes"] = plain(move("classes"))[0].long()
         return move(Keys.IMAGE), move(Keys.LABEL) if Keys.LABEL in batchdata else None, (), prompts
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from medsa_nets.engines import plain
 from medsa_nets.networks import VolumeMedSA
+from medsa_nets.transforms import all_classes
 
 
 def tensor_sha256(*tensors: Tensor) -> str:
@@ -103,6 +104,8 @@ class SlabInferer(Inferer):
         sw_device: where slabs are computed; none takes the volume's device.
         device: where the result is put together; none takes the volume's device.
         cache: keeps embeddings; none computes them anew.
+        every_class: whether the result of prompts for some classes has a channel for every class of the network, with
+            those that were not asked for absent.
         progress: whether a bar shows the slabs.
 
     Raises:
@@ -118,6 +121,7 @@ class SlabInferer(Inferer):
         sw_device: str | torch.device | None = None,
         device: str | torch.device | None = None,
         cache: EmbeddingCache | None = None,
+        every_class: bool = False,
         progress: bool = False,
     ) -> None:
         super().__init__()
@@ -132,6 +136,7 @@ class SlabInferer(Inferer):
         self.sw_device = sw_device
         self.device = device
         self.cache = cache
+        self.every_class = every_class
         self.progress = progress
 
     def starts(self, depth: int) -> list[int]:
@@ -176,7 +181,10 @@ class SlabInferer(Inferer):
             own = {name: value if name == "classes" else value[index : index + 1] for name, value in prompts.items()}
             key = None if image_key is None else f"{image_key} {index}"
             volumes.append(self._segment(inputs[index : index + 1], medsa, own, key))
-        return torch.cat(volumes)
+        logits = torch.cat(volumes)
+        if self.every_class and "classes" in prompts:
+            logits = all_classes(logits, prompts["classes"], medsa.num_classes)
+        return logits
 
     def _segment(self, volume: Tensor, network: VolumeMedSA, prompts: dict[str, Tensor], key: str | None) -> Tensor:
         height, width, depth = volume.shape[2:]

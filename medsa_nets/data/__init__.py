@@ -1,7 +1,14 @@
 """Data: lists of images and masks, reading of photographs and volumes, datasets with reproducible randomness."""
 
 from medsa_nets.data.datalists import image_id, list_photographs, load_datalist
-from medsa_nets.data.dataset import EpochSampler, SeededDataset, stable_seed
+from medsa_nets.data.dataset import (
+    EpochSampler,
+    SeededCacheDataset,
+    SeededDataset,
+    SeededPersistentDataset,
+    make_dataset,
+    stable_seed,
+)
 from medsa_nets.data.photographs import AtomicPILWriter, PhotographReader, read_dicom_photograph, save_png
 from medsa_nets.data.volumes import list_volumes, load_volume_datalist, read_volume, volume_id
 
@@ -9,12 +16,15 @@ __all__ = [
     "AtomicPILWriter",
     "EpochSampler",
     "PhotographReader",
+    "SeededCacheDataset",
     "SeededDataset",
+    "SeededPersistentDataset",
     "image_id",
     "list_photographs",
     "list_volumes",
     "load_datalist",
     "load_volume_datalist",
+    "make_dataset",
     "read_dicom_photograph",
     "read_volume",
     "save_png",

@@ -7,28 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from monai.data import Dataset, set_rnd
+from monai.data import CacheDataset, Dataset, PersistentDataset, set_rnd
 from monai.utils import get_seed
 from torch.utils.data import Sampler
 
 from medsa_nets.errors import find_cause
 
 
-class SeededDataset(Dataset):
-    """MONAI's dataset with random transforms seeded by (seed, epoch, index), and errors that say what is wrong.
+class _Seeded(Dataset):
+    """Seeds a dataset's random transforms by (seed, epoch, index), and gives errors that say what is wrong."""
 
-    The result does not depend on the number of workers, on what was loaded before, or on whether the run was resumed.
-
-    Args:
-        data: entries.
-        transform: transforms.
-        seed: seed; none takes the one that ``monai.utils.set_determinism`` set, or 0.
-    """
-
-    def __init__(self, data: Sequence[Any], transform: Callable | None = None, seed: int | None = None) -> None:
-        super().__init__(data, transform)
-        self.seed = seed
-        self.epoch = 0
+    seed: int | None = None
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose random numbers are drawn."""
@@ -45,6 +35,93 @@ class SeededDataset(Dataset):
             if cause is None:
                 raise
             raise cause from None
+
+
+class SeededDataset(_Seeded):
+    """MONAI's dataset with random transforms seeded by (seed, epoch, index), and errors that say what is wrong.
+
+    The result does not depend on the number of workers, on what was loaded before, or on whether the run was resumed.
+
+    Args:
+        data: entries.
+        transform: transforms.
+        seed: seed; none takes the one that ``monai.utils.set_determinism`` set, or 0.
+    """
+
+    def __init__(self, data: Sequence[Any], transform: Callable | None = None, seed: int | None = None) -> None:
+        super().__init__(data, transform)
+        self.seed = seed
+
+
+class SeededCacheDataset(_Seeded, CacheDataset):
+    """MONAI's ``CacheDataset`` (what comes before the first random transform stays in memory), seeded likewise.
+
+    Args:
+        data: entries.
+        transform: transforms.
+        seed: see :class:`SeededDataset`.
+        settings: see ``monai.data.CacheDataset``.
+    """
+
+    def __init__(
+        self, data: Sequence[Any], transform: Callable | None = None, seed: int | None = None, **settings: Any
+    ) -> None:
+        try:
+            CacheDataset.__init__(self, data, transform, **settings)
+        except RuntimeError as error:
+            cause = find_cause(error)
+            if cause is None:
+                raise
+            raise cause from None
+        self.seed = seed
+
+
+class SeededPersistentDataset(_Seeded, PersistentDataset):
+    """MONAI's ``PersistentDataset`` (what comes before the first random transform stays on disk), seeded likewise.
+
+    Args:
+        data: entries.
+        transform: transforms.
+        cache_dir: folder of the cache.
+        seed: see :class:`SeededDataset`.
+        settings: see ``monai.data.PersistentDataset``.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Any],
+        transform: Callable | None = None,
+        cache_dir: str | None = None,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> None:
+        PersistentDataset.__init__(self, data, transform, cache_dir, **settings)
+        self.seed = seed
+
+
+def make_dataset(
+    data: Sequence[Any], transform: Callable, *, cache: str = "none", cache_dir: str | None = None, seed: int = 0
+) -> Dataset:
+    """A seeded dataset that keeps what comes before the first random transform in ``memory``, on ``disk``, or not.
+
+    Args:
+        data: entries.
+        transform: transforms.
+        cache: ``memory``, ``disk`` or ``none``.
+        cache_dir: folder of the cache on disk. Files in it are known by their entries; empty it after a change of
+            the transforms.
+        seed: seed of the random transforms.
+
+    Raises:
+        ValueError: when ``cache`` is something else.
+    """
+    if cache == "memory":
+        return SeededCacheDataset(data, transform, seed=seed, num_workers=None)
+    if cache == "disk":
+        return SeededPersistentDataset(data, transform, cache_dir=cache_dir, seed=seed)
+    if cache == "none":
+        return SeededDataset(data, transform, seed=seed)
+    raise ValueError(f"cache must be memory, disk or none, got {cache!r}.")
 
 
 def stable_seed(*parts: object) -> int:

@@ -94,8 +94,8 @@ def load_volume_datalist(
         limit: if above 0, this many volumes of the split, chosen by the same hash.
 
     Returns:
-        Entries with ``image`` and ``label`` (absolute paths, sorted by name) and, with ``classes``, ``annotated``: a
-        list of booleans, one for each class.
+        Entries with ``image`` and ``label`` (absolute paths, sorted by name) and, with ``classes``, ``annotated``: an
+        array of booleans, one for each class.
 
     Raises:
         DataError: when folder, file or split is missing, when the list is empty, when files are not there, or when
@@ -114,7 +114,7 @@ def load_volume_datalist(
     )
     if classes:
         for item in items:
-            item["annotated"] = _annotated(item, list(classes), str(datalist))
+            item["annotated"] = np.asarray(_annotated(item, list(classes), str(datalist)))
     return items
 
 

@@ -268,7 +268,7 @@ def test_annotated_classes_are_translated_and_checked(tmp_path):
     listed[1]["annotated"] = ["liver"]
     (root / "dataset_0.json").write_text(json.dumps({"training": listed}))
     items = load_volume_datalist("training", root, classes=["spleen", "liver"], validation_fraction=0.0)
-    assert [item["annotated"] for item in items] == [[True, True], [False, True], [True, True]]
+    assert [item["annotated"].tolist() for item in items] == [[True, True], [False, True], [True, True]]
     listed[1]["annotated"] = ["lever"]
     (root / "dataset_0.json").write_text(json.dumps({"training": listed}))
     with pytest.raises(DataError, match=r"'annotated' of .*img0001.*lever.*out of spleen, liver"):

@@ -1,0 +1,43 @@
+"""Surface metrics in millimetres: MONAI's, with the spacing of each volume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.metrics import HausdorffDistanceMetric, SurfaceDiceMetric
+from torch import Tensor
+
+
+def spacings(volumes: Sequence[Tensor] | Tensor) -> list[list[float]]:
+    """Voxel spacing of each volume in mm; 1 for a tensor without affine."""
+    return [
+        [float(s) for s in volume.pixdim] if isinstance(volume, MetaTensor) else [1.0] * (volume.dim() - 1)
+        for volume in volumes
+    ]
+
+
+class HausdorffDistanceMM(HausdorffDistanceMetric):
+    """``monai.metrics.HausdorffDistanceMetric`` that takes each volume's spacing from its affine: distances in mm."""
+
+    def __call__(self, y_pred: Any, y: Any = None, **kwargs: Any) -> Any:
+        """Compare lists of one-hot volumes (classes, X, Y, Z)."""
+        return _one_by_one(super().__call__, y_pred, y, **kwargs)
+
+
+class SurfaceDiceMM(SurfaceDiceMetric):
+    """``monai.metrics.SurfaceDiceMetric`` (NSD) with each volume's spacing; thresholds are tolerances in mm."""
+
+    def __call__(self, y_pred: Any, y: Any = None, **kwargs: Any) -> Any:
+        """Compare lists of one-hot volumes (classes, X, Y, Z)."""
+        return _one_by_one(super().__call__, y_pred, y, **kwargs)
+
+
+def _one_by_one(metric: Any, y_pred: Any, y: Any, **kwargs: Any) -> Tensor:
+    results = [
+        metric(p.unsqueeze(0), t.unsqueeze(0), spacing=spacing, **kwargs)
+        for p, t, spacing in zip(y_pred, y, spacings(y))
+    ]
+    return torch.cat(results)
