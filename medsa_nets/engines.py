@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,27 @@ from torch.nn import functional
 from medsa_nets.data.dataset import stable_seed
 from medsa_nets.networks import MedSA
 from medsa_nets.prompts import PROMPT_KEYS, PromptSampler, add_correction, class_masks
+
+
+def keep_freed_memory(keep: bool = True) -> bool:
+    """Let this process keep the memory that it frees for what it allocates next, where the C library is glibc.
+
+    Training on a CPU allocates and frees the same large blocks in each step; glibc gives each back to the system and
+    asks for it anew, and the system clears it every time. ``tests/benchmarks/allocator.py`` measures what that costs.
+
+    Args:
+        keep: whether to keep it; else glibc's own thresholds (128 KiB) are set, without their growth with use.
+
+    Returns:
+        Whether the C library took the setting.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS, Windows, musl
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    value = 2**31 - 1 if keep else 128 * 1024
+    return bool(mallopt(mmap_threshold, value)) and bool(mallopt(trim_threshold, value))
 
 
 def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:

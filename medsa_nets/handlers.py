@@ -18,26 +18,22 @@ from monai.handlers import from_engine
 from monai.utils import CommonKeys as Keys
 from torch import nn
 
-from medsa_nets.data import image_id, save_png
+from medsa_nets.data import image_id, save_png, volume_id
+from medsa_nets.data.atomic import temporary_name
 from medsa_nets.engines import PreparePromptBatch, plain
 from medsa_nets.errors import WeightsError, describe
 from medsa_nets.prompts import PROMPT_KEYS
-from medsa_nets.visualize import overlay_sample
+from medsa_nets.visualize import overlay_sample, overlay_volume
 
 
 def save_atomically(obj: Any, path: str | Path) -> Path:
     """``torch.save`` under a temporary name in the same folder, then rename: a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with open(part, "wb") as file:
-            torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with temporary_name(path) as part, open(part, "wb") as file:
+        torch.save(obj, file)
+        file.flush()
+        os.fsync(file.fileno())
     return path
 
 
@@ -326,12 +322,12 @@ class SampleOverlays:
             label = item.get("label")
             if label is not None and label.shape[1:] != logits.shape[2:]:
                 label = nn.functional.interpolate(plain(label)[None].float(), size=logits.shape[2:])[0]
-            picture = overlay_sample(
-                plain(item["image"]),
-                prediction=logits[0] > 0,
-                label=label,
-                prompts={key: prompts[key][0] for key in PROMPT_KEYS if key in prompts},
-            )
-            name = image_id({"image": item["image"].meta.get("filename_or_obj", f"sample_{i}")})
+            drawn = {key: prompts[key][0] for key in PROMPT_KEYS if key in prompts}
+            if logits.dim() == 5:
+                picture = overlay_volume(item["image"], logits[0], label=label, prompts=drawn)
+            else:
+                picture = overlay_sample(plain(item["image"]), prediction=logits[0] > 0, label=label, prompts=drawn)
+            path = item["image"].meta.get("filename_or_obj", f"sample_{i}")
+            name = volume_id(path) if logits.dim() == 5 else image_id({"image": path})
             save_png(picture, self.folder / f"epoch_{engine.state.epoch:04d}_{name}.png")
         network.train()

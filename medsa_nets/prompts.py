@@ -7,9 +7,10 @@ opposite corner, both inclusive. K prompt sets give K masks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PROMPT_KEYS = ("point_coords", "point_labels", "boxes")
@@ -191,16 +192,25 @@ def class_protocol_prompts(
             drawn.append({"point_coords": torch.stack(points)[None], "point_labels": torch.ones(1, len(points))})
         else:
             drawn.append(protocol_prompts(mask, protocol, generator))
-    out = {"classes": torch.tensor(present)}
-    if "boxes" in drawn[0]:
-        return {**out, "boxes": torch.cat([prompts["boxes"] for prompts in drawn])}
-    most = max(prompts["point_labels"].shape[1] for prompts in drawn)
-    coords = torch.zeros(len(drawn), most, label.dim())
-    labels = -torch.ones(len(drawn), most)
-    for k, prompts in enumerate(drawn):
-        count = prompts["point_labels"].shape[1]
-        coords[k, :count], labels[k, :count] = prompts["point_coords"][0], prompts["point_labels"][0]
-    return {**out, "point_coords": coords, "point_labels": labels}
+    return {"classes": torch.tensor(present), **join_prompts(drawn)}
+
+
+def join_prompts(sets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Prompt sets of K = 1 and one kind as one of K, with padding points (label -1) where a set has fewer.
+
+    Args:
+        sets: each ``point_coords`` (1, P, dims) with ``point_labels`` (1, P), ``boxes`` (1, 2 * dims), or both.
+    """
+    out = {}
+    if "boxes" in sets[0]:
+        out["boxes"] = torch.cat([prompts["boxes"] for prompts in sets])
+    if "point_coords" in sets[0]:
+        most = max(prompts["point_labels"].shape[1] for prompts in sets)
+        spare = [most - prompts["point_labels"].shape[1] for prompts in sets]
+        pairs = list(zip(sets, spare))
+        out["point_coords"] = torch.cat([F.pad(prompts["point_coords"], (0, 0, 0, n)) for prompts, n in pairs])
+        out["point_labels"] = torch.cat([F.pad(prompts["point_labels"], (0, n), value=-1.0) for prompts, n in pairs])
+    return out
 
 
 class PromptSampler:

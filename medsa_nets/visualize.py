@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_dilation, binary_erosion
 from torch import Tensor
@@ -35,8 +38,8 @@ def overlay(
 
     Args:
         image: (3, W, H) in [0, 1], the layout of MONAI's readers.
-        prediction: boolean (W, H).
-        label: boolean (W, H).
+        prediction: boolean (W, H), or a map of classes above 0, each of which is outlined.
+        label: likewise.
         point_coords: (P, 2) indices into (W, H).
         point_labels: (P,): 1 drawn cyan, 0 magenta, -1 not drawn.
         boxes: (N, 4) corners as indices into (W, H), drawn yellow.
@@ -46,11 +49,12 @@ def overlay(
     """
     canvas = (np.clip(image, 0.0, 1.0) * 255.0).transpose(1, 2, 0).astype(np.float32)
     line = max(1, round(max(canvas.shape[:2]) / 200))
-    if prediction is not None and prediction.any():
-        canvas[prediction] = 0.75 * canvas[prediction] + 0.25 * np.array(PREDICTION_COLOUR)
-        canvas[_outline(prediction, line)] = PREDICTION_COLOUR
-    if label is not None and label.any():
-        canvas[_outline(label, line)] = LABEL_COLOUR
+    if prediction is not None:
+        inside = prediction > 0
+        canvas[inside] = 0.75 * canvas[inside] + 0.25 * np.array(PREDICTION_COLOUR)
+    for masks, colour in ((prediction, PREDICTION_COLOUR), (label, LABEL_COLOUR)):
+        for value in np.unique(masks[masks > 0]) if masks is not None else ():
+            canvas[_outline(masks == value, line)] = colour
     picture = Image.fromarray(canvas.astype(np.uint8).swapaxes(0, 1))
     draw = ImageDraw.Draw(picture)
     for x0, y0, x1, y1 in boxes if boxes is not None else ():
@@ -76,6 +80,80 @@ def overlay_sample(
         point_labels=None if labels is None else labels[0].cpu().numpy(),
         boxes=None if boxes is None else boxes.cpu().numpy(),
     )
+
+
+def overlay_volume(
+    image: MetaTensor,
+    logits: Tensor,
+    *,
+    label: Tensor | None = None,
+    prompts: dict[str, Tensor],
+    height: int = 320,
+) -> Image.Image:
+    """Draw an axial, a coronal and a sagittal plane of a volume beside each other, as a radiologist sees them.
+
+    The planes meet in the first foreground click; without clicks in the middle of the boxes, of the label, or of the
+    prediction. Only clicks and boxes of a plane are drawn on it.
+
+    Args:
+        image: (C, X, Y, Z) in [0, 1], its axes to the right, to the front and to the head (RAS), with its spacing.
+        logits: (K, X, Y, Z), one mask per class.
+        label: (1, X, Y, Z) of 0 and 1 + class id.
+        prompts: ``point_coords`` (K, P, 3), ``point_labels`` (K, P), ``boxes`` (K, 6), indices of the volume.
+        height: of the picture, in pixels.
+    """
+    highest, index = logits.detach().cpu().max(dim=0)
+    prediction = torch.where(highest > 0, index + 1, 0)
+    truth = None if label is None else torch.as_tensor(label)[0].cpu()
+    points, labels = (prompts.get(key) for key in ("point_coords", "point_labels"))
+    points = torch.zeros(0, 3) if points is None else points.reshape(-1, 3).cpu().float()
+    labels = torch.zeros(0) if labels is None else labels.reshape(-1).cpu()
+    boxes = prompts.get("boxes")
+    boxes = torch.zeros(0, 6) if boxes is None else boxes.reshape(-1, 6).cpu().float()
+    size = torch.tensor(image.shape[1:])
+    if bool((labels > 0).any()):
+        centre = points[labels > 0][0]
+    elif len(boxes):
+        centre = (boxes[0, :3] + boxes[0, 3:]) / 2
+    else:
+        inside = next((m.nonzero() for m in (truth, prediction) if m is not None and bool((m > 0).any())), None)
+        centre = inside.float().mean(0) if inside is not None else (size - 1) / 2
+    centre = torch.minimum(centre.round().long().clamp_min(0), size - 1)
+    spacing = [float(s) for s in image.pixdim]
+    grey = torch.as_tensor(image).detach().cpu().float().mean(0)
+    pictures = []
+    for axis in (2, 1, 0):
+        across, down = (i for i in range(3) if i != axis)
+        scale = height / (float(size[down]) * spacing[down])  # pixels per mm
+        shape = [max(1, round(float(size[i]) * spacing[i] * scale)) for i in (across, down)]
+
+        def plane(volume: Tensor, mode: str, axis: int = axis, shape: list[int] = shape) -> np.ndarray:
+            chosen = volume.select(axis, int(centre[axis]))[None, None].float()
+            return F.interpolate(chosen, size=shape, mode=mode)[0, 0].flip(0, 1).numpy()
+
+        def place(position: Tensor, across: int = across, down: int = down, shape: list[int] = shape) -> np.ndarray:
+            moved = [shape[j] * (1 - (position[..., i] + 0.5) / size[i]) - 0.5 for j, i in enumerate((across, down))]
+            return torch.stack(moved, dim=-1).numpy()
+
+        here = (points[:, axis] - centre[axis]).abs() <= 0.5
+        cut = (boxes[:, axis] <= centre[axis] + 0.5) & (boxes[:, axis + 3] >= centre[axis] - 0.5)
+        corners = [place(boxes[cut][:, 3:]), place(boxes[cut][:, :3])]  # the flip exchanges first and last
+        pictures.append(
+            overlay(
+                np.repeat(plane(grey, "bilinear")[None], 3, axis=0),
+                prediction=plane(prediction, "nearest"),
+                label=None if truth is None else plane(truth, "nearest"),
+                point_coords=place(points[here]),
+                point_labels=labels[here].numpy(),
+                boxes=np.concatenate(corners, axis=1),
+            )
+        )
+    page = Image.new("RGB", (sum(p.width for p in pictures) + 8, height), (255, 255, 255))
+    left = 0
+    for picture in pictures:
+        page.paste(picture, (left, 0))
+        left += picture.width + 4
+    return page
 
 
 def contact_sheet(

@@ -10,7 +10,7 @@ from medsa_nets.data.dataset import (
     stable_seed,
 )
 from medsa_nets.data.photographs import AtomicPILWriter, PhotographReader, read_dicom_photograph, save_png
-from medsa_nets.data.volumes import list_volumes, load_volume_datalist, read_volume, volume_id
+from medsa_nets.data.volumes import list_volumes, load_volume_datalist, read_volume, volume_id, volume_writer
 
 __all__ = [
     "AtomicPILWriter",
@@ -30,4 +30,5 @@ __all__ = [
     "save_png",
     "stable_seed",
     "volume_id",
+    "volume_writer",
 ]

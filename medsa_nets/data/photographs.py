@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from monai.data import PILReader, PILWriter
 from PIL import Image, ImageFile
 
+from medsa_nets.data.atomic import AtomicWriter, temporary_name
 from medsa_nets.data.datalists import is_dicom
 from medsa_nets.errors import DataError
 
@@ -104,28 +104,14 @@ def read_dicom_photograph(path: str | Path) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
 
 
-class AtomicPILWriter(PILWriter):
-    """MONAI's PIL writer, which writes to a temporary name beside the file and renames it."""
-
-    def write(self, filename: Any, verbose: bool = False, **kwargs: Any) -> None:
-        """Write the image to ``filename`` (PNG), whole or not at all."""
-        path = Path(filename)
-        part = path.with_name(f".{os.getpid()}.{path.name}")
-        try:
-            super().write(part, verbose=verbose, **kwargs)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+class AtomicPILWriter(AtomicWriter, PILWriter):
+    """MONAI's PIL writer, whole files only."""
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
     """Save a picture as PNG, under a temporary name until complete; folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    with temporary_name(path) as part:
         image.save(part, format="PNG")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path

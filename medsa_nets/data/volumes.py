@@ -12,9 +12,10 @@ import nibabel
 import numpy as np
 import pydicom
 import torch
-from monai.data import ITKReader, MetaTensor, NibabelReader
+from monai.data import ITKReader, ITKWriter, MetaTensor, NibabelReader, NibabelWriter
 from pydicom.errors import InvalidDicomError
 
+from medsa_nets.data.atomic import AtomicWriter
 from medsa_nets.data.datalists import SPLITS, choose_split, is_dicom, read_datalist
 from medsa_nets.errors import DataError, describe
 
@@ -227,7 +228,7 @@ def _check_affine(affine: np.ndarray, path: Path) -> None:
 
 def _from_reader(reader: ITKReader | NibabelReader, image: Any) -> MetaTensor:
     array, meta = reader.get_data(image)
-    return MetaTensor(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)), affine=meta["affine"], meta=meta)
+    return MetaTensor(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)), meta=meta)
 
 
 def _plain_meta(volume: MetaTensor, path: Path) -> dict[str, Any]:
@@ -238,6 +239,27 @@ def _plain_meta(volume: MetaTensor, path: Path) -> dict[str, Any]:
         "spatial_shape": np.asarray(volume.shape),
         "space": "RAS",
     }
+
+
+class AtomicNibabelWriter(AtomicWriter, NibabelWriter):
+    """MONAI's NIfTI writer, whole files only."""
+
+
+class AtomicITKWriter(AtomicWriter, ITKWriter):
+    """MONAI's ITK writer (NRRD, MetaImage), whole files only."""
+
+
+def volume_writer(output_ext: str) -> type[NibabelWriter] | type[ITKWriter]:
+    """The writer of a format, by the files' suffix.
+
+    Raises:
+        DataError: when the suffix is that of no format.
+    """
+    if output_ext in (".nii", ".nii.gz"):
+        return AtomicNibabelWriter
+    if output_ext in (".nrrd", ".mha"):
+        return AtomicITKWriter
+    raise DataError(f"output_ext must be .nii.gz, .nii, .nrrd or .mha; got {output_ext!r}.")
 
 
 def _dicom_series(folder: Path) -> list[Path]:

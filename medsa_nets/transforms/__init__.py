@@ -1,7 +1,7 @@
 """MONAI transforms for masks, prompts and volumes."""
 
 from medsa_nets.transforms.masks import BinarizeMaskd
-from medsa_nets.transforms.overlays import SaveOverlayd
+from medsa_nets.transforms.overlays import SaveOverlayd, SaveVolumeOverlayd
 from medsa_nets.transforms.prompts import (
     PromptsToNetworkd,
     ReadPromptsd,
@@ -11,8 +11,9 @@ from medsa_nets.transforms.prompts import (
 )
 from medsa_nets.transforms.volumes import (
     CheckLabelsd,
-    LoadVolumed,
+    LoadImageVolumed,
     MasksToLabeld,
+    ReadClassPromptsd,
     SampleClassPromptsd,
     all_classes,
 )
@@ -20,13 +21,15 @@ from medsa_nets.transforms.volumes import (
 __all__ = [
     "BinarizeMaskd",
     "CheckLabelsd",
-    "LoadVolumed",
+    "LoadImageVolumed",
     "MasksToLabeld",
     "PromptsToNetworkd",
+    "ReadClassPromptsd",
     "ReadPromptsd",
     "SampleClassPromptsd",
     "SamplePromptsd",
     "SaveOverlayd",
+    "SaveVolumeOverlayd",
     "all_classes",
     "to_source_grid",
     "to_tensor_grid",

@@ -65,40 +65,51 @@ class ReadPromptsd(Transform):
     def __init__(self, prompts: str | None = None, image_key: str = "image") -> None:
         self.image_key = image_key
         self.path = prompts
-        self.table: dict[str, Any] = {}
-        if prompts:
-            try:
-                self.table = json.loads(Path(prompts).read_text())
-            except (OSError, ValueError) as error:
-                raise DataError(f"prompts {prompts}: not readable as JSON ({error}).") from error
-            if not isinstance(self.table, dict):
-                raise DataError(f"prompts {prompts}: expected an object that maps file names to prompts.")
+        self.table = read_prompt_table(prompts)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the image's prompts, in its own grid."""
         out = dict(data)
         image = out[self.image_key]
         name = os.path.basename(str(image.meta.get("filename_or_obj", "")))
-        if name not in self.table:
-            return out
-        entry, shape = self.table[name], tuple(image.shape[1:])
-        try:
-            if not set(entry) & {"points", "box"} or set(entry) - {"points", "labels", "box"}:
-                raise ValueError(f"found {', '.join(map(str, entry)) or 'nothing'}")
-            if "points" in entry:
-                points = torch.tensor(entry["points"], dtype=torch.float32).reshape(1, -1, len(shape))
-                labels = torch.tensor(entry.get("labels", [1] * points.shape[1]), dtype=torch.float32).reshape(1, -1)
-                if labels.shape[1] != points.shape[1]:
-                    raise ValueError(f"{points.shape[1]} points but {labels.shape[1]} labels")
-                if not set(labels.flatten().tolist()) <= {0.0, 1.0}:
-                    raise ValueError("labels other than 1 (foreground) and 0 (background)")
-                out.update(point_coords=points, point_labels=labels)
-            if "box" in entry:
-                out["boxes"] = torch.tensor(entry["box"], dtype=torch.float32).reshape(1, 2 * len(shape))
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise DataError(f"prompts {self.path}, {name}: {error}. Expected points, labels, box.") from error
-        _require_inside(out, shape, f"prompts {self.path}, {name}")
+        if name in self.table:
+            out.update(parse_prompts(self.table[name], tuple(image.shape[1:]), f"prompts {self.path}, {name}"))
         return out
+
+
+def read_prompt_table(path: str | Path | None) -> dict[str, Any]:
+    """Read a JSON file that maps file names to prompts; nothing where there is no path."""
+    if not path:
+        return {}
+    try:
+        table = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"prompts {path}: not readable as JSON ({error}).") from error
+    if not isinstance(table, dict):
+        raise DataError(f"prompts {path}: expected an object that maps file names to prompts.")
+    return table
+
+
+def parse_prompts(entry: Any, shape: tuple[int, ...], source: str) -> dict[str, Tensor]:
+    """One prompt set (K = 1) from ``points``, ``labels`` and ``box`` of a file, checked against the image's shape."""
+    out: dict[str, Tensor] = {}
+    try:
+        if not set(entry) & {"points", "box"} or set(entry) - {"points", "labels", "box"}:
+            raise ValueError(f"found {', '.join(map(str, entry)) or 'nothing'}")
+        if "points" in entry:
+            points = torch.tensor(entry["points"], dtype=torch.float32).reshape(1, -1, len(shape))
+            labels = torch.tensor(entry.get("labels", [1] * points.shape[1]), dtype=torch.float32).reshape(1, -1)
+            if labels.shape[1] != points.shape[1]:
+                raise ValueError(f"{points.shape[1]} points but {labels.shape[1]} labels")
+            if not set(labels.flatten().tolist()) <= {0.0, 1.0}:
+                raise ValueError("labels other than 1 (foreground) and 0 (background)")
+            out.update(point_coords=points, point_labels=labels)
+        if "box" in entry:
+            out["boxes"] = torch.tensor(entry["box"], dtype=torch.float32).reshape(1, 2 * len(shape))
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise DataError(f"{source}: {error}. Expected points, labels, box.") from error
+    _require_inside(out, shape, source)
+    return out
 
 
 def _require_inside(data: Mapping[Any, Any], shape: tuple[int, ...], source: str) -> None:

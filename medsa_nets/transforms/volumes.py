@@ -10,18 +10,20 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, Transform
 from torch import Tensor
 
 from medsa_nets.data.dataset import stable_seed
 from medsa_nets.data.volumes import read_volume
 from medsa_nets.errors import DataError
-from medsa_nets.prompts import class_protocol_prompts
-from medsa_nets.transforms.prompts import sort_corners, to_source_grid
+from medsa_nets.prompts import class_protocol_prompts, join_prompts
+from medsa_nets.transforms.prompts import parse_prompts, read_prompt_table, sort_corners, to_source_grid
 
 
-class LoadVolumed(MapTransform):
+class LoadImageVolumed(MapTransform):
     """Read volumes (see :func:`medsa_nets.data.read_volume`) into (1, X, Y, Z) tensors with affine.
+
+    Tools that hand over volumes in memory (MONAI Deploy) leave out transforms whose name starts with ``LoadImage``.
 
     Args:
         keys: keys of the paths: files, or folders of DICOM series.
@@ -144,6 +146,59 @@ class SampleClassPromptsd(MapTransform):
                     moved = to_source_grid(prompts[name].reshape(-1, label.dim()), out[self.image_key]).reshape(shape)
                     prompts[name] = sort_corners(moved) if name == "boxes" else moved
             out.update(prompts)
+        return out
+
+
+class ReadClassPromptsd(Transform):
+    """Read a volume's prompts from a JSON file; volumes that it does not name are segmented automatically.
+
+    The file maps the name of a file (or DICOM folder) to classes, and these to ``points`` (voxel indices [i, j, k] of
+    the file's own grid), ``labels`` (1 foreground, 0 background; all 1 where absent) or ``box`` (two corners)::
+
+        {"ct.nii.gz": {"liver": {"points": [[210, 180, 40]]}, "spleen": {"points": [[90, 160, 42], [80, 99, 42]],
+                                                                         "labels": [1, 0]}}}
+
+    Place it after ``LoadImageVolumed``, before any spatial transform.
+
+    Args:
+        prompts: path of the file; none or empty reads nothing.
+        classes: names of the classes, in the order of their ids.
+        image_key: key of the image.
+
+    Raises:
+        DataError: when the file is missing or malformed, when it names an unknown class, or when a prompt lies outside
+            the volume.
+    """
+
+    def __init__(self, prompts: str | None = None, classes: Sequence[str] = (), image_key: str = "image") -> None:
+        self.path = prompts
+        self.classes = list(classes)
+        self.image_key = image_key
+        self.table = read_prompt_table(prompts)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add ``point_coords``, ``point_labels`` and ``boxes`` in the file's grid, and ``classes``."""
+        out = dict(data)
+        image = out[self.image_key]
+        name = os.path.basename(str(image.meta.get("filename_or_obj", "")))
+        if name not in self.table:
+            return out
+        entry, source = self.table[name], f"prompts {self.path}, {name}"
+        if not isinstance(entry, dict) or not entry or set(entry) - set(self.classes):
+            named = ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)
+            raise DataError(
+                f"{source}: found {named or 'nothing'}; expected classes out of {', '.join(self.classes)}, each with "
+                "points and labels, or box."
+            )
+        ids = sorted(self.classes.index(c) for c in entry)
+        shape = tuple(image.shape[1:])
+        sets = [parse_prompts(entry[self.classes[i]], shape, f"{source}, {self.classes[i]}") for i in ids]
+        if len({frozenset(prompts) for prompts in sets}) > 1:
+            raise DataError(
+                f"{source}: some classes have points, others boxes. Give every class of a volume both, or one kind."
+            )
+        out.update(join_prompts(sets))
+        out["classes"] = torch.tensor(ids)
         return out
 
 

@@ -10,7 +10,7 @@ from monai.transforms import Compose, Orientationd, Spacingd
 from medsa_nets.errors import DataError, find_cause
 from medsa_nets.transforms import (
     CheckLabelsd,
-    LoadVolumed,
+    LoadImageVolumed,
     MasksToLabeld,
     PromptsToNetworkd,
     SampleClassPromptsd,
@@ -33,7 +33,7 @@ def case(tmp_path, label=None, label_affine=None, affine=None):
     return {"image": str(tmp_path / "i.nii.gz"), "label": str(tmp_path / "l.nii.gz")}
 
 
-LOAD = [LoadVolumed(["image", "label"]), Orientationd(["image", "label"], axcodes="RAS", labels=None)]
+LOAD = [LoadImageVolumed(["image", "label"]), Orientationd(["image", "label"], axcodes="RAS", labels=None)]
 
 
 def test_image_and_label_stored_in_other_directions_pass_as_one_grid(tmp_path):
