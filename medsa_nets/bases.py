@@ -217,15 +217,18 @@ def build_medsa(
     return network
 
 
-def parameter_table(*, adapter_ratio: float = 0.25, adapter_dim: int | None = None) -> list[dict[str, Any]]:
+def parameter_table(**settings: Any) -> list[dict[str, Any]]:
     """Parameters of each adapted base: rows with ``base``, ``total``, ``trainable``, ``encoder_adapters``, ``percent``.
 
     ``percent`` is the trainable share of the total. Nothing is allocated and no weights are needed.
+
+    Args:
+        settings: see :func:`build_medsa`: ``adapter_ratio``, ``adapter_dim``, ``spatial_dims``, ``num_classes``.
     """
     rows = []
     for name in BASES:
         with torch.device("meta"):
-            network = build_medsa(name, pretrained=False, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim)
+            network = build_medsa(name, pretrained=False, **settings)
         total = sum(p.numel() for p in network.parameters())
         trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
         encoder = sum(p.numel() for p in network.image_encoder.parameters() if p.requires_grad)

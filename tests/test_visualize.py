@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from PIL import Image
 
 from medsa_nets.visualize import (
@@ -14,6 +15,7 @@ from medsa_nets.visualize import (
     contact_sheet,
     overlay,
     overlay_sample,
+    overlay_volume,
 )
 
 WIDTH, HEIGHT = 80, 50
@@ -129,3 +131,43 @@ def test_a_contact_sheet_holds_a_cell_for_each_picture(tmp_path):
     assert len(found_blue) == 2 * 64 * 32
     # the blue picture of the second row stands below the red one, in the same column
     assert found_red[:, 0].min() == found_blue[found_blue[:, 1] > found_red[:, 1].max() + 40][:, 0].min()
+
+
+def volume(shape=(40, 30, 20), spacing=(1.0, 1.0, 2.0)) -> MetaTensor:
+    return MetaTensor(torch.full((1, *shape), 0.4), affine=torch.diag(torch.tensor([*spacing, 1.0])))
+
+
+def test_three_planes_meet_in_the_click_as_a_radiologist_sees_them():
+    image = volume()
+    prompts = {"point_coords": torch.tensor([[[10.0, 5.0, 15.0]]]), "point_labels": torch.ones(1, 1)}
+    page = overlay_volume(image, torch.full((2, 40, 30, 20), -1.0), prompts=prompts, height=120)
+    # planes of 40 x 30, 40 x 20 and 30 x 20 voxels, of 40 x 30, 40 x 40 and 30 x 40 mm
+    widths = [160, 120, 90]
+    assert page.size == (sum(widths) + 8, 120)
+    left = 0
+    right_to_left, back_to_front, head_to_feet = 1 - 10.5 / 40, 1 - 5.5 / 30, 1 - 15.5 / 20
+    for width, (x, y) in zip(
+        widths, [(right_to_left, back_to_front), (right_to_left, head_to_feet), (back_to_front, head_to_feet)]
+    ):
+        found = places(page.crop((left, 0, left + width, 120)), POSITIVE_COLOUR).mean(axis=0)
+        np.testing.assert_allclose(found, [x * width - 0.5, y * 120 - 0.5], atol=1.5)
+        left += width + 4
+
+
+def test_volumes_show_masks_of_every_class_and_boxes_of_their_plane():
+    image = volume()
+    logits = torch.full((2, 40, 30, 20), -1.0)
+    logits[0, 5:10, 5:10, 5:10] = logits[1, 10:15, 5:10, 5:10] = 1.0
+    label = torch.zeros(1, 40, 30, 20)
+    label[0, 25:35, 15:25, 5:10] = 2
+    box = torch.tensor([[5.0, 5.0, 5.0, 9.0, 9.0, 9.0]])
+    page = overlay_volume(image, logits, label=label, prompts={"boxes": box}, height=120)
+    for colour in (PREDICTION_COLOUR, LABEL_COLOUR, BOX_COLOUR):
+        assert len(places(page, colour)) > 50
+    # two classes side by side keep an outline between them
+    axial = page.crop((0, 0, 160, 120))
+    row = np.asarray(axial)[round(120 * (1 - 7.5 / 30))]
+    border = round(160 * (1 - 10 / 40))
+    assert any(tuple(row[x]) == PREDICTION_COLOUR for x in range(border - 3, border + 3))
+    nothing = overlay_volume(image, torch.full((1, 40, 30, 20), -1.0), prompts={}, height=60)
+    assert len(places(nothing, PREDICTION_COLOUR)) == 0

@@ -554,6 +554,15 @@ def test_command_parameters_prints_the_table(capsys):
     assert shown.count("\n") == 2 + len(BASES)
 
 
+def test_the_table_counts_the_depth_branch_of_volumes(capsys):
+    trained = []
+    for dims in ("2", "3"):
+        assert main(["parameters", "--spatial_dims", dims, "--num_classes", "13"]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| lite_medsam"))
+        trained.append(float(row.split("|")[3].split()[0]))
+    assert trained[1] > trained[0]
+
+
 def test_command_fetch_reports_success_and_failure(capsys, server, publish, folder):
     served, address = server
     publish("vit_b", url=f"{address}/file.pth", sha256=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from medsa_nets.bases import BASES, parameter_table
 from medsa_nets.errors import WeightsError
@@ -23,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     parameters_parser = commands.add_parser("parameters", help="table of parameters, total and trainable, per base")
     parameters_parser.add_argument("--adapter_ratio", type=float, default=0.25)
     parameters_parser.add_argument("--adapter_dim", type=int)
+    parameters_parser.add_argument("--spatial_dims", type=int, choices=(2, 3), default=2)
+    parameters_parser.add_argument("--num_classes", type=int, default=1)
     options = parser.parse_args(arguments)
     try:
         if options.command == "fetch":
@@ -30,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "check":
             print(describe_file(options.file))
         elif options.command == "parameters":
-            _print_parameters(options.adapter_ratio, options.adapter_dim)
+            names = ("adapter_ratio", "adapter_dim", "spatial_dims", "num_classes")
+            _print_parameters({name: getattr(options, name) for name in names})
         else:
             _print_bases()
     except WeightsError as error:
@@ -49,9 +53,9 @@ def _print_bases() -> None:
         print(f"  from    {base.url}\n  sha256  {base.sha256 or 'no published figure'}\n  here    {place}")
 
 
-def _print_parameters(adapter_ratio: float, adapter_dim: int | None) -> None:
+def _print_parameters(settings: dict[str, Any]) -> None:
     print("| base | total | trainable | of these in the encoder | trainable share |\n| --- | --- | --- | --- | --- |")
-    for row in parameter_table(adapter_ratio=adapter_ratio, adapter_dim=adapter_dim):
+    for row in parameter_table(**settings):
         print(
             f"| {row['base']} | {row['total'] / 1e6:.2f} M | {row['trainable'] / 1e6:.2f} M "
             f"| {row['encoder_adapters'] / 1e6:.2f} M | {row['percent']:.2f} % |"

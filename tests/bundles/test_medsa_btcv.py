@@ -1,0 +1,374 @@
+"""The bundle medsa_btcv through its own commands, on generated volumes and, where they are, on real ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import itk
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+from monai.bundle import ConfigParser, ckpt_export, onnx_export, run, verify_net_in_out
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+from medsa_nets import WeightsError, build_medsa
+from medsa_nets.data import read_volume
+from medsa_nets.errors import DataError, find_cause
+from medsa_nets.weights import find_base_file, get_base
+
+BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv"
+CONFIGS = BUNDLE / "configs"
+TRAIN, EVALUATE, INFERENCE, HIPPOCAMPUS = (
+    str(CONFIGS / f"{n}.yaml") for n in ("train", "evaluate", "inference", "hippocampus")
+)
+META = str(CONFIGS / "metadata.json")
+COMMON = {"bundle_root": str(BUNDLE), "meta_file": META, "num_workers": 0, "amp": False}
+# small volumes of three classes: these runs test wiring, not accuracy
+CLASSES = ["spleen", "right kidney", "left kidney"]
+SMALL = {"classes": CLASSES, "pixdim": [2.0, 2.0, 3.0], "slab_depth": 4, "class_chunk": 0}
+TRAINING = {"roi_size": [32, 32, 4], "patches_per_volume": 1, "warmup_steps": 1, "samples_interval": 0}
+
+
+def oblique(spacing: list[float]) -> np.ndarray:
+    """An affine of turned axes."""
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", [12, -8, 170], degrees=True).as_matrix() * spacing
+    affine[:3, 3] = [5.0, -9.0, 30.0]
+    return affine
+
+
+SIDES = {
+    "RAS": np.diag([2.0, 1.5, 3.0, 1.0]),
+    "LPS": np.diag([-2.0, -1.5, 3.0, 1.0]),
+    "LAS": np.diag([-2.0, 1.5, 3.0, 1.0]),
+    "oblique": oblique([2.0, 1.5, 3.0]),
+}
+
+try:
+    find_base_file(get_base("lite_medsam"))
+except WeightsError as error:
+    pytest.skip(f"LiteMedSAM's weights are not installed: {error}", allow_module_level=True)
+
+
+def body(seed: int, shape: tuple[int, int, int] = (24, 28, 9)) -> tuple[np.ndarray, np.ndarray]:
+    """Intensities like HU and a label: a body with three ellipsoids, each of an intensity of its own."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros(shape, np.uint8)
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"))
+    for value, place in enumerate([(0.3, 0.3), (0.7, 0.35), (0.5, 0.75)], start=1):
+        centre = np.array([*place, 0.5]) * shape + rng.uniform(-1, 1, 3)
+        radius = np.array([0.17, 0.17, 0.4]) * shape
+        label[(((grid - centre[:, None, None, None]) / radius[:, None, None, None]) ** 2).sum(0) < 1] = value
+    image = np.array([0, 200, -120, 90])[label] + rng.normal(0, 15, shape)
+    return image.astype(np.float32), label
+
+
+def data_set(root: Path, training: int = 2, validation: int = 2, affine: np.ndarray = SIDES["RAS"]) -> Path:
+    """The BTCV layout, with ``dataset_0.json``."""
+    entries = []
+    for i in range(training + validation):
+        for folder, prefix, array in zip(("imagesTr", "labelsTr"), ("img", "label"), body(i)):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(array, affine), root / folder / f"{prefix}{i:04d}.nii.gz")
+        entries.append({"image": f"imagesTr/img{i:04d}.nii.gz", "label": f"labelsTr/label{i:04d}.nii.gz"})
+    lists = {"training": entries[:training], "validation": entries[training:]}
+    (root / "dataset_0.json").write_text(json.dumps(lists))
+    return root
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return data_set(tmp_path_factory.mktemp("volumes"))
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter of three classes whose values are random, so that masks are not empty."""
+    folder = tmp_path_factory.mktemp("adapted")
+    torch.save(random_adapter(3).state_dict(), folder / "model.pt")
+    return folder
+
+
+def random_adapter(num_classes: int, class_chunk: int = 0) -> torch.nn.Module:
+    network = build_medsa("lite_medsam", spatial_dims=3, num_classes=num_classes, class_chunk=class_chunk).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+        network.class_embeddings += torch.randn(network.class_embeddings.shape, generator=generator)
+    return network
+
+
+def cli(*arguments: str, cwd: Path = BUNDLE, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "monai.bundle", *arguments]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def metrics(folder: Path) -> dict[str, float]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return {name: float(value) for name, value in csv.reader(file)}
+
+
+def test_metadata_fits_the_schema_and_names_the_organs_in_order() -> None:
+    schema = json.loads((Path(__file__).parent / "meta_schema.json").read_text())
+    metadata = json.loads(Path(META).read_text())
+    assert list(Draft202012Validator(schema).iter_errors(metadata)) == []
+    assert metadata["version"] in metadata["changelog"]
+    names = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+    for config in (TRAIN, INFERENCE):
+        classes = ConfigParser.load_config_file(config)["classes"]
+        assert names == {str(i): name for i, name in enumerate(["background", *classes])}
+    assert len(names) == 14
+
+
+@pytest.mark.parametrize("config", [TRAIN, INFERENCE])
+def test_network_takes_and_gives_what_the_metadata_say(config: str) -> None:
+    verify_net_in_out(net_id="network_def", meta_file=META, config_file=config, device="cpu", p=1, n=2)
+
+
+def test_training_has_the_keys_that_tools_look_for() -> None:
+    parser = ConfigParser(ConfigParser.load_config_file(TRAIN))
+    keys = (
+        "bundle_root device dataset_dir output_dir network_def inferer train#trainer train#trainer#max_epochs network "
+        "train#dataset train#dataset#data train#handlers validate#evaluator validate#handlers validate#dataset "
+        "validate#dataset#data val_interval run training initialize"
+    )
+    assert [name for name in keys.split() if name not in parser] == []
+
+
+def test_inference_and_training_see_volumes_alike() -> None:
+    train, inference = (ConfigParser.load_config_file(c) for c in (TRAIN, INFERENCE))
+    for key in ("classes", "pixdim", "grid_transform", "intensity_transform", "slab_depth", "slab_overlap", "base"):
+        assert train[key] == inference[key]
+    for files, name in (([TRAIN], "training"), ([TRAIN, EVALUATE], "evaluating"), ([INFERENCE], "inferring")):
+        config = ConfigParser.load_config_files(files)
+        assert config["run"] == config[name]
+
+
+@pytest.mark.parametrize(("overlay", "lines"), [("vit_b", 10), ("hippocampus", 10)])
+def test_overlays_are_a_few_lines_that_build(overlay: str, lines: int) -> None:
+    path = CONFIGS / f"{overlay}.yaml"
+    assert 0 < len(ConfigParser.load_config_file(path)) <= lines
+    for config in (TRAIN, INFERENCE):
+        parser = ConfigParser(ConfigParser.load_config_files([config, str(path)]))
+        parser["network_def"]["pretrained"] = False
+        parser["image_size"] = 64
+        network = parser.get_parsed_content("network_def")
+        classes = len(parser.get_parsed_content("classes"))
+        with torch.no_grad():
+            assert network(torch.rand(1, 1, 64, 64, 2)).shape == (1, classes, 64, 64, 2)
+
+
+def test_torchscript_export_holds_base_and_adapter(tmp_path: Path) -> None:
+    network = random_adapter(13, class_chunk=4)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    file = tmp_path / "model.ts"
+    ckpt_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "model.pt"), meta_file=META,
+                config_file=INFERENCE)  # fmt: skip
+    scripted = torch.jit.load(file)
+    image = torch.rand(1, 1, 48, 64, 5)
+    click, label = torch.tensor([[[[30.0, 20.0, 2.0]]]]), torch.ones(1, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(scripted(image), network(image), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(scripted(image, click, label), network(image, click, label), atol=1e-4, rtol=1e-4)
+
+
+def test_onnx_export_equals_eager(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    network = random_adapter(2)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    file, image = tmp_path / "model.onnx", torch.rand(1, 1, 48, 64, 3)
+    onnx_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "model.pt"), meta_file=META,
+                config_file=[INFERENCE, HIPPOCAMPUS], input_shape=list(image.shape))  # fmt: skip
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(out, network(image).numpy(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_training_lowers_the_loss_and_draws_samples_in_three_planes(volumes: Path, tmp_path: Path, cache: str) -> None:
+    options = {**COMMON, **SMALL, **TRAINING, "cache": cache, "samples_interval": 5, "val_interval": 5}
+    run("training", config_file=TRAIN, dataset_dir=str(volumes), ckpt_dir=str(tmp_path / "models"),
+        output_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), max_epochs=10, learning_rate=0.003,
+        prompt="point", **options)  # fmt: skip
+    assert {p.name for p in (tmp_path / "models").iterdir()} == {"model.pt", "model_last.pt"}
+    pictures = sorted((tmp_path / "out" / "samples").glob("epoch_0005_img*.png"))
+    assert len(pictures) == 2
+    width, height = Image.open(pictures[0]).size
+    assert width > 1.5 * height  # three planes beside each other
+    log = (tmp_path / "out" / "training.log").read_text()
+    losses = [float(line.rsplit("train_loss:", 1)[1].split()[0]) for line in log.splitlines() if "train_loss:" in line]
+    assert len(losses) == 10
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert (tmp_path / "cache").exists() == (cache == "disk")
+
+
+def test_two_processes_train_together(volumes: Path, tmp_path: Path) -> None:
+    overlay = str(CONFIGS / "multi_gpu_train.yaml")
+    folders = {"dataset_dir": volumes, "ckpt_dir": tmp_path, "output_dir": tmp_path}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+               "monai.bundle", "run", "training", "--config_file", f"['{TRAIN}','{overlay}']"]  # fmt: skip
+    for name, value in {**COMMON, **SMALL, **TRAINING, **folders, "max_epochs": 1, "val_interval": 1}.items():
+        command += [f"--{name}", str(value)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {p.name for p in tmp_path.glob("*.pt")} == {"model.pt", "model_last.pt"}
+
+
+@pytest.mark.parametrize("prompt", ["none", "point", "point_per_slice", "points3", "box50", "box75", "box"])
+def test_every_protocol_gives_metrics_by_class_and_case(
+    volumes: Path, adapted: Path, tmp_path: Path, prompt: str
+) -> None:
+    run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(volumes), prompt=prompt, overlays=1,
+        ckpt_dir=str(adapted), output_dir=str(tmp_path), **COMMON, **SMALL)  # fmt: skip
+    assert set(metrics(tmp_path)) == {"val_mean_dice", "val_hd95", "val_nsd"}
+    for name in ("val_mean_dice", "val_hd95", "val_nsd"):
+        with open(tmp_path / f"{name}_raw.csv", newline="") as file:
+            rows = list(csv.reader(file))
+        assert rows[0] == ["filename", "class0", "class1", "class2", "mean"]
+        assert [Path(row[0]).name for row in rows[1:]] == ["img0002.nii.gz", "img0003.nii.gz"]
+    assert len(list((tmp_path / "overlays").glob("img*_overlay.png"))) == 1
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_masks_lie_on_the_grid_of_their_source(adapted: Path, tmp_path: Path, side: str) -> None:
+    source = data_set(tmp_path / "data", 1, 0, SIDES[side]) / "imagesTr"
+    run("inferring", config_file=INFERENCE, dataset_dir=str(source), ckpt_dir=str(adapted),
+        output_dir=str(tmp_path / "out"), **COMMON, **SMALL)  # fmt: skip
+    image, mask = nib.load(source / "img0000.nii.gz"), nib.load(tmp_path / "out" / "img0000_segmentation.nii.gz")
+    assert mask.shape == image.shape
+    np.testing.assert_allclose(mask.affine, image.affine, atol=1e-4)
+    assert mask.get_data_dtype() == np.uint8
+    assert set(np.unique(mask.dataobj)) <= {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_prompt_of_the_file_reaches_the_voxel_that_it_names(tmp_path: Path, side: str) -> None:
+    data = data_set(tmp_path / "data", 1, 0, SIDES[side])
+    label = np.asarray(nib.load(data / "labelsTr" / "label0000.nii.gz").dataobj)
+    click = np.argwhere(label == 2)[7].tolist()
+    (tmp_path / "p.json").write_text(json.dumps({"img0000.nii.gz": {"right kidney": {"points": [click]}}}))
+    parser = ConfigParser(ConfigParser.load_config_file(INFERENCE))
+    parser.update({**COMMON, **SMALL, "dataset_dir": str(data / "imagesTr"), "prompts": str(tmp_path / "p.json")})
+    item = parser.get_parsed_content("dataset")[0]
+    assert item["classes"].tolist() == [1]
+    place = item["point_coords"][0, 0]
+    world = np.asarray(item["image"].affine) @ [*place.tolist(), 1.0]
+    np.testing.assert_allclose(world, SIDES[side] @ [*click, 1.0], atol=1e-3)
+
+
+def test_prompted_inference_answers_for_the_named_classes_only(adapted: Path, tmp_path: Path) -> None:
+    source = data_set(tmp_path / "data", 1, 0) / "imagesTr"
+    box = [2, 2, 1, 12, 14, 7]
+    (tmp_path / "p.json").write_text(json.dumps({"img0000.nii.gz": {"left kidney": {"box": box}}}))
+    run("inferring", config_file=INFERENCE, dataset_dir=str(source), ckpt_dir=str(adapted), save_overlays="true",
+        output_dir=str(tmp_path / "out"), prompts=str(tmp_path / "p.json"), **COMMON, **SMALL)  # fmt: skip
+    mask = np.asarray(nib.load(tmp_path / "out" / "img0000_segmentation.nii.gz").dataobj)
+    assert set(np.unique(mask)) <= {0, 3}
+    assert (tmp_path / "out" / "img0000_overlay.png").is_file()
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+def test_other_formats_come_out_in_the_same_place(adapted: Path, tmp_path: Path, suffix: str) -> None:
+    source = data_set(tmp_path / "data", 1, 0, SIDES["oblique"]) / "imagesTr"
+    options = {"config_file": INFERENCE, "dataset_dir": str(source), "ckpt_dir": str(adapted), **COMMON, **SMALL}
+    run("inferring", output_dir=str(tmp_path / "nifti"), **options)
+    run("inferring", output_dir=str(tmp_path / "other"), output_ext=suffix, **options)
+    (other,) = (tmp_path / "other").iterdir()
+    ours = itk.imread(str(other))
+    theirs = itk.imread(str(tmp_path / "nifti" / "img0000_segmentation.nii.gz"))
+    np.testing.assert_array_equal(itk.array_view_from_image(ours), itk.array_view_from_image(theirs))
+    np.testing.assert_allclose(list(ours.GetOrigin()), list(theirs.GetOrigin()), atol=1e-3)
+    np.testing.assert_allclose(np.asarray(ours.GetDirection()), np.asarray(theirs.GetDirection()), atol=1e-4)
+
+
+def test_a_dicom_folder_gives_the_mask_of_its_conversion(adapted: Path, tmp_path: Path, shared_data: Path) -> None:
+    series = shared_data / "ct" / "ct_b_dicom"
+    if not series.is_dir():
+        pytest.skip(f"the real DICOM series is absent: no folder {series}")
+    volume = read_volume(series)
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "series").symlink_to(series)
+    nib.save(nib.Nifti1Image(volume[0].numpy().astype(np.int16), np.asarray(volume.affine)), source / "file.nii.gz")
+    coarse = {**SMALL, "pixdim": [8.0, 8.0, 12.0]}  # the whole path, in seconds
+    run("inferring", config_file=INFERENCE, dataset_dir=str(source), ckpt_dir=str(adapted),
+        output_dir=str(tmp_path / "out"), **COMMON, **coarse)  # fmt: skip
+    masks = [nib.load(tmp_path / "out" / f"{name}_segmentation.nii.gz") for name in ("series", "file")]
+    assert masks[0].shape == (512, 512, 20)
+    np.testing.assert_array_equal(np.asarray(masks[0].dataobj), np.asarray(masks[1].dataobj))
+    np.testing.assert_allclose(masks[0].affine, masks[1].affine, atol=1e-4)
+
+
+def test_classes_that_are_not_annotated_do_not_train(volumes: Path, tmp_path: Path) -> None:
+    lists = json.loads((volumes / "dataset_0.json").read_text())
+    for entry in lists["training"]:
+        entry["annotated"] = ["spleen"]
+    (tmp_path / "partial.json").write_text(json.dumps(lists))
+    run("training", config_file=TRAIN, dataset_dir=str(volumes), datalist=str(tmp_path / "partial.json"),
+        ckpt_dir=str(tmp_path), output_dir=str(tmp_path), max_epochs=1, prompt_none=1.0, prompt_points=0.0,
+        prompt_boxes=0.0, prompt_correction=0.0, weight_decay=0.0, val_interval=100,
+        **COMMON, **SMALL, **TRAINING)  # fmt: skip
+    fresh = build_medsa("lite_medsam", spatial_dims=3, num_classes=3).state_dict()["class_embeddings"]
+    trained = torch.load(tmp_path / "model_last.pt", weights_only=True)["class_embeddings"]
+    moved = (trained - fresh).abs().amax(dim=1)
+    assert moved[0] > 0
+    assert moved[1:].tolist() == [0.0, 0.0]
+
+
+def test_bad_input_ends_with_one_clear_line(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "data", 2, 1)
+    label = np.full((24, 28, 9), 9, np.uint8)
+    nib.save(nib.Nifti1Image(label, SIDES["RAS"]), data / "labelsTr" / "label0001.nii.gz")
+    options = {"config_file": TRAIN, "ckpt_dir": tmp_path / "m", "output_dir": tmp_path / "o", "max_epochs": 1,
+               **COMMON, **SMALL, **TRAINING}  # fmt: skip
+    result = cli("run", "training", dataset_dir=data, **options)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {data / 'labelsTr' / 'label0001.nii.gz'}: the label holds 9; expected 0")
+    result = cli("run", "training", dataset_dir=tmp_path / "nowhere", **options)
+    assert "there is no such folder" in result.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({"lung": {"points": [[1, 1, 1]]}}, "found lung; expected classes out of spleen"),
+        ({"spleen": {"points": [[1, 1, 99]]}}, "lies outside the image, which is 24 x 28 x 9"),
+        ({"spleen": {"points": [[1, 1, 1]]}, "left kidney": {"box": [0, 0, 0, 1, 1, 1]}}, "some classes have points"),
+        ({"spleen": {}}, "found nothing"),
+    ],
+)
+def test_prompts_that_make_no_sense_are_named(adapted: Path, tmp_path: Path, prompts: dict, message: str) -> None:
+    source = data_set(tmp_path / "data", 1, 0) / "imagesTr"
+    (tmp_path / "p.json").write_text(json.dumps({"img0000.nii.gz": prompts}))
+    with pytest.raises(RuntimeError) as caught:
+        run("inferring", config_file=INFERENCE, dataset_dir=str(source), ckpt_dir=str(adapted),
+            output_dir=str(tmp_path / "out"), prompts=str(tmp_path / "p.json"), **COMMON, **SMALL)  # fmt: skip
+    cause = find_cause(caught.value)
+    assert isinstance(cause, DataError)
+    assert message in str(cause)
+    assert "img0000.nii.gz" in str(cause)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_output_format_is_refused(adapted: Path, volumes: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        run("inferring", config_file=INFERENCE, dataset_dir=str(volumes / "imagesTr"), ckpt_dir=str(adapted),
+            output_dir=str(tmp_path), output_ext=".png", **COMMON, **SMALL)  # fmt: skip
+    assert "output_ext must be .nii.gz, .nii, .nrrd or .mha; got '.png'" in str(find_cause(caught.value))
