@@ -2,9 +2,10 @@
 
     python tests/benchmarks/few_images.py --dataset_dir /path/to/ISIC --minutes 4 --output_dir results
 
-Both train through the bundle's own configuration (same lists, augmentation, loss, batch size, optimizer, warm-up and
-cosine, a tenth of the steps for warm-up), one after the other, for the same wall-clock budget: the number of steps is set from a timed trial run. Both
-are measured without prompt, by the last weights, on the same held-out images. Writes few_images.{md,json,png}.
+Both train through the bundle's own configuration (same lists, augmentation, loss, batch size, optimizer, a tenth of the
+steps for warm-up, cosine), one after the other, for the same wall-clock budget: the number of steps is set from a timed
+trial run. Both are measured without prompt, by the last weights, on the same held-out images. Writes
+few_images.{md,json,png}.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def settings(dataset_dir: Path, folder: Path, images: int) -> dict:
 def train(dataset_dir: Path, folder: Path, images: int, epochs: int, overrides: dict, **extra: object) -> float:
     """Train for a number of epochs without validation; seconds of wall-clock time."""
     start = time.perf_counter()
-    run("training", config_file=str(BUNDLE / "configs/train.yaml"), max_epochs=epochs, val_interval=10**6,
-        warmup_steps=max(1, epochs * STEPS_PER_EPOCH // 10), **settings(dataset_dir, folder, images), **overrides, **extra)  # fmt: skip
+    options = {"max_epochs": epochs, "warmup_steps": max(1, epochs * STEPS_PER_EPOCH // 10), "val_interval": 10**6}
+    shared = settings(dataset_dir, folder, images)
+    run("training", config_file=str(BUNDLE / "configs/train.yaml"), **options, **shared, **overrides, **extra)
     return time.perf_counter() - start
 
 
