@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
+from PIL import Image
 
 from medsa_nets.data.photographs import PhotographReader, save_png
 from medsa_nets.data.volumes import volume_id
@@ -48,28 +50,35 @@ class SaveOverlayd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write the picture; the data stay as they are."""
         out = dict(data)
-        if self.limit and self.written >= self.limit:
-            return out
         for key in self.key_iterator(out):
-            image = out[self.image_key]
-            path = Path(str(image.meta["filename_or_obj"]))
-            array, _ = self.reader.get_data(self.reader.read(path))
-            prompts = {k: torch.as_tensor(out[k]) for k in PROMPT_KEYS if k in out}
-            for name in prompts.keys() & {"point_coords", "boxes"}:
-                shape = prompts[name].shape
-                prompts[name] = to_source_grid(prompts[name].reshape(-1, 2).cpu(), image).reshape(shape)
-            picture = overlay_sample(
-                torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1) / 255.0,
-                prediction=torch.as_tensor(out[key]),
-                label=torch.as_tensor(out[self.label_key]) if self.label_key else None,
-                prompts=prompts,
-            )
-            save_png(picture, self.folder / f"{path.stem}_overlay.png")
+            if self.limit and self.written >= self.limit:
+                break
+            name = self.name(str(out[self.image_key].meta["filename_or_obj"]))
+            save_png(self.draw(out, key), self.folder / f"{name}_overlay.png")
             self.written += 1
         return out
 
+    def name(self, path: str) -> str:
+        """What the picture of a file is called."""
+        return Path(path).stem
 
-class SaveVolumeOverlayd(MapTransform):
+    def draw(self, data: Mapping[Hashable, Any], key: Hashable) -> Image.Image:
+        """The picture of the mask under ``key``."""
+        image = data[self.image_key]
+        array, _ = self.reader.get_data(self.reader.read(Path(str(image.meta["filename_or_obj"]))))
+        prompts = {k: torch.as_tensor(data[k]) for k in PROMPT_KEYS if k in data}
+        for name in prompts.keys() & {"point_coords", "boxes"}:
+            shape = prompts[name].shape
+            prompts[name] = to_source_grid(prompts[name].reshape(-1, 2).cpu(), image).reshape(shape)
+        return overlay_sample(
+            torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1) / 255.0,
+            prediction=torch.as_tensor(data[key]),
+            label=torch.as_tensor(data[self.label_key]) if self.label_key else None,
+            prompts=prompts,
+        )
+
+
+class SaveVolumeOverlayd(SaveOverlayd):
     """Draw three planes of a volume with mask, label and prompts as ``<name>_overlay.png``.
 
     Place it where masks are still in the network's grid, before ``Invertd``.
@@ -82,38 +91,15 @@ class SaveVolumeOverlayd(MapTransform):
         limit: pictures to write; 0 writes one for every volume.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        output_dir: str,
-        label_key: str | None = None,
-        image_key: str = "image",
-        limit: int = 0,
-    ) -> None:
-        super().__init__(keys)
-        self.folder = Path(output_dir)
-        self.label_key = label_key
-        self.image_key = image_key
-        self.limit = limit
-        self.written = 0
+    def name(self, path: str) -> str:
+        """What the picture of a volume is called."""
+        return volume_id(path)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Write the picture; the data stay as they are."""
-        out = dict(data)
-        if self.limit and self.written >= self.limit:
-            return out
-        for key in self.key_iterator(out):
-            image = out[self.image_key]
-            label = out.get(self.label_key) if self.label_key else None
-            if label is not None:
-                resized = torch.nn.functional.interpolate(torch.as_tensor(label)[None].float(), size=image.shape[1:])
-                label = resized[0]
-            picture = overlay_volume(
-                image,
-                torch.as_tensor(out[key]),
-                label=label,
-                prompts={k: torch.as_tensor(out[k]) for k in PROMPT_KEYS if k in out},
-            )
-            save_png(picture, self.folder / f"{volume_id(str(image.meta['filename_or_obj']))}_overlay.png")
-            self.written += 1
-        return out
+    def draw(self, data: Mapping[Hashable, Any], key: Hashable) -> Image.Image:
+        """The three planes of the masks under ``key``."""
+        image = data[self.image_key]
+        label = data.get(self.label_key) if self.label_key else None
+        if label is not None:
+            label = F.interpolate(torch.as_tensor(label)[None].float(), size=image.shape[1:])[0]
+        prompts = {k: torch.as_tensor(data[k]) for k in PROMPT_KEYS if k in data}
+        return overlay_volume(image, torch.as_tensor(data[key]), label=label, prompts=prompts)

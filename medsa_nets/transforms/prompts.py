@@ -39,11 +39,14 @@ class SamplePromptsd(MapTransform):
         """Add ``point_coords`` and ``point_labels``, or ``boxes``, in the label's grid."""
         out = dict(data)
         for key in self.key_iterator(out):
-            name = os.path.basename(str(getattr(out[self.image_key], "meta", {}).get("filename_or_obj", "")))
-            generator = torch.Generator().manual_seed(stable_seed(self.seed, name))
             mask = torch.as_tensor(out[key])[0] > 0.5
-            out.update(protocol_prompts(mask, self.prompt, generator))
+            out.update(protocol_prompts(mask, self.prompt, self.generator(out)))
         return out
+
+    def generator(self, data: Mapping[Hashable, Any]) -> torch.Generator:
+        """Source of randomness that depends on the seed and the image's file name alone."""
+        name = os.path.basename(str(getattr(data[self.image_key], "meta", {}).get("filename_or_obj", "")))
+        return torch.Generator().manual_seed(stable_seed(self.seed, name))
 
 
 class ReadPromptsd(Transform):

@@ -13,11 +13,10 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 from torch import Tensor
 
-from medsa_nets.data.dataset import stable_seed
 from medsa_nets.data.volumes import read_volume
 from medsa_nets.errors import DataError
 from medsa_nets.prompts import class_protocol_prompts, join_prompts
-from medsa_nets.transforms.prompts import parse_prompts, read_prompt_table, sort_corners, to_source_grid
+from medsa_nets.transforms.prompts import SamplePromptsd, parse_prompts, read_prompt_table, sort_corners, to_source_grid
 
 
 class LoadImageVolumed(MapTransform):
@@ -109,7 +108,7 @@ def _distance(a: MetaTensor, b: MetaTensor) -> float:
     return float(np.linalg.norm(moved[:, :3], axis=1).max())
 
 
-class SampleClassPromptsd(MapTransform):
+class SampleClassPromptsd(SamplePromptsd):
     """Draw the prompts of an evaluation protocol for each class of a label, the same for a volume in every run.
 
     Image and label may have been reoriented before; prompts are given in the file's grid, as a user would give them,
@@ -126,20 +125,15 @@ class SampleClassPromptsd(MapTransform):
     def __init__(
         self, keys: KeysCollection, num_classes: int, prompt: str = "none", image_key: str = "image", seed: int = 0
     ) -> None:
-        super().__init__(keys)
+        super().__init__(keys, prompt, image_key, seed)
         self.num_classes = num_classes
-        self.prompt = prompt
-        self.image_key = image_key
-        self.seed = seed
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add ``point_coords`` and ``point_labels``, or ``boxes``, in the file's grid, and ``classes``."""
         out = dict(data)
         for key in self.key_iterator(out):
-            name = os.path.basename(str(getattr(out[self.image_key], "meta", {}).get("filename_or_obj", "")))
-            generator = torch.Generator().manual_seed(stable_seed(self.seed, name))
             label = torch.as_tensor(out[key])[0]
-            prompts = class_protocol_prompts(label, self.num_classes, self.prompt, generator)
+            prompts = class_protocol_prompts(label, self.num_classes, self.prompt, self.generator(out))
             for name in ("point_coords", "boxes"):
                 if name in prompts:
                     shape = prompts[name].shape
