@@ -29,6 +29,15 @@ import matplotlib.pyplot as plt
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_isic"
 STEPS_PER_EPOCH, BATCH = 5, 4
+# Both are measured without prompt; so MedSA too spends its time on that.
+MEDSA = {
+    "prompt_none": 1.0,
+    "prompt_points": 0.0,
+    "prompt_boxes": 0.0,
+    "prompt_correction": 0.0,
+    "prompt_draws": 1,
+    "prompt_pairs": 0.0,
+}
 UNET = {
     "network_def": {
         "_target_": "monai.networks.nets.UNet",
@@ -99,7 +108,7 @@ def main() -> None:
         monai=monai.__version__,
     )
     for images in options.images:
-        for name, overrides in (("MedSA", {}), ("UNet", UNET)):
+        for name, overrides in (("MedSA", MEDSA), ("UNet", UNET)):
             if any(row["images"] == images and row["network"] == name for row in report["rows"]):
                 continue  # measured before an interruption
             folder = root / f"{name}_{images}"
