@@ -372,3 +372,13 @@ def test_an_unknown_output_format_is_refused(adapted: Path, volumes: Path, tmp_p
         run("inferring", config_file=INFERENCE, dataset_dir=str(volumes / "imagesTr"), ckpt_dir=str(adapted),
             output_dir=str(tmp_path), output_ext=".png", **COMMON, **SMALL)  # fmt: skip
     assert "output_ext must be .nii.gz, .nii, .nrrd or .mha; got '.png'" in str(find_cause(caught.value))
+
+
+def test_the_adapter_of_the_hippocampus_segments_volumes_it_has_not_seen(shared_data: Path, tmp_path: Path) -> None:
+    volumes = shared_data / "msd_hippocampus"
+    if not volumes.is_dir():
+        pytest.skip(f"the real volumes are absent: no folder {volumes}")
+    for prompt in ("none", "point"):
+        run("evaluating", config_file=[TRAIN, HIPPOCAMPUS, EVALUATE], dataset_dir=str(volumes), prompt=prompt,
+            val_limit=2, output_dir=str(tmp_path / prompt), **COMMON)  # fmt: skip
+        assert metrics(tmp_path / prompt)["val_mean_dice"] > 0.75
