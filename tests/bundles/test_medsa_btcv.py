@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import itk
@@ -21,6 +22,7 @@ from scipy.spatial.transform import Rotation
 
 from medsa_nets import WeightsError, build_medsa
 from medsa_nets.data import read_volume
+from medsa_nets.demo import read_metrics
 from medsa_nets.errors import DataError, find_cause
 from medsa_nets.weights import find_base_file, get_base
 
@@ -51,6 +53,8 @@ SIDES = {
     "LAS": np.diag([-2.0, 1.5, 3.0, 1.0]),
     "oblique": oblique([2.0, 1.5, 3.0]),
 }
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 try:
     find_base_file(get_base("lite_medsam"))
@@ -106,18 +110,6 @@ def random_adapter(num_classes: int, class_chunk: int = 0) -> torch.nn.Module:
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
         network.class_embeddings += torch.randn(network.class_embeddings.shape, generator=generator)
     return network
-
-
-def cli(*arguments: str, cwd: Path = BUNDLE, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "monai.bundle", *arguments]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
-
-
-def metrics(folder: Path) -> dict[str, float]:
-    with open(folder / "metrics.csv", newline="") as file:
-        return {name: float(value) for name, value in csv.reader(file)}
 
 
 def test_metadata_fits_the_schema_and_names_the_organs_in_order() -> None:
@@ -235,7 +227,7 @@ def test_every_protocol_gives_metrics_by_class_and_case(
 ) -> None:
     run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(volumes), prompt=prompt, overlays=1,
         ckpt_dir=str(adapted), output_dir=str(tmp_path), **COMMON, **SMALL)  # fmt: skip
-    assert set(metrics(tmp_path)) == {"val_mean_dice", "val_hd95", "val_nsd"}
+    assert set(read_metrics(tmp_path)) == {"val_mean_dice", "val_hd95", "val_nsd"}
     for name in ("val_mean_dice", "val_hd95", "val_nsd"):
         with open(tmp_path / f"{name}_raw.csv", newline="") as file:
             rows = list(csv.reader(file))
@@ -331,7 +323,7 @@ def test_classes_that_are_not_annotated_do_not_train(volumes: Path, tmp_path: Pa
     assert moved[1:].tolist() == [0.0, 0.0]
 
 
-def test_bad_input_ends_with_one_clear_line(tmp_path: Path) -> None:
+def test_bad_input_ends_with_one_clear_line(tmp_path: Path, cli: Command) -> None:
     data = data_set(tmp_path / "data", 2, 1)
     label = np.full((24, 28, 9), 9, np.uint8)
     nib.save(nib.Nifti1Image(label, SIDES["RAS"]), data / "labelsTr" / "label0001.nii.gz")
@@ -382,4 +374,4 @@ def test_the_adapter_of_the_hippocampus_segments_volumes_it_has_not_seen(shared_
     for prompt in ("none", "point"):
         run("evaluating", config_file=[TRAIN, HIPPOCAMPUS, EVALUATE], dataset_dir=str(volumes), prompt=prompt,
             val_limit=2, output_dir=str(tmp_path / prompt), **COMMON)  # fmt: skip
-        assert metrics(tmp_path / prompt)["val_mean_dice"] > 0.75
+        assert read_metrics(tmp_path / prompt)["val_mean_dice"] > 0.75

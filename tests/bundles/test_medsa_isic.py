@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import random
@@ -13,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from PIL import Image
 
 from medsa_nets import WeightsError, build_medsa
 from medsa_nets.data.phantoms import phantom, write_phantoms
+from medsa_nets.demo import read_metrics
 from medsa_nets.errors import find_cause
 from medsa_nets.weights import find_base_file, get_base
 
@@ -33,6 +34,8 @@ META = str(BUNDLE / "configs" / "metadata.json")
 COMMON = {"bundle_root": str(BUNDLE), "meta_file": META, "num_workers": 0, "amp": False}
 # small pictures: LiteMedSAM takes any size, and these runs test wiring, not accuracy
 SMALL = {"image_size": 64, "batch_size": 2, "warmup_steps": 1, "samples_interval": 0}
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 try:
     find_base_file(get_base("lite_medsam"))
@@ -50,18 +53,6 @@ def adapter() -> torch.nn.Module:
     network = build_medsa("lite_medsam").eval()
     network.load_state_dict(torch.load(BUNDLE / "models" / "model.pt", weights_only=True))
     return network
-
-
-def cli(*arguments: str, cwd: Path = BUNDLE, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "monai.bundle", *arguments]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
-
-
-def metrics(folder: Path) -> dict[str, float]:
-    with open(folder / "metrics.csv", newline="") as file:
-        return {name: float(value) for name, value in csv.reader(file)}
 
 
 def test_metadata_fits_the_schema_of_the_bundle_specification() -> None:
@@ -134,7 +125,9 @@ def test_onnx_export_equals_eager(tmp_path: Path, adapter: torch.nn.Module) -> N
         np.testing.assert_allclose(out, adapter(image).numpy(), atol=1e-4, rtol=1e-4)
 
 
-def test_training_from_another_folder_lowers_the_loss_and_writes_whole_files(phantoms: Path, tmp_path: Path) -> None:
+def test_training_from_another_folder_lowers_the_loss_and_writes_whole_files(
+    phantoms: Path, tmp_path: Path, cli: Command
+) -> None:
     result = cli("run", "training", config_file=TRAIN, dataset_dir=phantoms, ckpt_dir=tmp_path / "models",
                  output_dir=tmp_path / "out", max_epochs=4, learning_rate=0.002, cwd=tmp_path,
                  **{**COMMON, **SMALL, "samples_interval": 2})  # fmt: skip
@@ -206,7 +199,7 @@ def test_evaluation_agrees_with_the_official_scorer(phantoms: Path, tmp_path: Pa
         mask.rename(mask.with_name(mask.name.replace("PHANTOM", "ISIC")))
     score = SegmentationScore.from_dir(truth, tmp_path / "masks")
     official = score.macro_average
-    ours = metrics(tmp_path / "metrics")
+    ours = read_metrics(tmp_path / "metrics")
     assert ours["val_mean_dice"] == pytest.approx(official["dice"], abs=1e-5)
     assert ours["val_mean_iou"] == pytest.approx(official["jaccard"], abs=1e-5)
 
@@ -215,7 +208,7 @@ def test_evaluation_agrees_with_the_official_scorer(phantoms: Path, tmp_path: Pa
 def test_every_protocol_gives_all_metrics_and_raw_values(phantoms: Path, tmp_path: Path, prompt: str) -> None:
     run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(phantoms), prompt=prompt, image_size=64,
         overlays=1, output_dir=str(tmp_path), **COMMON)  # fmt: skip
-    assert set(metrics(tmp_path)) == {"val_mean_dice", "val_mean_iou", "val_hd95"}
+    assert set(read_metrics(tmp_path)) == {"val_mean_dice", "val_mean_iou", "val_hd95"}
     assert len((tmp_path / "val_mean_dice_raw.csv").read_text().splitlines()) == 3  # a head and two images
     assert len(list((tmp_path / "overlays").glob("*_overlay.png"))) == 1
 
@@ -281,7 +274,7 @@ def test_trained_adapter_follows_the_prompt(adapter: torch.nn.Module, seeds: tup
         (lambda root: (root / "images").mkdir() or (root / "masks").mkdir(), "is empty"),
     ],
 )
-def test_wrong_folder_ends_with_one_clear_line(tmp_path: Path, prepare, expected: str) -> None:
+def test_wrong_folder_ends_with_one_clear_line(tmp_path: Path, prepare, expected: str, cli: Command) -> None:
     prepare(tmp_path)
     result = cli("run", "training", config_file=TRAIN, dataset_dir=tmp_path, ckpt_dir=tmp_path / "m",
                  output_dir=tmp_path / "o", **COMMON)  # fmt: skip
@@ -293,7 +286,7 @@ def test_wrong_folder_ends_with_one_clear_line(tmp_path: Path, prepare, expected
     assert not (tmp_path / "m").exists()
 
 
-def test_damaged_image_is_named_in_the_last_line_and_can_be_skipped(tmp_path: Path) -> None:
+def test_damaged_image_is_named_in_the_last_line_and_can_be_skipped(tmp_path: Path, cli: Command) -> None:
     data = write_phantoms(tmp_path / "data", training=3, validation=1, size=64)
     victim = sorted((data / "ISIC-2017_Training_Data").iterdir())[1]
     victim.write_bytes(victim.read_bytes()[:200])
@@ -320,7 +313,7 @@ def test_adapter_of_another_form_is_refused(phantoms: Path, tmp_path: Path) -> N
 def test_the_base_without_adaptation_is_measured_too(phantoms: Path, tmp_path: Path) -> None:
     run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(phantoms), checkpoint="", prompt="none",
         output_dir=str(tmp_path), **COMMON)  # fmt: skip
-    assert metrics(tmp_path)["val_mean_dice"] < 0.5
+    assert read_metrics(tmp_path)["val_mean_dice"] < 0.5
 
 
 def test_training_starts_from_an_adapter(phantoms: Path, tmp_path: Path) -> None:
@@ -333,7 +326,7 @@ def test_training_starts_from_an_adapter(phantoms: Path, tmp_path: Path) -> None
         torch.testing.assert_close(found[name], expected[name])
 
 
-def test_mlflow_tracks_a_run(phantoms: Path, tmp_path: Path) -> None:
+def test_mlflow_tracks_a_run(phantoms: Path, tmp_path: Path, cli: Command) -> None:
     for package in ("mlflow", "sqlalchemy", "alembic"):
         pytest.importorskip(package)
     result = cli("run", "training", config_file=TRAIN, dataset_dir=phantoms, ckpt_dir=tmp_path / "m", tracking="mlflow",
