@@ -1,11 +1,13 @@
-"""One scan is enough to start: adapt to one CT, measure on another.
+"""One scan is enough to start: adapt to one CT, measure on another, with and without what tells slices of each other.
 
     python tests/benchmarks/one_scan.py --scans /path/to/ct --output_dir results
 
-Trains on ``ct_a.nii.gz`` alone through the bundle medsa_btcv and measures on the DICOM series ``ct_b_dicom``, before
-and after, without prompt and with clicks. The labels (``ct_?_totalsegmentator.nii.gz``) are TotalSegmentator's
-predictions, renumbered to BTCV's organs: the figures say how far two models agree, not how right either is. Writes
-one_scan.{md,json}.
+Trains on ``ct_a.nii.gz`` alone through the bundle medsa_btcv and measures on the DICOM series ``ct_b_dicom`` without
+prompt, by one click per organ and volume, one per organ and slice, and boxes: the base alone, the adapted network, and
+two ablations that train alike but for some adapters, which stay at zero: SD-Trans's depth branch, and the adapter that
+tells the decoder of clicks on other slices. The labels (``ct_?_totalsegmentator.nii.gz``) are TotalSegmentator's
+predictions, renumbered to BTCV's organs: the figures say how far two models agree, not how right either is. Measured
+rows are kept and not repeated. Writes one_scan.{md,json}.
 """
 
 from __future__ import annotations
@@ -25,6 +27,13 @@ TRAIN, EVALUATE = (str(BUNDLE / "configs" / f"{name}.yaml") for name in ("train"
 # TotalSegmentator's numbers of spleen, kidneys, … in the order of the bundle's classes
 TOTALSEGMENTATOR = (1, 2, 3, 4, 15, 5, 6, 52, 63, 64, 7, 8, 9)
 PROMPTS = ("none", "point", "point_per_slice", "box")
+# name: part of the names of the adapters that do not train; none: nothing trains
+VARIANTS: dict[str, str | None] = {
+    "base": None,
+    "MedSA": "",
+    "without SD-Trans": ".depth.",
+    "without distant clicks": "distant_prompt",
+}
 
 
 def renumber(source: Path, target: Path) -> list[int]:
@@ -43,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scans", type=Path, required=True, help="folder with ct_a and ct_b")
     parser.add_argument("--output_dir", type=Path, default=Path("one_scan"))
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     options = parser.parse_args()
     root, scans = options.output_dir.resolve(), options.scans.resolve()
     classes = ConfigParser.load_config_file(TRAIN)["classes"]
@@ -60,35 +69,51 @@ def main() -> None:
         "logging_file": str(BUNDLE / "configs/logging.conf"),
         "dataset_dir": str(scans),
         "datalist": str(root / "scans.json"),
-        "ckpt_dir": str(root / "models"),
         "num_workers": 0,
         "pixdim": [2.0, 2.0, 3.0],
         "roi_size": [128, 128, 16],
     }
+    state = root / "one_scan.json"
+    report = json.loads(state.read_text()) if state.is_file() else {"rows": {}}
+    for name, frozen in VARIANTS.items():
+        if name not in report["rows"]:
+            report["rows"][name] = measure(root / name.replace(" ", "_"), frozen, options.steps, common)
+            state.write_text(json.dumps(report, indent=1))
+            print(name, report["rows"][name], flush=True)
+    write(report["rows"], classes, [i for i in present["ct_b"] if i in present["ct_a"]], options.steps, root)
+
+
+def measure(folder: Path, frozen: str | None, steps: int, common: dict) -> dict:
+    """Train a variant and measure it: minutes of training, Dice of each class by prompt."""
+    shared = {**common, "ckpt_dir": str(folder / "models")}
     start = time.perf_counter()
-    run("training", config_file=TRAIN, output_dir=str(root / "training"), max_epochs=5, patches_per_volume=1,
-        samples_per_epoch=options.steps // 5, warmup_steps=15, val_interval=10**6, samples_interval=0,
-        **common)  # fmt: skip
-    minutes = (time.perf_counter() - start) / 60
-    table: dict[str, dict[str, list[float]]] = {}
-    for stage, extra in (("before", {"checkpoint": ""}), ("after", {})):
-        for prompt in PROMPTS:
-            folder = root / stage / prompt
-            run("evaluating", config_file=[TRAIN, EVALUATE], prompt=prompt, overlays=1, amp=True,
-                output_dir=str(folder), **common, **extra)  # fmt: skip
-            with open(folder / "val_mean_dice_raw.csv", newline="") as file:
-                row = list(csv.reader(file))[1]
-            table.setdefault(stage, {})[prompt] = [float(v) for v in row[1:-1]]
-    (root / "one_scan.json").write_text(json.dumps({"minutes": minutes, "steps": options.steps, "dice": table}))
-    both = [i for i in present["ct_b"] if i in present["ct_a"]]
-    heads = [f"{prompt}, {stage}" for prompt in PROMPTS for stage in ("before", "after")]
+    if frozen is not None:
+        trained = f"$[p for n, p in @network.named_parameters() if p.requires_grad and {frozen or '/'!r} not in n]"
+        options = {"max_epochs": 5, "samples_per_epoch": steps // 5, "warmup_steps": steps // 10, "val_interval": 10**6}
+        run("training", config_file=TRAIN, output_dir=str(folder), patches_per_volume=1, samples_interval=0,
+            **{"optimizer#params": trained}, **options, **shared)  # fmt: skip
+    row: dict = {"minutes": (time.perf_counter() - start) / 60, "dice": {}}
+    for prompt in PROMPTS:
+        run("evaluating", config_file=[TRAIN, EVALUATE], prompt=prompt, overlays=1, output_dir=str(folder / prompt),
+            **({"checkpoint": ""} if frozen is None else {}), **shared)  # fmt: skip
+        with open(folder / prompt / "val_mean_dice_raw.csv", newline="") as file:
+            row["dice"][prompt] = [float(v) for v in list(csv.reader(file))[1][1:-1]]
+    return row
+
+
+def write(rows: dict, classes: list[str], organs: list[int], steps: int, root: Path) -> None:
+    """Write two tables: organs before and after, means of the variants."""
+    heads = [f"{prompt}, {stage}" for prompt in PROMPTS for stage in ("base", "MedSA")]
     lines = ["| organ | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
-    for i in both:
-        cells = [f"{table[stage][prompt][i]:.3f}" for prompt in PROMPTS for stage in ("before", "after")]
+    for i in organs:
+        cells = [f"{rows[stage]['dice'][prompt][i]:.3f}" for prompt in PROMPTS for stage in ("base", "MedSA")]
         lines.append(f"| {classes[i]} | " + " | ".join(cells) + " |")
-    lines.append(
-        f"\n{options.steps} steps on one scan in {minutes:.0f} minutes; agreement (Dice) with TotalSegmentator."
-    )
+    lines += ["", "| mean over organs | " + " | ".join(PROMPTS) + " |", "| --- " * (len(PROMPTS) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [f"{np.mean([row['dice'][prompt][i] for i in organs]):.3f}" for prompt in PROMPTS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    minutes = rows["MedSA"]["minutes"]
+    lines.append(f"\n{steps} steps on one scan, {minutes:.0f} minutes; agreement (Dice) with TotalSegmentator.")
     (root / "one_scan.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
