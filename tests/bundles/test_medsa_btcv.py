@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,17 +206,29 @@ def test_training_lowers_the_loss_and_draws_samples_in_three_planes(volumes: Pat
     assert (tmp_path / "cache").exists() == (cache == "disk")
 
 
-def test_two_processes_train_together(volumes: Path, tmp_path: Path) -> None:
-    overlay = str(CONFIGS / "multi_gpu_train.yaml")
-    folders = {"dataset_dir": volumes, "ckpt_dir": tmp_path, "output_dir": tmp_path}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-               "monai.bundle", "run", "training", "--config_file", f"['{TRAIN}','{overlay}']"]  # fmt: skip
-    for name, value in {**COMMON, **SMALL, **TRAINING, **folders, "max_epochs": 1, "val_interval": 1}.items():
-        command += [f"--{name}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+def test_two_processes_train_together(volumes: Path, tmp_path: Path, cli: Command) -> None:
+    result = cli("run", "training", processes=2, config_file=f"['{TRAIN}','{CONFIGS / 'multi_gpu_train.yaml'}']",
+                 dataset_dir=volumes, ckpt_dir=tmp_path, output_dir=tmp_path, max_epochs=1, val_interval=1,
+                 **COMMON, **SMALL, **TRAINING)  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert {p.name for p in tmp_path.glob("*.pt")} == {"model.pt", "model_last.pt"}
+
+
+def test_two_processes_measure_what_one_does(adapted: Path, tmp_path: Path, cli: Command) -> None:
+    volumes = data_set(tmp_path / "data", 1, 3)  # an odd number: one process has more to do
+    common = {**COMMON, **SMALL, "prompt": "point", "dataset_dir": volumes, "ckpt_dir": adapted}
+    overlay = CONFIGS / "multi_gpu_evaluate.yaml"
+    result = cli("run", "evaluating", processes=2, config_file=f"['{TRAIN}','{EVALUATE}','{overlay}']",
+                 output_dir=tmp_path / "two", **common)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    result = cli("run", "evaluating", config_file=f"['{TRAIN}','{EVALUATE}']", output_dir=tmp_path / "one", **common)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert read_metrics(tmp_path / "two") == pytest.approx(read_metrics(tmp_path / "one"), rel=1e-4, nan_ok=True)
+    names = []
+    for folder in ("one", "two"):
+        with open(tmp_path / folder / "val_mean_dice_raw.csv", newline="") as file:
+            names.append(sorted(Path(row[0]).name for row in list(csv.reader(file))[1:]))
+    assert names[0] == names[1] == ["img0001.nii.gz", "img0002.nii.gz", "img0003.nii.gz"]
 
 
 @pytest.mark.parametrize("prompt", ["none", "point", "point_per_slice", "points3", "box50", "box75", "box"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -170,15 +169,10 @@ def test_killed_training_resumes_to_the_same_weights(phantoms: Path, tmp_path: P
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)
 
 
-def test_two_processes_train_together(phantoms: Path, tmp_path: Path) -> None:
-    overlay = str(BUNDLE / "configs" / "multi_gpu_train.yaml")
-    folders = {"dataset_dir": phantoms, "ckpt_dir": tmp_path, "output_dir": tmp_path}
-    options = {**COMMON, **SMALL, **folders, "max_epochs": 1}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-               "monai.bundle", "run", "training", "--config_file", f"['{TRAIN}','{overlay}']"]  # fmt: skip
-    command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+def test_two_processes_train_together(phantoms: Path, tmp_path: Path, cli: Command) -> None:
+    overlay = BUNDLE / "configs" / "multi_gpu_train.yaml"
+    result = cli("run", "training", processes=2, config_file=f"['{TRAIN}','{overlay}']", dataset_dir=phantoms,
+                 ckpt_dir=tmp_path, output_dir=tmp_path, max_epochs=1, **COMMON, **SMALL)  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert {p.name for p in tmp_path.glob("*.pt")} == {"model.pt", "model_last.pt"}
 
