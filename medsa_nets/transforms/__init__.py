@@ -1,5 +1,6 @@
 """MONAI transforms for masks, prompts and volumes."""
 
+from medsa_nets.transforms.clicks import PromptsInMetad, ReadClicksd, prompts_of
 from medsa_nets.transforms.masks import BinarizeMaskd
 from medsa_nets.transforms.overlays import SaveOverlayd, SaveVolumeOverlayd
 from medsa_nets.transforms.prompts import (
@@ -23,14 +24,17 @@ __all__ = [
     "CheckLabelsd",
     "LoadImageVolumed",
     "MasksToLabeld",
+    "PromptsInMetad",
     "PromptsToNetworkd",
     "ReadClassPromptsd",
+    "ReadClicksd",
     "ReadPromptsd",
     "SampleClassPromptsd",
     "SamplePromptsd",
     "SaveOverlayd",
     "SaveVolumeOverlayd",
     "all_classes",
+    "prompts_of",
     "to_source_grid",
     "to_tensor_grid",
 ]
