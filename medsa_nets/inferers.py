@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from medsa_nets.engines import plain
 from medsa_nets.networks import VolumeMedSA
-from medsa_nets.transforms import all_classes
+from medsa_nets.transforms import ABSENT, all_classes, prompts_of
 
 
 def tensor_sha256(*tensors: Tensor) -> str:
@@ -31,7 +32,7 @@ def tensor_sha256(*tensors: Tensor) -> str:
 
 
 class EmbeddingCache:
-    """Image embeddings of the volumes that were used last.
+    """Image embeddings of the volumes that were used last. Several threads may share one.
 
     A volume is known by what the network sees: the values of the preprocessed tensor. Another file, window or spacing
     is another volume, and so is another adapter.
@@ -53,11 +54,14 @@ class EmbeddingCache:
         self.hits = 0
         self.misses = 0
         self._kept: OrderedDict[str, list[Tensor]] = OrderedDict()
+        self._versions: dict[str, tuple[str, str]] = {}
+        self._lock = threading.RLock()
 
     @property
     def bytes(self) -> int:
         """Memory that the kept embeddings take, in bytes."""
-        return sum(self._size(slabs) for slabs in self._kept.values())
+        with self._lock:
+            return sum(self._size(slabs) for slabs in self._kept.values())
 
     @staticmethod
     def _size(slabs: list[Tensor]) -> int:
@@ -68,26 +72,62 @@ class EmbeddingCache:
 
     def get(self, key: str) -> list[Tensor] | None:
         """Embeddings of the slabs of a volume, or none."""
-        slabs = self._kept.get(key)
-        if slabs is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._kept.move_to_end(key)
-        return slabs
+        with self._lock:
+            slabs = self._kept.get(key)
+            if slabs is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._kept.move_to_end(key)
+            return slabs
 
-    def put(self, key: str, slabs: list[Tensor]) -> None:
-        """Keep the embeddings of a volume's slabs."""
+    def put(self, key: str, slabs: list[Tensor], *, network: str = "", version: str = "") -> None:
+        """Keep the embeddings of a volume's slabs.
+
+        Args:
+            key: name of the volume, as seen by this network.
+            slabs: embeddings.
+            network: name of the network; what other versions of it computed is forgotten.
+            version: of its weights.
+        """
         if self._size(slabs) > self.max_bytes:
             return
-        self._kept[key] = slabs
-        self._kept.move_to_end(key)
-        while self.bytes > self.max_bytes:
-            self._kept.popitem(last=False)
+        with self._lock:
+            for other in [k for k, (n, v) in self._versions.items() if n == network and v != version]:
+                self._forget(other)
+            self._kept[key] = slabs
+            self._kept.move_to_end(key)
+            if network:
+                self._versions[key] = (network, version)
+            while self.bytes > self.max_bytes:
+                self._forget(next(iter(self._kept)))
+
+    def _forget(self, key: str) -> None:
+        self._kept.pop(key, None)
+        self._versions.pop(key, None)
 
     def clear(self) -> None:
         """Forget everything."""
-        self._kept.clear()
+        with self._lock:
+            self._kept.clear()
+            self._versions.clear()
+
+
+_shared: dict[int, EmbeddingCache] = {}
+_shared_lock = threading.Lock()
+
+
+def shared_cache(max_bytes: int) -> EmbeddingCache | None:
+    """The cache of this size that all inferers of the process share; none for 0 bytes.
+
+    A server holds an automatic and a clicking task for one bundle: what one of them has encoded, the other one needs.
+    """
+    if not max_bytes:
+        return None
+    with _shared_lock:
+        if max_bytes not in _shared:
+            _shared[max_bytes] = EmbeddingCache(max_bytes)
+        return _shared[max_bytes]
 
 
 class SlabInferer(Inferer):
@@ -104,8 +144,11 @@ class SlabInferer(Inferer):
         sw_device: where slabs are computed; none takes the volume's device.
         device: where the result is put together; none takes the volume's device.
         cache: keeps embeddings; none computes them anew.
-        every_class: whether the result of prompts for some classes has a channel for every class of the network, with
-            those that were not asked for absent.
+        every_class: whether the result of prompts for some classes has a channel for every class of the network.
+        others: with ``every_class``, what the classes hold that were not asked for: ``absent`` (nothing), or
+            ``automatic``: what they hold without prompts, less the voxels of the classes that were asked for.
+        spread: whether prompts are answered from the slabs that hold them outwards, each class as long as its mask
+            reaches the last slice of a slab, and not beyond. A click then costs as many slabs as the organ has.
         progress: whether a bar shows the slabs.
 
     Raises:
@@ -122,6 +165,8 @@ class SlabInferer(Inferer):
         device: str | torch.device | None = None,
         cache: EmbeddingCache | None = None,
         every_class: bool = False,
+        others: str = "absent",
+        spread: bool = False,
         progress: bool = False,
     ) -> None:
         super().__init__()
@@ -129,6 +174,8 @@ class SlabInferer(Inferer):
             raise ValueError(f"slab_depth and sw_batch_size must be 1 or more, got {slab_depth} and {sw_batch_size}.")
         if not 0.0 <= overlap < 1.0:
             raise ValueError(f"overlap must lie in [0, 1), got {overlap}.")
+        if others not in ("absent", "automatic"):
+            raise ValueError(f"others must be absent or automatic, got {others!r}.")
         self.slab_depth = slab_depth
         self.overlap = overlap
         self.sw_batch_size = sw_batch_size
@@ -137,6 +184,8 @@ class SlabInferer(Inferer):
         self.device = device
         self.cache = cache
         self.every_class = every_class
+        self.others = others
+        self.spread = spread
         self.progress = progress
 
     def starts(self, depth: int) -> list[int]:
@@ -158,7 +207,8 @@ class SlabInferer(Inferer):
             args: not used; MONAI's engines pass it.
             image_key: name of the volume in the cache; none takes the SHA-256 of its values.
             kwargs: prompts in voxel indices of the volume, as :meth:`~medsa_nets.networks.VolumeMedSA.decode` takes
-                them; none segments automatically.
+                them; none takes those that travel with the volume (:class:`~medsa_nets.transforms.PromptsInMetad`),
+                and segments automatically where there are none.
 
         Returns:
             Mask logits (B, K, H, W, D), single precision.
@@ -172,55 +222,113 @@ class SlabInferer(Inferer):
                 f"SlabInferer needs a network built with spatial_dims=3, got {type(medsa).__name__}. For another "
                 "network take monai.inferers.SlidingWindowInferer."
             )
+        prompts = {name: plain(value) for name, value in kwargs.items() if value is not None}
+        if not prompts and inputs.dim() == 5 and inputs.shape[0] == 1:
+            prompts = {name: value.to(inputs.device) for name, value in prompts_of(inputs).items()}
         inputs = plain(inputs)
         if inputs.dim() != 5:
             raise ValueError(f"the volume must have shape (B, C, H, W, D), got {tuple(inputs.shape)}.")
-        prompts = {name: plain(value) for name, value in kwargs.items() if value is not None}
         volumes = []
         for index in range(inputs.shape[0]):
             own = {name: value if name == "classes" else value[index : index + 1] for name, value in prompts.items()}
-            key = None if image_key is None else f"{image_key} {index}"
-            volumes.append(self._segment(inputs[index : index + 1], medsa, own, key))
-        logits = torch.cat(volumes)
-        if self.every_class and "classes" in prompts:
-            logits = all_classes(logits, prompts["classes"], medsa.num_classes)
+            slabs = _Slabs(
+                self, inputs[index : index + 1], medsa, None if image_key is None else f"{image_key} {index}"
+            )
+            volumes.append(self._answer(slabs, own))
+        return torch.cat(volumes)
+
+    def _answer(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
+        automatic = self.every_class and self.others == "automatic"
+        if not set(prompts) - {"classes"}:
+            return self._automatic(slabs) if automatic and not prompts else self._segment(slabs, prompts)
+        if not self.spread:
+            logits = self._segment(slabs, prompts)
+        else:
+            sets = next(value.shape[1] for name, value in prompts.items() if name != "classes")
+            one = [
+                {name: v[i : i + 1] if name == "classes" else v[:, i : i + 1] for name, v in prompts.items()}
+                for i in range(sets)
+            ]
+            logits = torch.cat([self._spread(slabs, own) for own in one], dim=1)
+            slabs.finish()
+        if not self.every_class or "classes" not in prompts:
+            return logits
+        return all_classes(
+            logits, prompts["classes"], slabs.network.num_classes, others=self._automatic(slabs) if automatic else None
+        )
+
+    def _automatic(self, slabs: _Slabs) -> Tensor:
+        """Logits of every class without prompts, kept beside the embeddings."""
+        if self.cache is None:
+            return self._segment(slabs, {})
+        key = f"automatic {self.overlap} {slabs.key}"
+        known = self.cache.get(key)
+        if known is not None:
+            return known[0].to(slabs.place_out)
+        logits = self._segment(slabs, {})
+        kept = logits if self.cache.device is None else logits.to(self.cache.device)
+        self.cache.put(key, [kept], network=slabs.name, version=slabs.version)
         return logits
 
-    def _segment(self, volume: Tensor, network: VolumeMedSA, prompts: dict[str, Tensor], key: str | None) -> Tensor:
-        height, width, depth = volume.shape[2:]
-        place = torch.device(self.sw_device) if self.sw_device is not None else volume.device
-        pad = [-height % network.stride, -width % network.stride]
-        masks = prompts.pop("masks", None)
-        slab_depth = min(self.slab_depth, depth)
-        starts = self.starts(depth)
-        importance = compute_importance_map((slab_depth,), mode="gaussian", sigma_scale=0.25, device="cpu").float()
+    def _segment(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
+        """Decode every slab."""
+        groups = range(len(slabs.groups))
+        bar = tqdm(groups, desc="slabs", disable=not self.progress or len(groups) < 2, leave=False)
+        return self._blend(slabs, ((g, self._decode(slabs, g, prompts)) for g in bar))
+
+    def _spread(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
+        """Decode the slabs that hold prompts, then their neighbours as long as the mask reaches their last slice."""
+        waiting = slabs.holding(prompts)
+        answers: dict[int, Tensor] = {}
+        while waiting:
+            g = waiting.pop()
+            answers[g] = logits = self._decode(slabs, g, prompts)
+            present = (logits > 0).any(dim=3).any(dim=2).any(dim=1)  # (slabs of the group, slices)
+            if bool(present[0, 0]):
+                waiting.append(g - 1)
+            if bool(present[-1, -1]):
+                waiting.append(g + 1)
+            waiting = [n for n in waiting if 0 <= n < len(slabs.groups) and n not in answers]
+        return self._blend(slabs, sorted(answers.items()))
+
+    def _decode(self, slabs: _Slabs, g: int, prompts: dict[str, Tensor]) -> Tensor:
+        """Logits (S, K, H, W, slab depth) of the slabs of a group, where they are put together."""
+        group = slabs.groups[g]
+        embeddings = slabs.embeddings(g)
+        own = {name: self._for_slabs(name, value, group).to(slabs.place) for name, value in prompts.items()}
+        if "masks" in prompts:
+            own["masks"] = torch.cat([prompts["masks"][..., s : s + slabs.depth] for s in group]).to(slabs.place)
+        with torch.autocast(slabs.place.type, dtype=torch.bfloat16, enabled=self.amp):
+            logits = slabs.network.decode(embeddings.to(slabs.place), **own)
+        height, width = slabs.volume.shape[2:4]
+        return logits.float()[:, :, :height, :width].to(slabs.place_out)
+
+    @staticmethod
+    def _blend(slabs: _Slabs, answers: Iterable[tuple[int, Tensor]], absent: float = ABSENT) -> Tensor:
+        """Weighted mean of overlapping slabs, ``absent`` where there is none."""
+        importance = compute_importance_map((slabs.depth,), mode="gaussian", sigma_scale=0.25, device="cpu").float()
         importance = importance.clamp_min(1e-3)
-        total = torch.zeros(depth)
-        for start in starts:
-            total[start : start + slab_depth] += importance
         result: Tensor | None = None
-        place_out = torch.device(self.device) if self.device is not None else volume.device
-        for group, embeddings in self._embeddings(volume, network, starts, slab_depth, pad, place, key):
-            size = len(group)
-            own = {name: self._for_slabs(name, value, group).to(place) for name, value in prompts.items()}
-            if masks is not None:
-                own["masks"] = torch.cat([masks[..., s : s + slab_depth] for s in group]).to(place)
-            with torch.autocast(place.type, dtype=torch.bfloat16, enabled=self.amp):
-                logits = network.decode(embeddings.to(place), **own)
-            logits = logits.float()[:, :, :height, :width].to(place_out)
+        total = torch.zeros(slabs.volume.shape[4])
+        for g, logits in answers:
             if result is None:
-                result = torch.zeros(1, logits.shape[1], height, width, depth, device=place_out)
-            for i in range(size):
-                weight = (importance / total[group[i] : group[i] + slab_depth]).to(place_out)
-                result[0, ..., group[i] : group[i] + slab_depth] += logits[i] * weight
+                shape = (1, logits.shape[1], *logits.shape[2:4], len(total))
+                result = torch.zeros(shape, device=slabs.place_out)
+            for start, own in zip(slabs.groups[g], logits):
+                result[0, ..., start : start + slabs.depth] += own * importance.to(own.device)
+                total[start : start + slabs.depth] += importance
         assert result is not None
-        return result
+        seen = (total > 0).to(result.device)
+        result /= torch.where(total > 0, total, torch.ones_like(total)).to(result.device)
+        return result if bool(seen.all()) else torch.where(seen, result, torch.full_like(result, absent))
 
     @staticmethod
     def _for_slabs(name: str, value: Tensor, starts: list[int]) -> Tensor:
         """Prompts of the volume as each slab counts its slices."""
-        if name in ("classes", "point_labels"):
-            return value if name == "classes" else value.expand(len(starts), -1, -1)
+        if name in ("classes", "masks"):
+            return value
+        if name == "point_labels":
+            return value.expand(len(starts), -1, -1)
         shift = torch.zeros(value.shape[-1])
         if name == "point_coords":
             shift[2] = 1.0
@@ -229,61 +337,85 @@ class SlabInferer(Inferer):
         shift = shift.to(value.device)
         return torch.cat([value.float() - start * shift for start in starts])
 
-    def _embeddings(
-        self,
-        volume: Tensor,
-        network: VolumeMedSA,
-        starts: list[int],
-        slab_depth: int,
-        pad: list[int],
-        place: torch.device,
-        key: str | None,
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Groups of slabs (first slices) with their embeddings (S, 256, h, w, slab_depth), from the cache or new."""
-        groups = [starts[i : i + self.sw_batch_size] for i in range(0, len(starts), self.sw_batch_size)]
-        bar = tqdm(groups, desc="slabs", disable=not self.progress or len(groups) < 2, leave=False)
-        if self.cache is None:
-            for group in bar:
-                yield group, self._encode(volume, network, group, slab_depth, pad, place)
-            return
-        if key is None:
-            key = tensor_sha256(volume)
-        key = f"{key} {slab_depth} {starts} {self.amp} {adapter_key(network)}"
-        known = self.cache.get(key)
-        kept: list[Tensor] | None = []
-        room = self.cache.max_bytes
-        for i, group in enumerate(bar):
-            if known is not None:
-                yield group, torch.cat(known[i * self.sw_batch_size : i * self.sw_batch_size + len(group)])
-                continue
-            embeddings = self._encode(volume, network, group, slab_depth, pad, place)
-            if kept is not None:
-                target = self.cache.device if self.cache.device is not None else embeddings.device
-                kept += [embeddings[j : j + 1].to(target) for j in range(len(group))]
-                room -= embeddings.numel() * embeddings.element_size()
-                if room < 0:  # too large to be kept: memory stays bounded
-                    kept = None
-            yield group, embeddings
-        if known is None and kept is not None:
-            self.cache.put(key, kept)
 
-    def _encode(
-        self,
-        volume: Tensor,
-        network: VolumeMedSA,
-        group: list[int],
-        slab_depth: int,
-        pad: list[int],
-        place: torch.device,
-    ) -> Tensor:
-        slabs = torch.cat([volume[..., start : start + slab_depth] for start in group]).to(place)
-        if pad[0] > 0 or pad[1] > 0:
-            slabs = F.pad(slabs, (0, 0, 0, pad[1], 0, pad[0]))
-        with torch.autocast(place.type, dtype=torch.bfloat16, enabled=self.amp):
-            return network.encode_image(slabs)
+class _Slabs:
+    """The slabs of one volume, in groups that are encoded together; encoded when they are asked for."""
+
+    def __init__(self, settings: SlabInferer, volume: Tensor, network: VolumeMedSA, image_key: str | None) -> None:
+        self.settings = settings
+        self.volume = volume
+        self.network = network
+        self.depth = min(settings.slab_depth, volume.shape[4])
+        self.place = torch.device(settings.sw_device) if settings.sw_device is not None else volume.device
+        self.place_out = torch.device(settings.device) if settings.device is not None else volume.device
+        starts, size = settings.starts(volume.shape[4]), settings.sw_batch_size
+        self.groups = [starts[i : i + size] for i in range(0, len(starts), size)]
+        self.known: list[Tensor] | None = None
+        self.new: dict[int, Tensor] = {}
+        self.room = 0
+        self.key = self.name = self.version = ""
+        if settings.cache is not None:
+            self.name, self.version = network_name(network), adapter_key(network)
+            name = tensor_sha256(volume) if image_key is None else image_key
+            self.key = f"{name} {self.depth} {starts} {settings.amp} {self.name} {self.version}"
+            self.known = settings.cache.get(self.key)
+            self.room = settings.cache.max_bytes
+
+    def holding(self, prompts: dict[str, Tensor]) -> list[int]:
+        """Groups that hold a click or a part of a box; the first one where none does."""
+        slices: set[int] = set()
+        if "point_coords" in prompts:
+            used = prompts["point_labels"] >= 0
+            slices.update(int(z) for z in prompts["point_coords"][..., 2][used].round().tolist())
+        if "boxes" in prompts:
+            for box in prompts["boxes"].reshape(-1, 6).round().long().tolist():
+                slices.update(range(box[2], box[5] + 1))
+        last = self.volume.shape[4] - 1
+        slices = {min(max(z, 0), last) for z in slices} or {0}
+        return [g for g, group in enumerate(self.groups) if any(s <= z < s + self.depth for s in group for z in slices)]
+
+    def embeddings(self, g: int) -> Tensor:
+        """Embeddings (S, 256, h, w, slab depth) of a group, from the cache or new."""
+        cache = self.settings.cache
+        first = sum(len(group) for group in self.groups[:g])
+        if self.known is not None:
+            return torch.cat(self.known[first : first + len(self.groups[g])])
+        if g in self.new:
+            return self.new[g]
+        embeddings = self._encode(self.groups[g])
+        if cache is not None:
+            self.room -= embeddings.numel() * embeddings.element_size()
+            if self.room < 0:  # too large to be kept: memory stays bounded
+                self.new.clear()
+            else:
+                self.new[g] = embeddings.to(cache.device) if cache.device is not None else embeddings
+                if len(self.new) == len(self.groups):
+                    self.known = [slab[None] for i in range(len(self.groups)) for slab in self.new[i]]
+                    cache.put(self.key, self.known, network=self.name, version=self.version)
+        return embeddings
+
+    def finish(self) -> None:
+        """Encode what no prompt needed, for the next one."""
+        if self.settings.cache is not None and self.known is None:
+            for g in range(len(self.groups)):
+                if self.room >= 0 and self.known is None:
+                    self.embeddings(g)
+
+    def _encode(self, group: list[int]) -> Tensor:
+        stride = self.network.stride
+        slabs = torch.cat([self.volume[..., start : start + self.depth] for start in group]).to(self.place)
+        pad = (0, 0, 0, -slabs.shape[3] % stride, 0, -slabs.shape[2] % stride)
+        if any(pad):
+            slabs = F.pad(slabs, pad)
+        with torch.autocast(self.place.type, dtype=torch.bfloat16, enabled=self.settings.amp):
+            return self.network.encode_image(slabs)
+
+
+def network_name(network: nn.Module) -> str:
+    """What tells a network from another one, whatever its adapter has learned: the SHA-256 of its identity."""
+    return tensor_sha256(network.get_buffer("identity"))[:16]
 
 
 def adapter_key(network: nn.Module) -> str:
-    """What tells an adapter from another one: the SHA-256 of its encoder's trained parameters and its identity."""
-    trained = [tensor for name, tensor in network.state_dict().items() if name.startswith("image_encoder.")]
-    return tensor_sha256(*trained, network.get_buffer("identity"))[:16]
+    """What tells an adapter from another one: the SHA-256 of its trained parameters and its identity."""
+    return tensor_sha256(*network.state_dict().values())[:16]

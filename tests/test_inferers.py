@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 
 from medsa_nets.bases import build_medsa
-from medsa_nets.inferers import EmbeddingCache, SlabInferer, tensor_sha256
+from medsa_nets.inferers import EmbeddingCache, SlabInferer, shared_cache, tensor_sha256
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +123,13 @@ def test_another_image_window_slab_or_adapter_is_encoded_anew(network, flat):
     cache = EmbeddingCache()
     inferer = SlabInferer(slab_depth=4, cache=cache)
     inferer(image, network)
-    for other_image, other_network, depth in (
-        (image * 0.9, network, 4),
-        (image, flat, 4),
-        (image, network, 3),
-    ):
+    for other_image, depth in ((image * 0.9, 4), (image, 3)):
         other = SlabInferer(slab_depth=depth, cache=cache)
-        assert count_encodings(other_network, lambda o=other, i=other_image, n=other_network: o(i, n)) > 0
+        assert count_encodings(network, lambda o=other, i=other_image: o(i, network)) > 0
     assert count_encodings(network, lambda: inferer(image, network)) == 0
     assert count_encodings(network, lambda: inferer(image, network, image_key="a name")) > 0
     assert count_encodings(network, lambda: inferer(image, network, image_key="a name")) == 0
+    assert count_encodings(flat, lambda: inferer(image, flat)) > 0
 
 
 def test_the_cache_is_bounded_and_forgets_the_least_recently_used():
@@ -173,7 +172,12 @@ def test_plain_sliding_windows_work_in_automatic_mode(network):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"slab_depth": 0}, "slab_depth"), ({"overlap": 1.0}, "overlap"), ({"sw_batch_size": 0}, "sw_batch_size")],
+    [
+        ({"slab_depth": 0}, "slab_depth"),
+        ({"others": "none"}, "others"),
+        ({"overlap": 1.0}, "overlap"),
+        ({"sw_batch_size": 0}, "sw_batch_size"),
+    ],
 )
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -185,3 +189,131 @@ def test_wrong_networks_and_volumes_are_named(network):
         SlabInferer()(torch.rand(1, 1, 8, 8, 8), torch.nn.Identity())
     with pytest.raises(ValueError, match=r"\(B, C, H, W, D\)"):
         SlabInferer()(torch.rand(1, 1, 8, 8), network)
+
+
+def two_clicks() -> dict[str, torch.Tensor]:
+    points = torch.tensor([[[[20.0, 30.0, 1.0]], [[5.0, 8.0, 9.0]]]])
+    return {"point_coords": points, "point_labels": torch.ones(1, 2, 1), "classes": torch.tensor([0, 2])}
+
+
+@pytest.fixture(scope="module")
+def three(perturb_adapters):
+    torch.manual_seed(1)
+    network = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=3, adapter_dim=8).eval()
+    return perturb_adapters(network, std=0.05)
+
+
+def test_prompts_that_travel_with_the_volume_are_taken(network):
+    image = MetaTensor(torch.rand(1, 1, 32, 32, 5))
+    inferer = SlabInferer(slab_depth=4)
+    expected = inferer(image, network, **click(), classes=torch.tensor([1]))
+    image.meta["prompts"] = {**{key: value[0] for key, value in click().items()}, "classes": torch.tensor([1])}
+    assert torch.equal(inferer(image, network), expected)
+    assert not torch.equal(inferer(image.as_tensor(), network), expected)
+
+
+def test_classes_without_prompt_stay_as_the_automatic_pass_gave_them(three):
+    image = torch.rand(1, 1, 32, 32, 11)
+    plain = SlabInferer(slab_depth=4)
+    automatic = plain(image, three)
+    clicked = plain(image, three, **two_clicks())
+    cache = EmbeddingCache()
+    inferer = SlabInferer(slab_depth=4, every_class=True, others="automatic", cache=cache)
+    found = inferer(image, three, **two_clicks())
+    assert torch.equal(found[:, [0, 2]], clicked)
+    taken = (clicked > 0).any(dim=1)
+    assert taken.any()
+    assert not taken.all()
+    assert torch.equal(found[:, 1][~taken], automatic[:, 1][~taken])
+    assert (found[:, 1][taken] == -20.0).all()
+    assert torch.equal(inferer(image, three), automatic)
+    assert count_encodings(three, lambda: inferer(image, three, **two_clicks())) == 0
+    assert torch.equal(inferer(image, three, **two_clicks()), found)
+
+
+def test_a_prompt_spreads_from_its_slab_as_far_as_its_mask():
+    image = torch.rand(1, 1, 32, 32, 23)
+    decoded = []
+
+    def decode(embedding, point_coords, point_labels, classes=None):
+        """A mask on the slices 5 to 12 of the volume, wherever the click lies."""
+        first = 8 - int(point_coords[0, 0, 0, 2])  # the click's slice, 8, as the slab counts it
+        decoded.append(first)
+        z = torch.arange(4) + first
+        return torch.where((z >= 5) & (z <= 12), 5.0, -5.0).expand(1, 1, 32, 32, 4)
+
+    network = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
+    network.decode = decode
+    inferer = SlabInferer(slab_depth=4, overlap=0.25, spread=True)
+    assert inferer.starts(23) == [0, 3, 6, 9, 12, 15, 18, 19]
+    found = inferer(image, network, **click(8.0))
+    assert sorted(decoded) == [3, 6, 9, 12]
+    positive = (found > 0)[0, 0].any(0).any(0)
+    assert positive.nonzero().flatten().tolist() == list(range(5, 13))
+    assert (found[..., :3] == -20.0).all()
+    assert (found[..., 16:] == -20.0).all()
+
+
+def test_spreading_is_the_whole_answer_where_the_mask_spans_the_volume(network):
+    image = torch.rand(1, 1, 32, 32, 11)
+    whole = SlabInferer(slab_depth=4)(image, network, **click())
+    found = SlabInferer(slab_depth=4, spread=True)(image, network, **click())
+    seen = found != -20.0
+    torch.testing.assert_close(found[seen], whole[seen], atol=20.0, rtol=0)  # blended with fewer neighbours
+    reached = (whole > 0).any(dim=3).any(dim=2)[0, 0]
+    if reached.all():
+        torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+    box = {"boxes": torch.tensor([[[0.0, 0, 0, 31, 31, 10]]])}
+    torch.testing.assert_close(
+        SlabInferer(slab_depth=4, spread=True)(image, network, **box),
+        SlabInferer(slab_depth=4)(image, network, **box),
+    )
+
+
+def test_after_a_spreading_click_the_whole_study_is_encoded(three):
+    image = torch.rand(1, 1, 32, 32, 20)
+    inferer = SlabInferer(slab_depth=4, overlap=0.0, spread=True, every_class=True, cache=EmbeddingCache())
+    fresh = SlabInferer(slab_depth=4, overlap=0.0, spread=True, every_class=True)
+    assert torch.equal(inferer(image, three, **two_clicks()), fresh(image, three, **two_clicks()))
+    far = {**two_clicks(), "point_coords": torch.tensor([[[[9.0, 9.0, 19.0]], [[5.0, 8.0, 15.0]]]])}
+    results = []
+    assert count_encodings(three, lambda: results.append(inferer(image, three, **far))) == 0
+    assert torch.equal(results[0], fresh(image, three, **far))
+
+
+def test_what_an_older_adapter_computed_is_dropped(three, perturb_adapters):
+    image = torch.rand(1, 1, 32, 32, 4)
+    cache = EmbeddingCache()
+    inferer = SlabInferer(slab_depth=4, cache=cache)
+    inferer(image, three)
+    inferer(image * 0.5, three)
+    assert len(cache) == 2
+    torch.manual_seed(2)
+    newer = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=3, adapter_dim=8).eval()
+    newer.load_state_dict(three.state_dict())
+    perturb_adapters(newer, std=0.1)
+    inferer(image, newer)
+    assert len(cache) == 1
+
+
+def test_users_who_click_at_once_get_what_each_would_get_alone(three):
+    images = [torch.rand(1, 1, 32, 32, 9) for _ in range(3)]
+    alone = [SlabInferer(slab_depth=4)(image, three, **click()) for image in images]
+    room = 3 * 3 * 4 * 256 * 64 * 4 * 2 // 3  # for two of three volumes
+    inferer = SlabInferer(slab_depth=4, cache=EmbeddingCache(max_bytes=room))
+
+    def ask(i: int) -> bool:
+        with torch.no_grad():
+            return torch.equal(inferer(images[i % 3], three, **click()), alone[i % 3])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(24)))
+    assert inferer.cache.bytes <= room
+    assert inferer.cache.hits > 0
+
+
+def test_tasks_of_one_process_share_a_cache():
+    assert shared_cache(0) is None
+    assert shared_cache(1234) is shared_cache(1234)
+    assert shared_cache(1234) is not shared_cache(4321)
+    assert shared_cache(1234).max_bytes == 1234

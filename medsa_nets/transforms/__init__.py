@@ -11,6 +11,7 @@ from medsa_nets.transforms.prompts import (
     to_tensor_grid,
 )
 from medsa_nets.transforms.volumes import (
+    ABSENT,
     CheckLabelsd,
     LoadImageVolumed,
     MasksToLabeld,
@@ -20,6 +21,7 @@ from medsa_nets.transforms.volumes import (
 )
 
 __all__ = [
+    "ABSENT",
     "BinarizeMaskd",
     "CheckLabelsd",
     "LoadImageVolumed",

@@ -49,7 +49,7 @@ class ReadClicksd(Transform):
         out = dict(data)
         shape = tuple(int(n) for n in out[self.image_key].shape[1:])
         messages: list[str] = []
-        lists = {}
+        lists: dict[str, list[list[float]]] = {}
         for key, value in data.items():
             if isinstance(key, str) and (key.lower() in (*self.classes, "foreground", "background") or _is_list(value)):
                 inside = self._check(key, value, shape, messages)

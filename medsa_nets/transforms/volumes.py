@@ -18,6 +18,8 @@ from medsa_nets.errors import DataError
 from medsa_nets.prompts import class_protocol_prompts, join_prompts
 from medsa_nets.transforms.prompts import SamplePromptsd, parse_prompts, read_prompt_table, sort_corners, to_source_grid
 
+ABSENT = -20.0  # logit of a class that is not there
+
 
 class LoadImageVolumed(MapTransform):
     """Read volumes (see :func:`medsa_nets.data.read_volume`) into (1, X, Y, Z) tensors with affine.
@@ -217,8 +219,27 @@ class MasksToLabeld(MapTransform):
         return out
 
 
-def all_classes(logits: Tensor, classes: Tensor, num_classes: int, absent: float = -20.0) -> Tensor:
-    """Logits of some classes (B, K, spatial…) as those of all (B, num_classes, spatial…), ``absent`` elsewhere."""
-    out = logits.new_full((logits.shape[0], num_classes, *logits.shape[2:]), absent)
-    out[:, classes.to(logits.device)] = logits
+def all_classes(
+    logits: Tensor, classes: Tensor, num_classes: int, absent: float = ABSENT, others: Tensor | None = None
+) -> Tensor:
+    """Logits of some classes as those of all classes.
+
+    Args:
+        logits: (B, K, spatial…).
+        classes: ids of these classes (K,).
+        num_classes: number of all classes.
+        absent: logit of a class that is not there.
+        others: logits of all classes (B, num_classes, spatial…) for those that ``classes`` does not name; they give way
+            where a named class is positive. None leaves them absent.
+
+    Returns:
+        (B, num_classes, spatial…).
+    """
+    classes = classes.to(logits.device)
+    if others is None:
+        out = logits.new_full((logits.shape[0], num_classes, *logits.shape[2:]), absent)
+    else:
+        taken = (logits > 0).any(dim=1, keepdim=True)
+        out = torch.where(taken, others.new_full((), absent), others)
+    out[:, classes] = logits
     return out
