@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from monai.data import MetaTensor
 from monai.engines import IterationEvents, SupervisedTrainer
-from monai.inferers import SimpleInferer
 from monai.utils import CommonKeys as Keys
 from torch import Tensor, nn
 from torch.nn import functional
@@ -339,21 +338,3 @@ class PreparePromptBatch:
         if "classes" in batchdata:  # the same for every item of the batch
             prompts["classes"] = plain(move("classes"))[0].long()
         return move(Keys.IMAGE), move(Keys.LABEL) if Keys.LABEL in batchdata else None, (), prompts
-
-
-class PromptInferer(SimpleInferer):
-    """MONAI's simple inferer, with mixed precision where asked; logits come in single precision.
-
-    Args:
-        amp: whether to compute in bfloat16 where that is safe (autocast), on a CPU or a GPU.
-    """
-
-    def __init__(self, amp: bool = False) -> None:
-        super().__init__()
-        self.amp = amp
-
-    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Segment ``inputs`` (B, 3, H, W) with the prompts in ``kwargs``: logits (B, K, H, W)."""
-        inputs = plain(inputs)
-        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            return network(inputs, *args, **kwargs).float()

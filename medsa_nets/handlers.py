@@ -197,12 +197,16 @@ class TrainingCheckpoint:
                 f"{self.state}: the state of the unfinished run can't be read ({describe(error)}). "
                 "Delete it, or pass --resume false, to start anew."
             ) from error
-        if state["epoch_length"] != engine.state.epoch_length:
-            raise WeightsError(
+        if state["epoch_length"] != engine.state.epoch_length:  # an annotator's next training has another case or two
+            aside = self.state.with_name(f"{self.state.stem}_of_other_data{self.state.suffix}")
+            engine.logger.warning(
                 f"{self.state}: the unfinished run had {state['epoch_length']} iterations an epoch, this one has "
-                f"{engine.state.epoch_length}: other data, batch size or number of processes. Restore those, or pass "
-                "--resume false to start anew."
+                f"{engine.state.epoch_length}: other data, batch size or number of processes. This run starts anew; to "
+                f"go on with the other one, restore those and rename {aside} to {self.state.name}."
             )
+            if writes_files():
+                os.replace(self.state, aside)
+            return
         unwrap(self.network).load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lr_scheduler is not None:

@@ -1,4 +1,4 @@
-"""Inference of volumes: slabs along depth, each encoded once, blended; embeddings kept for the next click."""
+"""Inference of images and volumes (slabs along depth, blended); embeddings are kept for the next click."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.data.utils import compute_importance_map
-from monai.inferers import Inferer
+from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from medsa_nets.engines import plain
-from medsa_nets.networks import VolumeMedSA
+from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.transforms import ABSENT, all_classes, prompts_of
 
 
@@ -128,6 +128,48 @@ def shared_cache(max_bytes: int) -> EmbeddingCache | None:
         if max_bytes not in _shared:
             _shared[max_bytes] = EmbeddingCache(max_bytes)
         return _shared[max_bytes]
+
+
+class PromptInferer(SimpleInferer):
+    """MONAI's simple inferer with prompts, mixed precision and a cache; logits come in single precision.
+
+    Args:
+        amp: whether to compute in bfloat16 where that is safe (autocast), on a CPU or a GPU.
+        cache: keeps embeddings of images that are asked for again; none computes them anew.
+    """
+
+    def __init__(self, amp: bool = False, cache: EmbeddingCache | None = None) -> None:
+        super().__init__()
+        self.amp = amp
+        self.cache = cache
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Segment images.
+
+        Args:
+            inputs: (B, 3, H, W) with intensities in [0, 1].
+            network: a :class:`~medsa_nets.networks.MedSA`, or a wrapper of it.
+            args: not used; MONAI's engines pass it.
+            kwargs: prompts, as :meth:`~medsa_nets.networks.MedSA.decode` takes them; none takes those that travel with
+                the image (:class:`~medsa_nets.transforms.PromptsInMetad`).
+
+        Returns:
+            Mask logits (B, K, H, W).
+        """
+        prompts = kwargs or {name: value.to(inputs.device) for name, value in prompts_of(inputs).items()}
+        inputs = plain(inputs)
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            medsa = getattr(network, "module", network)
+            if self.cache is None or not isinstance(medsa, MedSA):
+                return network(inputs, *args, **prompts).float()
+            name, version = network_name(medsa), adapter_key(medsa)
+            key = f"{tensor_sha256(inputs)} {self.amp} {name} {version}"
+            known = self.cache.get(key)
+            embedding = medsa.encode_image(inputs) if known is None else known[0].to(inputs.device)
+            if known is None:
+                kept = embedding if self.cache.device is None else embedding.to(self.cache.device)
+                self.cache.put(key, [kept], network=name, version=version)
+            return medsa.decode(embedding, **prompts).float()
 
 
 class SlabInferer(Inferer):

@@ -14,7 +14,6 @@ from medsa_nets import build_medsa
 from medsa_nets.engines import (
     PreparePromptBatch,
     PromptedIteration,
-    PromptInferer,
     VolumeIteration,
     answer_prompts,
     beside_another,
@@ -22,6 +21,7 @@ from medsa_nets.engines import (
     plain,
     trainable_parameters,
 )
+from medsa_nets.inferers import PromptInferer
 from medsa_nets.losses import AnnotatedDiceCELoss
 from medsa_nets.prompts import PromptSampler
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from medsa_nets import MedSA, build_medsa
 from medsa_nets.data import EpochSampler, SeededDataset
-from medsa_nets.engines import PromptedIteration, PromptInferer, trainable_parameters
+from medsa_nets.engines import PromptedIteration, trainable_parameters
 from medsa_nets.errors import WeightsError
 from medsa_nets.handlers import (
     EarlyStop,
@@ -29,6 +29,7 @@ from medsa_nets.handlers import (
     save_atomically,
     unwrap,
 )
+from medsa_nets.inferers import PromptInferer
 from medsa_nets.prompts import PromptSampler
 
 SIZE, ITEMS, EPOCHS = 64, 4, 3
@@ -216,11 +217,14 @@ def test_without_resume_a_training_starts_anew(untrained, items, uninterrupted, 
     assert close(weights(tmp_path / "model_last.pt"), weights(uninterrupted / "model_last.pt"))
 
 
-def test_a_state_of_another_epoch_length_is_refused(stand_in, items, tmp_path):
+def test_a_state_of_another_epoch_length_is_set_aside(stand_in, items, tmp_path):
     Run(stand_in, items, tmp_path, interrupt_at=3).run()
-    with pytest.raises(WeightsError, match=r"had 2 iterations an epoch, this one has 4.*--resume false") as caught:
-        Run(stand_in, items, tmp_path, batch_size=1).run()
-    assert str(tmp_path / "training_state.pt") in str(caught.value)
+    before = weights(tmp_path / "training_state.pt")
+    other = Run(stand_in, items, tmp_path, batch_size=1).run()
+    assert other.epochs == [1, 2, 3]
+    kept = weights(tmp_path / "training_state_of_other_data.pt")
+    assert kept["epoch_length"] == before["epoch_length"] == 2
+    assert not (tmp_path / "training_state.pt").exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "other object"])

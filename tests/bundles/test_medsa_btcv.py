@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 from monai.bundle import ConfigParser, ckpt_export, onnx_export, run, verify_net_in_out
+from monai.transforms import SaveImaged
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
@@ -22,6 +24,7 @@ from medsa_nets import WeightsError, build_medsa
 from medsa_nets.data import read_volume
 from medsa_nets.demo import read_metrics
 from medsa_nets.errors import DataError, find_cause
+from medsa_nets.handlers import save_atomically
 from medsa_nets.weights import find_base_file, get_base
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv"
@@ -107,6 +110,17 @@ def random_adapter(num_classes: int, class_chunk: int = 0) -> torch.nn.Module:
             if parameter.requires_grad:
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
         network.class_embeddings += torch.randn(network.class_embeddings.shape, generator=generator)
+    return network
+
+
+def strong_adapter() -> torch.nn.Module:
+    """An adapter that segments something everywhere, whatever it is."""
+    torch.manual_seed(1)
+    network = build_medsa("lite_medsam", spatial_dims=3, num_classes=3).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn_like(parameter)
     return network
 
 
@@ -385,3 +399,73 @@ def test_the_adapter_of_the_hippocampus_segments_volumes_it_has_not_seen(shared_
         run("evaluating", config_file=[TRAIN, HIPPOCAMPUS, EVALUATE], dataset_dir=str(volumes), prompt=prompt,
             val_limit=2, output_dir=str(tmp_path / prompt), **COMMON)  # fmt: skip
         assert read_metrics(tmp_path / prompt)["val_mean_dice"] > 0.75
+
+
+def test_training_goes_on_from_the_adapter_with_the_cases_that_a_server_hands_over(tmp_path: Path) -> None:
+    """The overrides of MONAI Label: lists in memory, none to validate, its own loader in front of the handlers."""
+    bundle = tmp_path / "medsa_btcv"
+    shutil.copytree(BUNDLE, bundle, ignore=shutil.ignore_patterns("*.pt"))
+    data = data_set(tmp_path / "data", 2, 0)
+    cases = [{"image": str(data / "imagesTr" / f"img000{i}.nii.gz"),
+              "label": str(data / "labelsTr" / f"label000{i}.nii.gz")} for i in range(2)]  # fmt: skip
+    network = build_medsa("lite_medsam", spatial_dims=3, num_classes=13)
+    torch.nn.init.constant_(network.class_embeddings, 0.25)
+    model = bundle / "models" / "model.pt"
+    save_atomically(network.state_dict(), model)
+    train = ConfigParser.load_config_file(str(bundle / "configs" / "train.yaml"))
+    handlers = train["train"]["handlers"]
+    assert not [handler for handler in handlers if handler["_target_"] == "CheckpointLoader"]
+    loader = {"_target_": "CheckpointLoader", "load_path": str(model), "load_dict": {"model": "$@network"},
+              "strict": False}  # fmt: skip
+    overrides = {"bundle_root": str(bundle), "train#trainer#max_epochs": 1, "train#dataset#data": cases,
+                 "device": "cpu", "train#handlers": [loader, *handlers], "validate#dataset#data": []}  # fmt: skip
+    run("run", config_file=str(bundle / "configs" / "train.yaml"), meta_file=str(bundle / "configs" / "metadata.json"),
+        roi_size=[32, 32, 4], learning_rate=1e-6, num_workers=0, **overrides)  # fmt: skip
+    assert {p.name for p in model.parent.iterdir()} == {"model.pt", "model_last.pt"}
+    trained = torch.load(model, weights_only=True)
+    torch.testing.assert_close(trained["class_embeddings"], torch.full((13, 256), 0.25), atol=1e-4, rtol=0)
+    assert not torch.equal(trained["class_embeddings"], torch.full((13, 256), 0.25))
+
+
+class Server:
+    """What MONAI Label does with a bundle: parse once; for a request, transforms and ``inferer(image, network)``."""
+
+    def __init__(self, use_click: bool, checkpoint: Path) -> None:
+        self.config = ConfigParser()
+        self.config.read_config(INFERENCE)
+        self.config.config.update({"bundle_root": str(BUNDLE), **SMALL, "use_click": use_click})
+        self.network = self.config.get_parsed_content("network_def").eval()
+        self.network.load_state_dict(torch.load(checkpoint, weights_only=True), strict=False)
+
+    def infer(self, image: Path, **request: object) -> dict:
+        data = {**request, "image": str(image)}
+        for transform in self.config.get_parsed_content("preprocessing").transforms:
+            data = transform(data)
+        with torch.no_grad():
+            data["pred"] = self.config.get_parsed_content("inferer")(data["image"][None].to("cpu"), self.network)[0]
+        for transform in self.config.get_parsed_content("postprocessing").transforms:
+            if not isinstance(transform, SaveImaged):
+                data = transform(data)
+        return data
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_clicks_of_an_annotation_server_change_the_organs_that_they_name(tmp_path: Path, side: str) -> None:
+    source = data_set(tmp_path / "data", 1, 0, SIDES[side]) / "imagesTr" / "img0000.nii.gz"
+    save_atomically(strong_adapter().state_dict(), tmp_path / "model.pt")
+    automatic = Server(False, tmp_path / "model.pt").infer(source, spleen=[[5, 6, 4]])
+    server = Server(True, tmp_path / "model.pt")
+    without = server.infer(source, spleen=[], label="spleen", background=[])
+    assert torch.equal(without["pred"].as_tensor(), automatic["pred"].as_tensor())  # no click, or a task without clicks
+    cache = server.config.get_parsed_content("inferer").cache
+    hits = cache.hits
+    clicked = server.infer(source, **{"left kidney": [[7, 9, 3]]}, label="left kidney")
+    assert cache.hits > hits
+    assert clicked["pred"].shape == (1, *nib.load(source).shape)
+    np.testing.assert_allclose(clicked["pred"].affine, nib.load(source).affine, atol=1e-4)
+    others = (clicked["pred"] != automatic["pred"]) & (clicked["pred"] != 3) & (automatic["pred"] != 3)
+    assert not others.any()
+    assert not torch.equal(clicked["pred"].as_tensor(), automatic["pred"].as_tensor())
+    wrong = server.infer(source, **{"left kidney": [[700, 9, 3]]})
+    assert "left kidney: the click [700, 9, 3] lies outside" in wrong["result"]["messages"][0]
+    assert torch.equal(wrong["pred"].as_tensor(), automatic["pred"].as_tensor())
