@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from medsa_nets.layers import Adapter, HyperPromptingAdapter
 from medsa_nets.networks import (
     ImageEncoderViT,
     MaskDecoder,
@@ -151,6 +152,7 @@ def build_medsa(
     train_norms: bool = False,
     checkpointing: bool = False,
     class_chunk: int = 0,
+    dropout: float = 0.0,
 ) -> MedSA:
     """Build an adapted network on a base model: a :class:`MedSA` for images or a :class:`VolumeMedSA` for volumes.
 
@@ -171,16 +173,20 @@ def build_medsa(
         train_norms: whether layer norms train too.
         checkpointing: whether training computes activations twice, for less memory.
         class_chunk: for volumes, the classes that the decoder answers at a time; 0 answers all at once.
+        dropout: probability with which an activation in an adapter's bottleneck is left out in training; active
+            learning by epistemic uncertainty samples it too. It is no part of what an adapter file belongs to.
 
     Returns:
         The network, base frozen, adapters at the identity.
 
     Raises:
-        ValueError: when ``spatial_dims`` is neither 2 nor 3.
+        ValueError: when ``spatial_dims`` is neither 2 nor 3, or ``dropout`` is no probability.
         WeightsError: when the weights are missing, damaged or of another network.
     """
     if spatial_dims not in (2, 3):
         raise ValueError(f"spatial_dims must be 2 (images) or 3 (volumes), got {spatial_dims}.")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}.")
     from medsa_nets.weights import base_fingerprint, load_base  # weights.py reads files for the networks made here
 
     spec = get_base(base)
@@ -200,6 +206,9 @@ def build_medsa(
         network: MedSA = VolumeMedSA(class_chunk=class_chunk, checkpointing=checkpointing, **parts)
     else:
         network = MedSA(**parts)
+    for module in network.modules():
+        if isinstance(module, (Adapter, HyperPromptingAdapter)):
+            module.dropout.p = dropout
     fingerprint = load_base(network, spec, sam_checkpoint) if pretrained else base_fingerprint({})
     network.set_identity(
         {

@@ -170,3 +170,25 @@ def test_frozen_lite_medsam_finds_an_organ_in_its_box(lite_medsam_file, abdomen,
         found = network(image, boxes=box.reshape(1, 1, 4))[0, 0] > 0
     dice = 2 * (found & mask).sum() / (found.sum() + mask.sum())
     assert dice > least
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_dropout_varies_what_the_adapters_do_in_training_alone(perturb_adapters, spatial_dims):
+    image = torch.rand(1, 3, 32, 32) if spatial_dims == 2 else torch.rand(1, 1, 32, 32, 2)
+    settings = {"pretrained": False, "spatial_dims": spatial_dims, "adapter_dim": 8}
+    torch.manual_seed(0)
+    network = perturb_adapters(build_medsa("lite_medsam", dropout=0.5, **settings), std=0.05)
+    torch.manual_seed(0)
+    plain = perturb_adapters(build_medsa("lite_medsam", **settings), std=0.05)
+    plain.load_state_dict(network.state_dict())  # an adapter fits with and without
+    full = {**network.full_state_dict()}
+    assert set(full) == set(plain.full_state_dict())
+    with torch.no_grad():
+        assert torch.equal(network.train()(image), network(image)) is False
+        assert torch.equal(plain.train()(image), plain(image))
+        assert torch.equal(network.eval()(image), network(image))
+
+
+def test_dropout_is_a_probability():
+    with pytest.raises(ValueError, match="dropout must lie in"):
+        build_medsa("lite_medsam", pretrained=False, dropout=1.0)

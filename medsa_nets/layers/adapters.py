@@ -47,11 +47,12 @@ class Adapter(nn.Module):
         self.skip = skip
         self.down = nn.Linear(features, hidden)
         self.activation = nn.ReLU()
+        self.dropout = nn.Dropout(0.0)
         self.up = zero_linear(hidden, features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Adapt ``x`` of shape (..., features); the shape stays."""
-        y = self.up(self.activation(self.down(x)))
+        y = self.up(self.dropout(self.activation(self.down(x))))
         return x + y if self.skip else y
 
 
@@ -99,6 +100,7 @@ class HyperPromptingAdapter(nn.Module):
         else:
             self.prompt = nn.Linear(prompt_features, hidden)
         self.activation = nn.ReLU()
+        self.dropout = nn.Dropout(0.0)
         self.up = zero_linear(hidden, features)
 
     def forward(self, x: Tensor, prompt_embedding: Tensor) -> Tensor:
@@ -117,4 +119,4 @@ class HyperPromptingAdapter(nn.Module):
             bottleneck = torch.bmm(bottleneck, weights)
         else:
             bottleneck = bottleneck + self.prompt(prompt_embedding)
-        return x + self.up(self.activation(bottleneck))
+        return x + self.up(self.dropout(self.activation(bottleneck)))
