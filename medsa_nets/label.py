@@ -1,0 +1,156 @@
+"""Set up a folder that MONAI Label serves: ``python -m medsa_nets.label APP --bundle bundles/medsa_btcv``.
+
+The server is MONAI Label's own (its ``monaibundle`` app, unmodified). This command copies that app and the bundle into
+``APP``, so that training from the viewer changes the copy, and prints the command that starts the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+from medsa_nets.data.atomic import temporary_name
+from medsa_nets.errors import DataError, MedSAError
+from medsa_nets.handlers import save_atomically
+from medsa_nets.weights import check_adapter
+
+CONFIGS = ("inference.yaml", "train.yaml")
+
+
+def find_stock_app() -> Path:
+    """Folder of the ``monaibundle`` app in the installed MONAI Label.
+
+    Raises:
+        DataError: when MONAI Label is not installed.
+    """
+    spec = importlib.util.find_spec("monailabel")
+    places = [Path(root) for root in (spec.submodule_search_locations or [])] if spec else []
+    candidates = [place / "sample-apps" for place in places] + [place.parent / "sample-apps" for place in places]
+    candidates.append(Path(sys.prefix) / "monailabel" / "sample-apps")
+    for candidate in candidates:
+        if (candidate / "monaibundle" / "main.py").is_file():
+            return candidate / "monaibundle"
+    raise DataError(
+        "MONAI Label is not installed in this environment. In an environment of its own: pip install 'medsa[label]'."
+    )
+
+
+def add_app(app: Path, source: Path | None = None) -> None:
+    """Copy the stock app into ``app``, unless one is there."""
+    if (app / "main.py").is_file():
+        return
+    source = find_stock_app() if source is None else source
+    ignored = shutil.ignore_patterns("logs", "model", "__pycache__")
+    shutil.copytree(source, app, ignore=ignored, dirs_exist_ok=True)
+
+
+def add_bundle(app: Path, bundle: Path, name: str | None = None, overlays: Sequence[str] = ()) -> Path:
+    """Copy a bundle to ``app/model/NAME``, with overlays merged into its configurations.
+
+    Args:
+        app: folder of the app.
+        bundle: folder of the bundle.
+        name: name of the model in the server; none takes that of the bundle. ``deepedit`` is appended where it is
+            missing: MONAI Label offers clicks to such names.
+        overlays: files of the bundle's ``configs``, as ``hippocampus.yaml``.
+
+    Returns:
+        Folder of the model. Where it exists, its adapter stays as it is.
+
+    Raises:
+        DataError: when there is no such bundle or overlay.
+    """
+    if not (bundle / "configs" / "metadata.json").is_file():
+        raise DataError(f"bundle {bundle}: there is no configs/metadata.json. Expected the folder of a MedSA bundle.")
+    name = name or "_".join([bundle.resolve().name, *(Path(overlay).stem for overlay in overlays)])
+    if "deepedit" not in name:
+        name += "_deepedit"
+    paths = [bundle / "configs" / overlay for overlay in overlays]
+    for path in paths:
+        if not path.is_file():
+            there = ", ".join(sorted(p.name for p in (bundle / "configs").glob("*.yaml")))
+            raise DataError(f"overlay {path}: there is no such file; expected one of {there}.")
+    target = app / "model" / name
+    (target / "models").mkdir(parents=True, exist_ok=True)
+    for folder in ("configs", "docs"):
+        shutil.copytree(bundle / folder, target / folder, dirs_exist_ok=True)
+    shutil.copy2(bundle / "LICENSE", target / "LICENSE")
+    checkpoint = "model.pt"
+    for config in CONFIGS:
+        merged: dict[str, Any] = ConfigParser.load_config_files([str(bundle / "configs" / config), *map(str, paths)])
+        checkpoint = merged.get("checkpoint_filename", checkpoint)
+        merged["checkpoint_filename"] = "model.pt"  # the only name that the server loads by itself
+        with temporary_name(target / "configs" / config) as part:
+            ConfigParser.export_config_file(merged, str(part), fmt="yaml", sort_keys=False, width=10**6)
+        if config == "inference.yaml":
+            _describe(target, merged)
+    adapter = target / "models" / "model.pt"
+    if not adapter.is_file():
+        trained = bundle / "models" / checkpoint
+        if trained.is_file():
+            with temporary_name(adapter) as part:
+                shutil.copyfile(check_adapter(trained), part)
+        else:
+            _write_fresh_adapter(target, adapter)
+    return target
+
+
+def _describe(target: Path, config: dict[str, Any]) -> None:
+    """Name the classes of a configuration in the copy's metadata, from which the server takes its labels."""
+    path = target / "configs" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    if "classes" in config:
+        classes = ["background", *config["classes"]]
+        pred = metadata["network_data_format"]["outputs"]["pred"]
+        pred["channel_def"] = {str(i): name for i, name in enumerate(classes)}
+        pred["num_channels"] = len(classes) - 1
+    with temporary_name(path) as part:
+        part.write_text(json.dumps(metadata, indent=4) + "\n")
+
+
+def _write_fresh_adapter(target: Path, adapter: Path) -> None:
+    config = ConfigParser()
+    config.read_config(str(target / "configs" / "inference.yaml"))
+    network = config.get_parsed_content("network_def")
+    save_atomically(network.state_dict(), adapter)
+    print(f"{target.name}: the bundle has no trained adapter yet; the frozen model answers until you train.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m medsa_nets.label", description=__doc__.splitlines()[0])
+    parser.add_argument("app", type=Path, help="folder of the app, made where it is missing")
+    parser.add_argument(
+        "--bundle", type=Path, action="append", required=True, help="folder of a bundle; may be repeated"
+    )
+    parser.add_argument("--overlay", action="append", default=[], help="file of the bundle's configs to lay over")
+    parser.add_argument("--name", help="name of the model in the server")
+    parser.add_argument("--studies", default="STUDIES", help="folder of images, or address of a DICOMweb server")
+    options = parser.parse_args(arguments)
+    try:
+        if len(options.bundle) > 1 and (options.name or options.overlay):
+            raise DataError("--name and --overlay belong to one bundle: run the command once for each.")
+        add_app(options.app)
+        for bundle in options.bundle:
+            print(f"added {add_bundle(options.app, bundle, options.name, options.overlay)}")
+    except MedSAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    models = ",".join(sorted(p.name for p in (options.app / "model").iterdir() if (p / "configs").is_dir()))
+    command = ["monailabel", "start_server", "--app", str(options.app), "--studies", options.studies,
+               "--conf", "models", models, "--conf", "zoo_source", "local", "--conf", "sam2", "false"]  # fmt: skip
+    print("\nStart the server:\n  " + shlex.join(command))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
