@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--scans", type=Path, required=True, help="folder with ct_a and ct_b")
     parser.add_argument("--output_dir", type=Path, default=Path("one_scan"))
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="rows to measure")
     options = parser.parse_args()
     root, scans = options.output_dir.resolve(), options.scans.resolve()
     classes = ConfigParser.load_config_file(TRAIN)["classes"]
@@ -75,12 +76,14 @@ def main() -> None:
     }
     state = root / "one_scan.json"
     report = json.loads(state.read_text()) if state.is_file() else {"rows": {}}
-    for name, frozen in VARIANTS.items():
+    for name in options.only:
         if name not in report["rows"]:
-            report["rows"][name] = measure(root / name.replace(" ", "_"), frozen, options.steps, common)
+            report["rows"][name] = measure(root / name.replace(" ", "_"), VARIANTS[name], options.steps, common)
             state.write_text(json.dumps(report, indent=1))
             print(name, report["rows"][name], flush=True)
-    write(report["rows"], classes, [i for i in present["ct_b"] if i in present["ct_a"]], options.steps, root)
+    if set(report["rows"]) == set(VARIANTS):
+        organs = [i for i in present["ct_b"] if i in present["ct_a"]]
+        write({name: report["rows"][name] for name in VARIANTS}, classes, organs, options.steps, root)
 
 
 def measure(folder: Path, frozen: str | None, steps: int, common: dict) -> dict:
