@@ -11,7 +11,6 @@ from typing import Any
 import ignite.handlers
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import ProgressBar
 from ignite.metrics import Average
 from monai.data import list_data_collate
 from monai.handlers import from_engine
@@ -24,6 +23,11 @@ from medsa_nets.engines import PreparePromptBatch, plain
 from medsa_nets.errors import WeightsError, describe
 from medsa_nets.prompts import PROMPT_KEYS
 from medsa_nets.visualize import overlay_sample, overlay_volume
+
+try:
+    from ignite.handlers import ProgressBar
+except ImportError:  # before 0.5, as MONAI Label pins it
+    from ignite.contrib.handlers import ProgressBar
 
 
 def save_atomically(obj: Any, path: str | Path) -> Path:

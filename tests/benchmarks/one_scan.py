@@ -73,6 +73,7 @@ def main() -> None:
         "num_workers": 0,
         "pixdim": [2.0, 2.0, 3.0],
         "roi_size": [128, 128, 16],
+        "checkpointing": False,
     }
     state = root / "one_scan.json"
     report = json.loads(state.read_text()) if state.is_file() else {"rows": {}}
