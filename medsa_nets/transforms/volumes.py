@@ -229,8 +229,8 @@ def all_classes(
         classes: ids of these classes (K,).
         num_classes: number of all classes.
         absent: logit of a class that is not there.
-        others: logits of all classes (B, num_classes, spatial…) for those that ``classes`` does not name; they give way
-            where a named class is positive. None leaves them absent.
+        others: logits of all classes (B, num_classes, spatial…) for those that ``classes`` does not name; where a named
+            class is positive, it is raised above them. None leaves them absent.
 
     Returns:
         (B, num_classes, spatial…).
@@ -239,7 +239,9 @@ def all_classes(
     if others is None:
         out = logits.new_full((logits.shape[0], num_classes, *logits.shape[2:]), absent)
     else:
-        taken = (logits > 0).any(dim=1, keepdim=True)
-        out = torch.where(taken, others.new_full((), absent), others)
+        out = others.clone()
+        out[:, classes] = absent
+        highest = out.amax(dim=1, keepdim=True).clamp_min(0.0)
+        logits = torch.where(logits > 0, logits + highest, logits)
     out[:, classes] = logits
     return out

@@ -20,11 +20,13 @@ from scipy.spatial.transform import Rotation
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 HIPPOCAMPUS, LESION = "medsa_btcv_hippocampus_deepedit", "medsa_isic_deepedit"
-# MONAI Label imports torchvision, which does not import beside a CPU build of torch unless this operator is known.
+# MONAI Label imports torchvision, which does not import beside a CPU build of torch unless these operators are known.
 STAND_IN = """
 try:
     import torch
-    torch.library.Library("torchvision", "DEF").define("nms(Tensor dets, Tensor scores, float threshold) -> Tensor")
+    library = torch.library.Library("torchvision", "DEF")  # which lives as long as this name
+    for name in ("nms", "qnms"):
+        library.define(name + "(Tensor dets, Tensor scores, float threshold) -> Tensor")
 except Exception:
     pass
 """
@@ -45,7 +47,8 @@ class Server:
         command = [str(python.parent / "monailabel"), "start_server", "--app", str(folder / "app"),
                    "--studies", studies, "--host", "127.0.0.1", "--port", str(self.port), "--conf", "models", models,
                    "--conf", "zoo_source", "local", "--conf", "sam2", "false"]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(folder / "stand_in"), "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, "PYTHONPATH": str(folder / "stand_in"), "CUDA_VISIBLE_DEVICES": "",
+                       "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}  # fmt: skip
         self.process = subprocess.Popen(
             command, stdout=self.log, stderr=self.log, env=environment, cwd=folder, start_new_session=True
         )
