@@ -281,9 +281,9 @@ class SlabInferer(Inferer):
 
     def _answer(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
         automatic = self.every_class and self.others == "automatic"
-        if not set(prompts) - {"classes"}:
-            return self._automatic(slabs) if automatic and not prompts else self._segment(slabs, prompts)
-        if not self.spread:
+        if not prompts:
+            return self._automatic(slabs) if automatic else self._segment(slabs, prompts)
+        if not self.spread or set(prompts) == {"classes"}:
             logits = self._segment(slabs, prompts)
         else:
             sets = next(value.shape[1] for name, value in prompts.items() if name != "classes")
@@ -295,9 +295,8 @@ class SlabInferer(Inferer):
             slabs.finish()
         if not self.every_class or "classes" not in prompts:
             return logits
-        return all_classes(
-            logits, prompts["classes"], slabs.network.num_classes, others=self._automatic(slabs) if automatic else None
-        )
+        others = self._automatic(slabs) if automatic else None
+        return all_classes(logits, prompts["classes"], slabs.network.num_classes, others=others)
 
     def _automatic(self, slabs: _Slabs) -> Tensor:
         """Logits of every class without prompts, kept beside the embeddings."""

@@ -231,6 +231,15 @@ def test_classes_without_prompt_stay_as_the_automatic_pass_gave_them(three):
     assert torch.equal(inferer(image, three, **two_clicks()), found)
 
 
+@pytest.mark.parametrize("spread", [False, True])
+def test_classes_alone_are_segmented_automatically_in_their_channels(three, spread):
+    image = torch.rand(1, 1, 32, 32, 6)
+    found = SlabInferer(slab_depth=4, every_class=True, spread=spread)(image, three, classes=torch.tensor([0, 2]))
+    expected = SlabInferer(slab_depth=4)(image, three)
+    torch.testing.assert_close(found[:, [0, 2]], expected[:, [0, 2]], atol=1e-4, rtol=1e-4)
+    assert (found[:, 1] == -20.0).all()
+
+
 def test_a_prompt_spreads_from_its_slab_as_far_as_its_mask():
     image = torch.rand(1, 1, 32, 32, 23)
     decoded = []
