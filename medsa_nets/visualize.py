@@ -100,7 +100,7 @@ def overlay_volume(
         logits: (K, X, Y, Z), one mask per class.
         label: (1, X, Y, Z) of 0 and 1 + class id.
         prompts: ``point_coords`` (K, P, 3), ``point_labels`` (K, P), ``boxes`` (K, 6), indices of the volume.
-        height: of the picture, in pixels.
+        height: of the picture, in pixels: that of the tallest plane. All planes have one scale.
     """
     highest, index = logits.detach().cpu().max(dim=0)
     prediction = torch.where(highest > 0, index + 1, 0)
@@ -121,10 +121,10 @@ def overlay_volume(
     centre = torch.minimum(centre.round().long().clamp_min(0), size - 1)
     spacing = [float(s) for s in image.pixdim]
     grey = torch.as_tensor(image).detach().cpu().float().mean(0)
+    scale = height / max(float(size[i]) * spacing[i] for i in (1, 2))  # pixels per mm
     pictures = []
     for axis in (2, 1, 0):
         across, down = (i for i in range(3) if i != axis)
-        scale = height / (float(size[down]) * spacing[down])  # pixels per mm
         shape = [max(1, round(float(size[i]) * spacing[i] * scale)) for i in (across, down)]
 
         def plane(volume: Tensor, mode: str, axis: int = axis, shape: list[int] = shape) -> np.ndarray:

@@ -141,16 +141,15 @@ def test_three_planes_meet_in_the_click_as_a_radiologist_sees_them():
     image = volume()
     prompts = {"point_coords": torch.tensor([[[10.0, 5.0, 15.0]]]), "point_labels": torch.ones(1, 1)}
     page = overlay_volume(image, torch.full((2, 40, 30, 20), -1.0), prompts=prompts, height=120)
-    # planes of 40 x 30, 40 x 20 and 30 x 20 voxels, of 40 x 30, 40 x 40 and 30 x 40 mm
-    widths = [160, 120, 90]
+    # planes of 40 x 30, 40 x 20 and 30 x 20 voxels, of 40 x 30, 40 x 40 and 30 x 40 mm, all at 3 pixels per mm
+    widths, heights = [120, 120, 90], [90, 120, 120]
     assert page.size == (sum(widths) + 8, 120)
     left = 0
     right_to_left, back_to_front, head_to_feet = 1 - 10.5 / 40, 1 - 5.5 / 30, 1 - 15.5 / 20
-    for width, (x, y) in zip(
-        widths, [(right_to_left, back_to_front), (right_to_left, head_to_feet), (back_to_front, head_to_feet)]
-    ):
+    centres = [(right_to_left, back_to_front), (right_to_left, head_to_feet), (back_to_front, head_to_feet)]
+    for width, height, (x, y) in zip(widths, heights, centres):
         found = places(page.crop((left, 0, left + width, 120)), POSITIVE_COLOUR).mean(axis=0)
-        np.testing.assert_allclose(found, [x * width - 0.5, y * 120 - 0.5], atol=1.5)
+        np.testing.assert_allclose(found, [x * width - 0.5, y * height - 0.5], atol=1.5)
         left += width + 4
 
 
@@ -165,9 +164,12 @@ def test_volumes_show_masks_of_every_class_and_boxes_of_their_plane():
     for colour in (PREDICTION_COLOUR, LABEL_COLOUR, BOX_COLOUR):
         assert len(places(page, colour)) > 50
     # two classes side by side keep an outline between them
-    axial = page.crop((0, 0, 160, 120))
-    row = np.asarray(axial)[round(120 * (1 - 7.5 / 30))]
-    border = round(160 * (1 - 10 / 40))
+    axial = page.crop((0, 0, 120, 90))
+    row = np.asarray(axial)[round(90 * (1 - 7.5 / 30))]
+    border = round(120 * (1 - 10 / 40))
     assert any(tuple(row[x]) == PREDICTION_COLOUR for x in range(border - 3, border + 3))
+    # a few slices of a wide volume make a low picture, not an endless one
+    thin = overlay_volume(volume((60, 40, 3)), torch.full((1, 60, 40, 3), -1.0), prompts={}, height=120)
+    assert thin.size == (3 * (60 + 60 + 40) + 8, 120)
     nothing = overlay_volume(image, torch.full((1, 40, 30, 20), -1.0), prompts={}, height=60)
     assert len(places(nothing, PREDICTION_COLOUR)) == 0
