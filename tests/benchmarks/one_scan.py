@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scans", type=Path, required=True, help="folder with ct_a and ct_b")
     parser.add_argument("--output_dir", type=Path, default=Path("one_scan"))
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="rows to measure")
     options = parser.parse_args()
     root, scans = options.output_dir.resolve(), options.scans.resolve()
@@ -71,9 +71,11 @@ def main() -> None:
         "dataset_dir": str(scans),
         "datalist": str(root / "scans.json"),
         "num_workers": 0,
-        "pixdim": [2.0, 2.0, 3.0],
-        "roi_size": [128, 128, 16],
+        "pixdim": [3.0, 3.0, 3.0],  # that of ct_a
+        "roi_size": [96, 96, 8],
+        "slab_depth": 8,
         "checkpointing": False,
+        "class_chunk": 0,
     }
     state = root / "one_scan.json"
     report = json.loads(state.read_text()) if state.is_file() else {"rows": {}}
@@ -93,8 +95,9 @@ def measure(folder: Path, frozen: str | None, steps: int, common: dict) -> dict:
     start = time.perf_counter()
     if frozen is not None:
         trained = f"$[p for n, p in @network.named_parameters() if p.requires_grad and {frozen or '/'!r} not in n]"
-        options = {"max_epochs": 5, "samples_per_epoch": steps // 5, "warmup_steps": steps // 10, "val_interval": 10**6}
+        options = {"max_epochs": 5, "samples_per_epoch": steps // 5, "warmup_steps": steps // 20, "val_interval": 10**6}
         run("training", config_file=TRAIN, output_dir=str(folder), patches_per_volume=1, samples_interval=0,
+            learning_rate=0.002, prompt_draws=1, prompt_none=0.7, prompt_points=0.2, prompt_boxes=0.1,
             **{"optimizer#params": trained}, **options, **shared)  # fmt: skip
     row: dict = {"minutes": (time.perf_counter() - start) / 60, "dice": {}}
     for prompt in PROMPTS:
