@@ -3,11 +3,11 @@
     python tests/benchmarks/one_scan.py --scans /path/to/ct --output_dir results
 
 Trains on ``ct_a.nii.gz`` alone through the bundle medsa_btcv and measures on the DICOM series ``ct_b_dicom`` without
-prompt, by one click per organ and volume, one per organ and slice, and boxes: the base alone, the adapted network, and
-two ablations that train alike but for some adapters, which stay at zero: SD-Trans's depth branch, and the adapter that
-tells the decoder of clicks on other slices. The labels (``ct_?_totalsegmentator.nii.gz``) are TotalSegmentator's
-predictions, renumbered to BTCV's organs: the figures say how far two models agree, not how right either is. Measured
-rows are kept and not repeated. Writes one_scan.{md,json}.
+prompt, by one click per organ and volume, one per organ and slice, and boxes: the base alone, the adapted network, one
+that trained alike but for SD-Trans's depth branch, which stayed at zero, and the adapted network without what tells the
+decoder of clicks on other slices (set to zero after training). The labels (``ct_?_totalsegmentator.nii.gz``) are
+TotalSegmentator's predictions, renumbered to BTCV's organs: the figures say how far two models agree, not how right
+either is. Measured rows are kept and not repeated. Writes one_scan.{md,json}.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import torch
 from monai.bundle import ConfigParser, run
+
+from medsa_nets.handlers import save_atomically
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv"
 TRAIN, EVALUATE = (str(BUNDLE / "configs" / f"{name}.yaml") for name in ("train", "evaluate"))
 # TotalSegmentator's numbers of spleen, kidneys, … in the order of the bundle's classes
 TOTALSEGMENTATOR = (1, 2, 3, 4, 15, 5, 6, 52, 63, 64, 7, 8, 9)
+SILENCED = "MedSA, distant clicks silenced"
 PROMPTS = ("none", "point", "point_per_slice", "box")
 # name: part of the names of the adapters that do not train; none: nothing trains
-VARIANTS: dict[str, str | None] = {
-    "base": None,
-    "MedSA": "",
-    "without SD-Trans": ".depth.",
-    "without distant clicks": "distant_prompt",
-}
+VARIANTS: dict[str, str | None] = {"base": None, "MedSA": "", "without SD-Trans": ".depth.", SILENCED: None}
 
 
 def renumber(source: Path, target: Path) -> list[int]:
@@ -81,7 +80,10 @@ def main() -> None:
     report = json.loads(state.read_text()) if state.is_file() else {"rows": {}}
     for name in options.only:
         if name not in report["rows"]:
-            report["rows"][name] = measure(root / name.replace(" ", "_"), VARIANTS[name], options.steps, common)
+            folder = root / name.replace(" ", "_")
+            if name == SILENCED:
+                silence(root / "MedSA/models/model.pt", folder / "models/model.pt")
+            report["rows"][name] = measure(folder, name, options.steps, common)
             state.write_text(json.dumps(report, indent=1))
             print(name, report["rows"][name], flush=True)
     if set(report["rows"]) == set(VARIANTS):
@@ -89,8 +91,17 @@ def main() -> None:
         write({name: report["rows"][name] for name in VARIANTS}, classes, organs, options.steps, root)
 
 
-def measure(folder: Path, frozen: str | None, steps: int, common: dict) -> dict:
+def silence(adapter: Path, target: Path) -> None:
+    """Copy an adapter without what tells the decoder of clicks on other slices."""
+    state = torch.load(adapter, weights_only=True)
+    for name in ("distant_prompt.up.weight", "distant_prompt.up.bias"):
+        state[name] = torch.zeros_like(state[name])
+    save_atomically(state, target)
+
+
+def measure(folder: Path, name: str, steps: int, common: dict) -> dict:
     """Train a variant and measure it: minutes of training, Dice of each class by prompt."""
+    frozen = VARIANTS[name]
     shared = {**common, "ckpt_dir": str(folder / "models")}
     start = time.perf_counter()
     if frozen is not None:
@@ -102,7 +113,7 @@ def measure(folder: Path, frozen: str | None, steps: int, common: dict) -> dict:
     row: dict = {"minutes": (time.perf_counter() - start) / 60, "dice": {}}
     for prompt in PROMPTS:
         run("evaluating", config_file=[TRAIN, EVALUATE], prompt=prompt, overlays=1, output_dir=str(folder / prompt),
-            **({"checkpoint": ""} if frozen is None else {}), **shared)  # fmt: skip
+            **({"checkpoint": ""} if name == "base" else {}), **shared)  # fmt: skip
         with open(folder / prompt / "val_mean_dice_raw.csv", newline="") as file:
             row["dice"][prompt] = [float(v) for v in list(csv.reader(file))[1][1:-1]]
     return row
