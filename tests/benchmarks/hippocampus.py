@@ -1,6 +1,6 @@
 """The hippocampus adapter on held-out volumes, beside a MONAI UNet from scratch with the same time.
 
-    python tests/benchmarks/hippocampus.py --dataset_dir /path/to/Task04_Hippocampus --minutes 45 --output_dir results
+    python tests/benchmarks/hippocampus.py --dataset_dir /path/to/Task04_Hippocampus --minutes 10 --output_dir results
 
 The adapter ``models/hippocampus.pt`` is measured by each prompt on the validation volumes of the overlay
 ``hippocampus.yaml``. The UNet trains on the training volumes through the same configuration (lists, augmentation,
@@ -23,7 +23,7 @@ from medsa_nets.demo import read_metrics
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv"
 TRAIN, HIPPOCAMPUS, EVALUATE = (str(BUNDLE / "configs" / f"{n}.yaml") for n in ("train", "hippocampus", "evaluate"))
-PROMPTS = ("none", "point", "points3", "box")
+PROMPTS = ("none", "point", "box")
 STEPS_PER_EPOCH = 50
 UNET = {
     "network_def": {
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_dir", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, default=Path("hippocampus"))
-    parser.add_argument("--minutes", type=float, default=45.0, help="time of the UNet's training")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time of the UNet's training")
     options = parser.parse_args()
     root = options.output_dir.resolve()
     root.mkdir(parents=True, exist_ok=True)
