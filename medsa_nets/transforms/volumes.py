@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Transform
+from monai.transforms import MapTransform, Orientation, Transform
+from nibabel.orientations import aff2axcodes
 from torch import Tensor
 
 from medsa_nets.data.volumes import read_volume
@@ -42,6 +43,35 @@ class LoadImageVolumed(MapTransform):
         out = dict(data)
         for key in self.key_iterator(out):
             out[key] = read_volume(out[key])
+        return out
+
+
+class MatchOrientationd(MapTransform):
+    """Store labels in the axis order and directions of their image, so that both go back to one grid.
+
+    Files of one grid may store it in different ways, as a DICOM series in LPS and its label in LAS. Axes are swapped
+    and flipped, nothing is resampled, and ``Invertd`` ends at the image's grid. Place it before ``Orientationd``.
+
+    Args:
+        keys: keys of the labels (1, X, Y, Z).
+        image_key: key of the image.
+        allow_missing_keys: whether entries without a label pass.
+    """
+
+    def __init__(self, keys: KeysCollection, image_key: str = "image", allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Reorder axes."""
+        out = dict(data)
+        axes = aff2axcodes(np.asarray(out[self.image_key].affine))
+        for key in self.key_iterator(out):
+            label = out[key]
+            if aff2axcodes(np.asarray(label.affine)) != axes:
+                turned = Orientation("".join(axes), labels=None)(label)
+                meta = {**label.meta, "original_affine": turned.affine.numpy()}
+                out[key] = MetaTensor(turned.as_tensor().contiguous(), affine=turned.affine, meta=meta)
         return out
 
 

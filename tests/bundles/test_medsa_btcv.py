@@ -261,6 +261,17 @@ def test_every_protocol_gives_metrics_by_class_and_case(
     assert len(list((tmp_path / "overlays").glob("img*_overlay.png"))) == 1
 
 
+def test_a_label_stored_in_other_directions_than_its_image_is_measured_alike(adapted: Path, tmp_path: Path) -> None:
+    alike = data_set(tmp_path / "alike", 1, 1)
+    turned = data_set(tmp_path / "turned", 1, 1)
+    path = turned / "labelsTr" / "label0001.nii.gz"
+    nib.save(nib.load(path).as_reoriented(np.array([[2, -1], [0, 1], [1, -1]])), path)
+    for folder in (alike, turned):
+        run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(folder), prompt="box", ckpt_dir=str(adapted),
+            output_dir=str(folder), **COMMON, **SMALL)  # fmt: skip
+    assert read_metrics(turned) == read_metrics(alike)
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_masks_lie_on_the_grid_of_their_source(adapted: Path, tmp_path: Path, side: str) -> None:
     source = data_set(tmp_path / "data", 1, 0, SIDES[side]) / "imagesTr"

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose, Orientationd, Spacingd
+from monai.transforms import Compose, Invertd, Orientationd, Spacingd
 
 from medsa_nets.errors import DataError, find_cause
 from medsa_nets.transforms import (
     CheckLabelsd,
     LoadImageVolumed,
     MasksToLabeld,
+    MatchOrientationd,
     PromptsToNetworkd,
     SampleClassPromptsd,
     all_classes,
@@ -44,6 +45,19 @@ def test_image_and_label_stored_in_other_directions_pass_as_one_grid(tmp_path):
     out = Compose([*LOAD, CheckLabelsd("label", CLASSES)])({**item, "label": str(tmp_path / "flipped.nii.gz")})
     straight = Compose(LOAD)(item)
     assert torch.equal(out["label"].as_tensor(), straight["label"].as_tensor())
+
+
+def test_a_label_takes_the_axes_of_its_image_and_goes_back_to_its_grid(tmp_path):
+    item = case(tmp_path)
+    turned = nib.load(item["label"]).as_reoriented(np.array([[2, 1], [0, -1], [1, -1]]))
+    nib.save(turned, tmp_path / "turned.nii.gz")
+    transforms = Compose([LOAD[0], MatchOrientationd("label"), LOAD[1], CheckLabelsd("label", CLASSES)])
+    out = transforms({**item, "label": str(tmp_path / "turned.nii.gz")})
+    assert torch.equal(out["label"].as_tensor(), Compose(LOAD)(item)["label"].as_tensor())
+    back = Invertd("label", transforms, orig_keys="label", nearest_interp=True)(out)["label"]
+    image = nib.load(item["image"])
+    np.testing.assert_allclose(back.affine, image.affine)
+    assert np.array_equal(back[0].numpy(), np.asarray(nib.load(item["label"]).dataobj))
 
 
 def test_another_grid_is_refused_with_both_grids(tmp_path):
