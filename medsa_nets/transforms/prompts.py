@@ -154,7 +154,7 @@ class PromptsToNetworkd(Transform):
 def to_tensor_grid(positions: Tensor, image: MetaTensor) -> Tensor:
     """Positions (N, dims) in the file's grid to the tensor's grid."""
     dims = positions.shape[1]
-    source = _file_affine(image)
+    source = file_affine(image)
     matrix = torch.linalg.solve(image.affine.to(torch.float64), source)
     moved = positions.to(torch.float64) @ matrix[:dims, :dims].T + matrix[:dims, -1]
     return moved.to(torch.float32)
@@ -163,13 +163,13 @@ def to_tensor_grid(positions: Tensor, image: MetaTensor) -> Tensor:
 def to_source_grid(positions: Tensor, image: MetaTensor) -> Tensor:
     """Positions (N, dims) in the tensor's grid to the file's grid: the inverse of :func:`to_tensor_grid`."""
     dims = positions.shape[1]
-    source = _file_affine(image)
+    source = file_affine(image)
     matrix = torch.linalg.solve(source, image.affine.to(torch.float64))
     moved = positions.to(torch.float64) @ matrix[:dims, :dims].T + matrix[:dims, -1]
     return moved.to(torch.float32)
 
 
-def _file_affine(image: MetaTensor) -> Tensor:
+def file_affine(image: MetaTensor) -> Tensor:
     """Affine of the file's grid: the identity for photographs, which have none and whose tensors start at it."""
     affine = image.meta.get("original_affine")
     return torch.eye(len(image.affine), dtype=torch.float64) if affine is None else torch.as_tensor(affine).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -10,14 +11,21 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Orientation, Transform
+from monai.transforms import MapTransform, Orientation, SpatialResample, Transform
 from nibabel.orientations import aff2axcodes
 from torch import Tensor
 
 from medsa_nets.data.volumes import read_volume
 from medsa_nets.errors import DataError
 from medsa_nets.prompts import class_protocol_prompts, join_prompts
-from medsa_nets.transforms.prompts import SamplePromptsd, parse_prompts, read_prompt_table, sort_corners, to_source_grid
+from medsa_nets.transforms.prompts import (
+    SamplePromptsd,
+    file_affine,
+    parse_prompts,
+    read_prompt_table,
+    sort_corners,
+    to_source_grid,
+)
 
 ABSENT = -20.0  # logit of a class that is not there
 
@@ -70,7 +78,8 @@ class MatchOrientationd(MapTransform):
             label = out[key]
             if aff2axcodes(np.asarray(label.affine)) != axes:
                 turned = Orientation("".join(axes), labels=None)(label)
-                meta = {**label.meta, "original_affine": turned.affine.numpy()}
+                meta = {k: v for k, v in label.meta.items() if k != "affine"}
+                meta["original_affine"] = turned.affine.numpy()
                 out[key] = MetaTensor(turned.as_tensor().contiguous(), affine=turned.affine, meta=meta)
         return out
 
@@ -247,6 +256,83 @@ class MasksToLabeld(MapTransform):
             highest, index = out[key].max(dim=0, keepdim=True)
             out[key] = torch.where(highest > self.threshold, index + 1, torch.zeros_like(index)).to(torch.float32)
         return out
+
+
+class MasksToSourceLabeld(MapTransform):
+    """Join the masks of classes into one label map on the grid of the image's file.
+
+    The same as ``Invertd`` on the logits of every class (linear interpolation) and :class:`MasksToLabeld`, up to
+    rounding, for spatial transforms that are affine. Only where a class is positive it is resampled, one class after
+    the other: time goes with the size of the organs and memory holds two volumes of the file's grid, whatever the
+    number of classes.
+
+    Args:
+        keys: keys of logits (num_classes, X, Y, Z) on the grid of the image.
+        image_key: key of the image, a :class:`monai.data.MetaTensor` after its spatial transforms.
+    """
+
+    def __init__(self, keys: KeysCollection, image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Map to (1, X, Y, Z) of 0 (background) and 1 + class id."""
+        out = dict(data)
+        image = out[self.image_key]
+        shape, affine = source_grid(image)
+        for key in self.key_iterator(out):
+            logits = out[key].as_tensor() if isinstance(out[key], MetaTensor) else out[key]
+            highest = torch.zeros(shape, device=logits.device)
+            label = torch.zeros(shape, device=logits.device)
+            for index, values in enumerate(logits):
+                part = _resample_positive(values.float(), image.affine.double().cpu(), affine, shape)
+                if part is not None:
+                    place, resampled = part
+                    higher = resampled > highest[place]
+                    label[place] = torch.where(higher, torch.full_like(resampled, index + 1.0), label[place])
+                    highest[place] = torch.where(higher, resampled, highest[place])
+            meta = {k: v for k, v in image.meta.items() if k not in ("affine", "prompts")}
+            out[key] = MetaTensor(label[None], affine=affine, meta={**meta, "spatial_shape": np.asarray(shape)})
+        return out
+
+
+def source_grid(image: MetaTensor) -> tuple[tuple[int, ...], Tensor]:
+    """Size and affine of the grid that an image had before its spatial transforms."""
+    operations = image.applied_operations
+    shape = tuple(int(n) for n in (operations[0]["orig_size"] if operations else image.shape[1:]))
+    return shape, file_affine(image)
+
+
+def _resample_positive(
+    values: Tensor, affine: Tensor, target: Tensor, shape: tuple[int, ...]
+) -> tuple[tuple[slice, ...], Tensor] | None:
+    """Resample (X, Y, Z) where it may be positive: the place in a grid, and values there; none without such a place."""
+    positive = values > 0
+    low, high = [], []
+    for axis in range(3):
+        first, second = (a for a in range(3) if a != axis)
+        found = torch.nonzero(positive.any(dim=second).any(dim=first)).flatten()
+        if not len(found):
+            return None
+        low.append(max(0, int(found[0]) - 1))
+        high.append(min(values.shape[axis], int(found[-1]) + 2))
+    part = values[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
+    start = torch.eye(4, dtype=torch.float64)
+    start[:3, 3] = torch.tensor(low, dtype=torch.float64)
+    own = affine @ start
+    to_target = torch.linalg.solve(target, own)
+    # the outer faces of the voxels, as far as linear interpolation reaches
+    ends = torch.tensor([[-1.0, float(n)] for n in part.shape], dtype=torch.float64)
+    corners = torch.cartesian_prod(*ends) @ to_target[:3, :3].T + to_target[:3, 3]
+    begin = [max(0, math.floor(v + 1e-6)) for v in corners.amin(0).tolist()]
+    end = [min(n, math.ceil(v - 1e-6) + 1) for v, n in zip(corners.amax(0).tolist(), shape)]
+    if any(a >= b for a, b in zip(begin, end)):
+        return None
+    start[:3, 3] = torch.tensor(begin, dtype=torch.float64)
+    resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=True, dtype=torch.float32)
+    size = [b - a for a, b in zip(begin, end)]
+    resampled = resample(MetaTensor(part[None], affine=own), dst_affine=target @ start, spatial_size=size)
+    return tuple(slice(a, b) for a, b in zip(begin, end)), resampled[0].as_tensor()
 
 
 def all_classes(

@@ -38,7 +38,8 @@ UNET = {
     "loss_function": {"_target_": "DiceCELoss", "to_onehot_y": True, "softmax": True},
     "inferer": {"_target_": "SlidingWindowInferer", "roi_size": "@roi_size", "overlap": 0.5},
     "train#trainer#iteration_update": "$None",
-    "validate#postprocessing#transforms#3": {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
+    # classes above the background, so that the highest positive one is the softmax's choice
+    "validate#postprocessing#transforms#0": {"_target_": "Lambdad", "keys": "pred", "func": "$lambda x: x[1:] - x[:1]"},
     "pixdim": [1.0, 1.0, 1.0],
     "roi_size": [48, 64, 48],
     "patches_per_volume": 2,

@@ -6,12 +6,14 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, Orientationd, Spacingd
+from scipy.spatial.transform import Rotation
 
 from medsa_nets.errors import DataError, find_cause
 from medsa_nets.transforms import (
     CheckLabelsd,
     LoadImageVolumed,
     MasksToLabeld,
+    MasksToSourceLabeld,
     MatchOrientationd,
     PromptsToNetworkd,
     SampleClassPromptsd,
@@ -107,6 +109,31 @@ def test_boxes_follow_flips_with_ordered_corners(tmp_path):
     for k, box in enumerate(out["boxes"]):
         voxels = (out["label"][0] == k + 1).nonzero()
         assert box.tolist() == [*voxels.amin(0).tolist(), *voxels.amax(0).tolist()]
+
+
+@pytest.mark.parametrize("pixdim", [(1.0, 1.0, 1.0), (3.1, 2.2, 4.0), (2.0, 1.5, 3.0)])
+@pytest.mark.parametrize("turn", [0.0, 20.0])
+def test_masks_on_the_files_grid_are_those_of_invertd(tmp_path, pixdim, turn):
+    affine = np.diag([-2.0, -1.5, 3.0, 1.0])
+    affine[:3, :3] = Rotation.from_euler("xyz", [turn, -turn / 2, turn], degrees=True).as_matrix() @ affine[:3, :3]
+    item = case(tmp_path, affine=affine)
+    transforms = Compose([LoadImageVolumed("image"), Orientationd("image", axcodes="RAS", labels=None),
+                          Spacingd("image", pixdim=pixdim, mode="bilinear")])  # fmt: skip
+    data = transforms({"image": item["image"]})
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, 3, *[max(2, n // 3) for n in data["image"].shape[1:]], generator=generator)
+    logits = torch.nn.functional.interpolate(coarse, size=data["image"].shape[1:], mode="trilinear")[0]
+    logits[2] = -1.0  # a class that is nowhere
+    pred = MetaTensor(logits, affine=data["image"].affine)
+    expected = MasksToLabeld("pred")(
+        Invertd("pred", transforms, orig_keys="image", nearest_interp=False)({**data, "pred": pred.clone()})
+    )["pred"]
+    found = MasksToSourceLabeld("pred")({**data, "pred": pred})["pred"]
+    source = nib.load(item["image"])
+    assert found.shape[1:] == source.shape
+    np.testing.assert_allclose(found.affine, source.affine, atol=1e-5)
+    assert 0.05 < (expected == 0).float().mean() < 0.6
+    assert (found != expected).float().mean() < 0.003  # ties and rounding
 
 
 def test_masks_become_one_label_and_some_classes_all():
