@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import nibabel as nib
@@ -11,7 +10,8 @@ import pytest
 import requests
 from scipy.ndimage import distance_transform_edt
 
-from .conftest import HIPPOCAMPUS, LESION, SIDES, Server
+from .conftest import HIPPOCAMPUS, LESION, SIDES
+from .server import Server
 
 pytestmark = pytest.mark.label
 
@@ -93,9 +93,7 @@ def test_saved_labels_train_the_model_and_the_next_inference_uses_it(server: Ser
     model = studies / "app" / "model" / HIPPOCAMPUS / "models" / "model.pt"
     old = model.read_bytes()
     for side in ("RAS", "anisotropic"):
-        with open(studies / "truth" / f"{side}.nii.gz", "rb") as file:
-            reply = requests.put(f"{server.url}/datastore/label", params={"image": side}, files={"label": file},
-                                 data={"params": json.dumps({"label_info": []})}, timeout=60)  # fmt: skip
+        reply = server.save_label(side, studies / "truth" / f"{side}.nii.gz")
         assert reply.status_code == 200, reply.text
     sample = requests.post(f"{server.url}/activelearning/random", json={}, timeout=60).json()
     assert sample["id"] in ("LAS", "oblique")  # what has no label yet
