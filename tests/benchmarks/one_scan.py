@@ -2,12 +2,12 @@
 
     python tests/benchmarks/one_scan.py --scans /path/to/ct --output_dir results
 
-Trains on ``ct_a.nii.gz`` alone through the bundle medsa_btcv and measures on the DICOM series ``ct_b_dicom`` without
-prompt, by one click per organ and volume, one per organ and slice, and boxes: the base alone, the adapted network, one
-that trained alike but for SD-Trans's depth branch, which stayed at zero, and the adapted network without what tells the
-decoder of clicks on other slices (set to zero after training). The labels (``ct_?_totalsegmentator.nii.gz``) are
-TotalSegmentator's predictions, renumbered to BTCV's organs: the figures say how far two models agree, not how right
-either is. Measured rows are kept and not repeated. Writes one_scan.{md,json}.
+Trains on ``ct_a.nii.gz`` alone through the bundle medsa_btcv with its overlay ``ct_3mm.yaml`` and measures on the DICOM
+series ``ct_b_dicom`` without prompt, by one click per organ and volume, one per organ and slice, and boxes: the base
+alone, the adapted network, one that trained alike but for SD-Trans's depth branch, which stayed at zero, and the
+adapted network without what tells the decoder of clicks on other slices (set to zero after training). The labels
+(``ct_?_totalsegmentator.nii.gz``) are TotalSegmentator's predictions, renumbered to BTCV's organs: the figures say how
+far two models agree, not how right either is. Measured rows are kept and not repeated. Writes one_scan.{md,json}.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from monai.bundle import ConfigParser, run
 from medsa_nets.handlers import save_atomically
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv"
-TRAIN, EVALUATE = (str(BUNDLE / "configs" / f"{name}.yaml") for name in ("train", "evaluate"))
+TRAIN, COARSE, EVALUATE = (str(BUNDLE / "configs" / f"{name}.yaml") for name in ("train", "ct_3mm", "evaluate"))
 # TotalSegmentator's numbers of spleen, kidneys, … in the order of the bundle's classes
 TOTALSEGMENTATOR = (1, 2, 3, 4, 15, 5, 6, 52, 63, 64, 7, 8, 9)
 SILENCED = "MedSA, distant clicks silenced"
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scans", type=Path, required=True, help="folder with ct_a and ct_b")
     parser.add_argument("--output_dir", type=Path, default=Path("one_scan"))
-    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="rows to measure")
     options = parser.parse_args()
     root, scans = options.output_dir.resolve(), options.scans.resolve()
@@ -70,11 +70,7 @@ def main() -> None:
         "dataset_dir": str(scans),
         "datalist": str(root / "scans.json"),
         "num_workers": 0,
-        "pixdim": [3.0, 3.0, 3.0],  # that of ct_a
-        "roi_size": [96, 96, 8],
-        "slab_depth": 8,
-        "checkpointing": False,
-        "class_chunk": 0,
+        "checkpoint_filename": "model.pt",
     }
     state = root / "one_scan.json"
     report = json.loads(state.read_text()) if state.is_file() else {"rows": {}}
@@ -106,14 +102,12 @@ def measure(folder: Path, name: str, steps: int, common: dict) -> dict:
     start = time.perf_counter()
     if frozen is not None:
         trained = f"$[p for n, p in @network.named_parameters() if p.requires_grad and {frozen or '/'!r} not in n]"
-        options = {"max_epochs": 5, "samples_per_epoch": steps // 5, "warmup_steps": steps // 20, "val_interval": 10**6}
-        run("training", config_file=TRAIN, output_dir=str(folder), patches_per_volume=1, samples_interval=0,
-            learning_rate=0.002, prompt_draws=1, prompt_none=0.7, prompt_points=0.2, prompt_boxes=0.1,
-            **{"optimizer#params": trained}, **options, **shared)  # fmt: skip
+        run("training", config_file=[TRAIN, COARSE], output_dir=str(folder), samples_interval=0, max_epochs=5,
+            samples_per_epoch=steps // 5, val_interval=10**6, **{"optimizer#params": trained}, **shared)  # fmt: skip
     row: dict = {"minutes": (time.perf_counter() - start) / 60, "dice": {}}
     for prompt in PROMPTS:
-        run("evaluating", config_file=[TRAIN, EVALUATE], prompt=prompt, overlays=1, output_dir=str(folder / prompt),
-            **({"checkpoint": ""} if name == "base" else {}), **shared)  # fmt: skip
+        run("evaluating", config_file=[TRAIN, COARSE, EVALUATE], prompt=prompt, overlays=1,
+            output_dir=str(folder / prompt), **({"checkpoint": ""} if name == "base" else {}), **shared)  # fmt: skip
         with open(folder / prompt / "val_mean_dice_raw.csv", newline="") as file:
             row["dice"][prompt] = [float(v) for v in list(csv.reader(file))[1][1:-1]]
     return row
