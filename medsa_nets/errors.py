@@ -19,6 +19,10 @@ class WeightsError(MedSAError, RuntimeError):
     """Weights that are missing, damaged, of an unknown format, or of another network."""
 
 
+class OutputError(MedSAError, OSError):
+    """A file that can't be written."""
+
+
 def find_cause(error: BaseException | None) -> MedSAError | None:
     """The error of this package that another error was raised from, or none."""
     while error is not None and not isinstance(error, MedSAError):

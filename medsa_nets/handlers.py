@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -34,8 +35,10 @@ def save_atomically(obj: Any, path: str | Path) -> Path:
     """``torch.save`` under a temporary name in the same folder, then rename: a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()  # torch hides why it can't write to a file
+    torch.save(obj, buffer)
     with temporary_name(path) as part, open(part, "wb") as file:
-        torch.save(obj, file)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     return path

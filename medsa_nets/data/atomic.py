@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from medsa_nets.errors import OutputError
+
+# full, over quota, larger than allowed, read-only, not permitted
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
 
 @contextmanager
 def temporary_name(path: str | Path) -> Iterator[Path]:
-    """A name beside ``path``, with its suffix; renamed to ``path`` when the block ends well, else removed."""
+    """A name beside ``path``, with its suffix; renamed to ``path`` when the block ends well, else removed.
+
+    Raises:
+        OutputError: when the disk is full or the folder may not be written to; what stood under ``path`` stays.
+    """
     path = Path(path)
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield part
         part.replace(path)
+    except OSError as error:
+        if error.errno not in NO_ROOM or error.filename not in (None, str(part), str(path)):
+            raise
+        raise OutputError(
+            f"{path}: it can't be written ({error.strerror}). Make room in {path.parent}, or name another folder; what "
+            "stood there before is unchanged."
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,7 +65,22 @@ def studies(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def server(label_python: Path, studies: Path) -> Iterator[Server]:
     add_bundle(label_python, studies / "app", BUNDLES / "medsa_btcv", "hippocampus.yaml")
-    add_bundle(label_python, studies / "app", BUNDLES / "medsa_isic")
-    running = Server(label_python, studies, str(studies / "studies"), f"{HIPPOCAMPUS},{LESION}")
+    running = Server(label_python, studies, str(studies / "studies"), HIPPOCAMPUS)
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def photographs(label_python: Path, shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an app, photographs in ``studies``, and their masks in ``truth``."""
+    source = shared_data / "isic2017" / "full_resolution"
+    if not source.is_dir():
+        pytest.skip(f"{source} is not there: set MEDSA_TEST_DATA")
+    root = tmp_path_factory.mktemp("photographs")
+    for folder in ("studies", "truth"):
+        (root / folder).mkdir()
+    for image in sorted((source / "images").iterdir())[:4]:
+        shutil.copy(image, root / "studies" / image.name)
+        shutil.copy(source / "masks" / f"{image.stem}_segmentation.png", root / "truth" / f"{image.stem}.png")
+    add_bundle(label_python, root / "app", BUNDLES / "medsa_isic")
+    return root

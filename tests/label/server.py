@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import time
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import requests
+from PIL import Image
 
 # MONAI Label imports torchvision, which does not import beside a CPU build of torch unless these operators are known.
 STAND_IN = """
@@ -41,6 +44,12 @@ def stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def limit_files(size: int) -> None:
+    """Let no file of this process grow beyond a size in bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error when writing, not the end of the process
+
+
 def add_bundle(python: Path, app: Path, bundle: Path, *overlays: str) -> None:
     """Set up the app as README has it."""
     extra = [part for overlay in overlays for part in ("--overlay", overlay)]
@@ -56,9 +65,10 @@ class Server:
         folder: holds ``app``; log and cache go here.
         studies: folder of images, or address of a DICOMweb server.
         models: names of the models, comma-separated.
+        largest_file: no file that the server or its trainings write may grow beyond this many bytes, as on a full disk.
     """
 
-    def __init__(self, python: Path, folder: Path, studies: str, models: str) -> None:
+    def __init__(self, python: Path, folder: Path, studies: str, models: str, largest_file: int | None = None) -> None:
         self.folder = folder
         self.app = folder / "app"
         (folder / "stand_in").mkdir(exist_ok=True)
@@ -73,8 +83,9 @@ class Server:
                        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
                        "MONAI_LABEL_DATASTORE_CACHE_PATH": str(folder / "cache")}  # fmt: skip
         self.process = subprocess.Popen(
-            command, stdout=self.log, stderr=self.log, env=environment, cwd=folder, start_new_session=True
-        )
+            command, stdout=self.log, stderr=self.log, env=environment, cwd=folder, start_new_session=True,
+            preexec_fn=None if largest_file is None else lambda: limit_files(largest_file),
+        )  # fmt: skip
         self.wait()
 
     def wait(self, seconds: float = 180) -> None:
@@ -97,6 +108,12 @@ class Server:
         """A request as the viewers send it: parameters as JSON in a form field."""
         return requests.post(f"{self.url}/infer/{model}", params={"image": image, "output": output},
                              data={"params": json.dumps({"device": "cpu", **params})}, timeout=600)  # fmt: skip
+
+    def picture(self, model: str, image: str, **params: Any) -> np.ndarray:
+        """The mask of a photograph (rows, columns)."""
+        reply = self.infer(model, image, result_extension=".png", result_dtype="uint8", **params)
+        assert reply.status_code == 200, self.tail()
+        return np.asarray(Image.open(BytesIO(reply.content)))
 
     def mask(self, model: str, image: str, **params: Any) -> nib.Nifti1Image:
         """The mask that a request is answered with."""

@@ -10,7 +10,7 @@ import pytest
 import requests
 from scipy.ndimage import distance_transform_edt
 
-from .conftest import HIPPOCAMPUS, LESION, SIDES
+from .conftest import HIPPOCAMPUS, SIDES
 from .server import Server
 
 pytestmark = pytest.mark.label
@@ -26,14 +26,13 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return 2.0 * (a & b).sum() / max(1, a.sum() + b.sum())
 
 
-def test_the_server_offers_both_bundles_with_clicks_and_training(server: Server) -> None:
+def test_the_server_offers_the_bundle_with_clicks_and_training(server: Server) -> None:
     models = server.info["models"]
-    assert set(models) == {HIPPOCAMPUS, f"{HIPPOCAMPUS}_seg", LESION, f"{LESION}_seg"}
+    assert set(models) == {HIPPOCAMPUS, f"{HIPPOCAMPUS}_seg"}
     assert models[HIPPOCAMPUS]["type"] == "deepedit"
     assert models[HIPPOCAMPUS]["labels"] == {"background": 0, "anterior": 1, "posterior": 2}
     assert models[f"{HIPPOCAMPUS}_seg"]["dimension"] == 3
-    assert models[LESION]["dimension"] == 2
-    assert set(server.info["trainers"]) == {HIPPOCAMPUS, LESION}
+    assert set(server.info["trainers"]) == {HIPPOCAMPUS}
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import errno
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from medsa_nets.data.atomic import temporary_name
+from medsa_nets.errors import MedSAError, OutputError
+from medsa_nets.handlers import save_atomically
+
+
+@pytest.fixture
+def small_disk():
+    """No file may grow beyond 64 KiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_that_does_not_fit_is_named_and_the_old_one_stays(tmp_path: Path, small_disk: None) -> None:
+    path = save_atomically({"a": torch.zeros(4)}, tmp_path / "model.pt")
+    old = path.read_bytes()
+    with pytest.raises(OutputError, match=r"model\.pt: it can't be written \(File too large\)\. Make room in"):
+        save_atomically({"a": torch.zeros(2**16)}, path)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError) as caught, temporary_name(tmp_path / "copy.pt"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/source.pt")
+    assert not isinstance(caught.value, MedSAError)
+    with pytest.raises(ValueError, match="unrelated"), temporary_name(tmp_path / "copy.pt"):
+        raise ValueError("unrelated")
+    assert not list(tmp_path.iterdir())
