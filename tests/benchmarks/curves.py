@@ -56,7 +56,7 @@ def main() -> None:
                 [value for _, value in points],
                 color=colour,
                 marker="o",
-                label=tag if index == 0 else None,
+                label=tag if index == 0 and points else None,
             )
             last = max([last, *(e for e, _ in points)])
         step, epoch = step + max(dict(losses), default=0), epoch + last

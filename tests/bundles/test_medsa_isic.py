@@ -323,7 +323,8 @@ def test_training_starts_from_an_adapter(phantoms: Path, tmp_path: Path) -> None
 def test_a_training_of_one_step_is_not_spent_on_warming_up(phantoms: Path, tmp_path: Path) -> None:
     model = BUNDLE / "models" / "model.pt"
     run("training", config_file=TRAIN, dataset_dir=str(phantoms), ckpt_dir=str(tmp_path), output_dir=str(tmp_path),
-        start_from=str(model), train_limit=1, max_epochs=1, **COMMON, **{**SMALL, "warmup_steps": 50})  # fmt: skip
+        start_from=str(model), train_limit=1, **{"train#trainer#max_epochs": 1},  # as MONAI Label asks for epochs
+        **COMMON, **{**SMALL, "warmup_steps": 50})  # fmt: skip
     expected, found = (torch.load(f, weights_only=True) for f in (model, tmp_path / "model_last.pt"))
     assert any(not torch.equal(found[name], expected[name]) for name in expected)
 
