@@ -160,7 +160,7 @@ class PromptInferer(SimpleInferer):
         inputs = plain(inputs)
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
             medsa = getattr(network, "module", network)
-            if self.cache is None or not isinstance(medsa, MedSA):
+            if self.cache is None or not isinstance(medsa, MedSA) or medsa.training:  # dropout answers anew each time
                 return network(inputs, *args, **prompts).float()
             name, version = network_name(medsa), adapter_key(medsa)
             key = f"{tensor_sha256(inputs)} {self.amp} {name} {version}"
@@ -300,15 +300,16 @@ class SlabInferer(Inferer):
 
     def _automatic(self, slabs: _Slabs) -> Tensor:
         """Logits of every class without prompts, kept beside the embeddings."""
-        if self.cache is None:
+        cache = slabs.cache
+        if cache is None:
             return self._segment(slabs, {})
         key = f"automatic {self.overlap} {slabs.key}"
-        known = self.cache.get(key)
+        known = cache.get(key)
         if known is not None:
             return known[0].to(slabs.place_out)
         logits = self._segment(slabs, {})
-        kept = logits if self.cache.device is None else logits.to(self.cache.device)
-        self.cache.put(key, [kept], network=slabs.name, version=slabs.version)
+        kept = logits if cache.device is None else logits.to(cache.device)
+        cache.put(key, [kept], network=slabs.name, version=slabs.version)
         return logits
 
     def _segment(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
@@ -395,12 +396,13 @@ class _Slabs:
         self.new: dict[int, Tensor] = {}
         self.room = 0
         self.key = self.name = self.version = ""
-        if settings.cache is not None:
+        self.cache = None if network.training else settings.cache  # dropout answers anew each time
+        if self.cache is not None:
             self.name, self.version = network_name(network), adapter_key(network)
             name = tensor_sha256(volume) if image_key is None else image_key
             self.key = f"{name} {self.depth} {starts} {settings.amp} {self.name} {self.version}"
-            self.known = settings.cache.get(self.key)
-            self.room = settings.cache.max_bytes
+            self.known = self.cache.get(self.key)
+            self.room = self.cache.max_bytes
 
     def holding(self, prompts: dict[str, Tensor]) -> list[int]:
         """Groups that hold a click or a part of a box; the first one where none does."""
@@ -417,7 +419,7 @@ class _Slabs:
 
     def embeddings(self, g: int) -> Tensor:
         """Embeddings (S, 256, h, w, slab depth) of a group, from the cache or new."""
-        cache = self.settings.cache
+        cache = self.cache
         first = sum(len(group) for group in self.groups[:g])
         if self.known is not None:
             return torch.cat(self.known[first : first + len(self.groups[g])])
@@ -437,7 +439,7 @@ class _Slabs:
 
     def finish(self) -> None:
         """Encode what no prompt needed, for the next one."""
-        if self.settings.cache is not None and self.known is None:
+        if self.cache is not None and self.known is None:
             for g in range(len(self.groups)):
                 if self.room >= 0 and self.known is None:
                     self.embeddings(g)

@@ -326,3 +326,15 @@ def test_tasks_of_one_process_share_a_cache():
     assert shared_cache(1234) is shared_cache(1234)
     assert shared_cache(1234) is not shared_cache(4321)
     assert shared_cache(1234).max_bytes == 1234
+
+
+def test_a_network_in_training_mode_answers_anew_each_time(network):
+    cache = EmbeddingCache()
+    volume = torch.rand(1, 1, 32, 32, 4)
+    network.train()
+    try:
+        with torch.no_grad():
+            SlabInferer(slab_depth=4, every_class=True, others="automatic", cache=cache)(volume, network)
+    finally:
+        network.eval()
+    assert len(cache) == 0

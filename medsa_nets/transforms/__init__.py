@@ -13,6 +13,7 @@ from medsa_nets.transforms.prompts import (
 from medsa_nets.transforms.volumes import (
     ABSENT,
     CheckLabelsd,
+    HighestProbabilityd,
     LoadImageVolumed,
     MasksToLabeld,
     MasksToSourceLabeld,
@@ -26,6 +27,7 @@ __all__ = [
     "ABSENT",
     "BinarizeMaskd",
     "CheckLabelsd",
+    "HighestProbabilityd",
     "LoadImageVolumed",
     "MasksToLabeld",
     "MasksToSourceLabeld",

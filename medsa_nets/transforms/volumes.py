@@ -258,6 +258,21 @@ class MasksToLabeld(MapTransform):
         return out
 
 
+class HighestProbabilityd(MapTransform):
+    """Probability of the most probable class at each voxel, on the network's grid: what scoring by uncertainty needs.
+
+    Args:
+        keys: keys of logits (num_classes, X, Y, Z).
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Map to (1, X, Y, Z) in [0, 1]."""
+        out = dict(data)
+        for key in self.key_iterator(out):
+            out[key] = out[key].amax(dim=0, keepdim=True).sigmoid()
+        return out
+
+
 class MasksToSourceLabeld(MapTransform):
     """Join the masks of classes into one label map on the grid of the image's file.
 

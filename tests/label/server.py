@@ -65,10 +65,13 @@ class Server:
         folder: holds ``app``; log and cache go here.
         studies: folder of images, or address of a DICOMweb server.
         models: names of the models, comma-separated.
+        conf: more settings of the app.
         largest_file: no file that the server or its trainings write may grow beyond this many bytes, as on a full disk.
     """
 
-    def __init__(self, python: Path, folder: Path, studies: str, models: str, largest_file: int | None = None) -> None:
+    def __init__(
+        self, python: Path, folder: Path, studies: str, models: str, largest_file: int | None = None, **conf: str
+    ) -> None:
         self.folder = folder
         self.app = folder / "app"
         (folder / "stand_in").mkdir(exist_ok=True)
@@ -78,7 +81,8 @@ class Server:
         self.log = open(folder / f"server_{self.port}.log", "wb")  # noqa: SIM115 closed by stop()
         command = [str(python.parent / "monailabel"), "start_server", "--app", str(self.app), "--studies", studies,
                    "--host", "127.0.0.1", "--port", str(self.port), "--conf", "models", models,
-                   "--conf", "zoo_source", "local", "--conf", "sam2", "false"]  # fmt: skip
+                   "--conf", "zoo_source", "local", "--conf", "sam2", "false",
+                   *(part for name, value in conf.items() for part in ("--conf", name, value))]  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": str(folder / "stand_in"), "CUDA_VISIBLE_DEVICES": "",
                        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
                        "MONAI_LABEL_DATASTORE_CACHE_PATH": str(folder / "cache")}  # fmt: skip

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def serve(label_python: Path) -> Iterator:
     """Start servers, which end with the test."""
     running: list[Server] = []
 
-    def start(folder: Path, **settings: int) -> Server:
+    def start(folder: Path, **settings: Any) -> Server:
         running.append(Server(label_python, folder, str(folder / "studies"), LESION, **settings))
         return running[-1]
 
@@ -111,6 +112,23 @@ def test_photographs_are_segmented_clicked_and_learned_from(photographs: Path, o
     assert server.train(LESION, max_epochs=1) == "DONE", server.tail()  # one case, and none to validate
     assert (model_of(own) / "model.pt").read_bytes() != before
     assert dice(server.picture(AUTOMATIC, name) > 0, truth) > 0.6
+
+
+def test_photographs_are_scored_by_uncertainty(own: Path, serve) -> None:
+    server = serve(own, epistemic_model=LESION, epistemic_simulation_size="3", epistemic_max_samples="2")
+    assert server.info["scoring"], server.info
+    # the server begins to score when it starts
+    end = time.monotonic() + 300
+    while requests.get(f"{server.url}/scoring/", timeout=60).json()["status"] in ("SUBMITTED", "RUNNING"):
+        assert time.monotonic() < end, server.tail()
+        time.sleep(1.0)
+    assert requests.get(f"{server.url}/scoring/", timeout=60).json()["status"] == "DONE", server.tail()
+    images = requests.get(f"{server.url}/datastore/", params={"output": "all"}, timeout=60).json()["objects"]
+    scores = [entry["image"]["info"].get("epistemic_entropy") for entry in images.values()]
+    known = [score for score in scores if score is not None]
+    assert len(known) == 2
+    assert all(0.0 < score < 1.0 for score in known)
+    assert len(set(known)) == 2
 
 
 def test_a_server_killed_in_training_serves_the_old_model_and_goes_on(own: Path, serve) -> None:
