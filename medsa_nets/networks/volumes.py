@@ -36,6 +36,7 @@ class VolumeMedSA(MedSA):
         if class_chunk < 0:
             raise ValueError(f"class_chunk must be 0 (all at once) or more, got {class_chunk}.")
         self.class_chunk = class_chunk
+        self.near_clicks = 3  # of other slices that a slice sees
         self.checkpointing = checkpointing
         self.distant_prompt = DistantPrompt(self.prompt_encoder.embed_dim)
         self.freeze(train_norms)
@@ -174,13 +175,23 @@ class VolumeMedSA(MedSA):
         return logits.reshape(batch, depth, sets, size[0], size[1]).permute(0, 2, 3, 4, 1)
 
     def embed_points(self, coords: Tensor, labels: Tensor, size: tuple[int, int], depth: int) -> Tensor:
-        """Tokens of clicks on each slice: (B, K, P, 3) and (B, K, P) to (B * depth * K, P, features)."""
+        """Tokens of clicks on each slice: (B, K, P, 3) and (B, K, P) to (B * depth * K, at most P, features)."""
         steps = torch.arange(depth, device=coords.device).reshape(1, -1, 1, 1)
         distance = torch.where(labels == -1, 0.0, coords[..., 2].float().round()).unsqueeze(1) - steps
         distance = torch.where((labels == -1).unsqueeze(1), torch.zeros_like(distance), distance).flatten(0, 2)
         # SAM reads (x, y); indices are (row, column).
         plane = coords[..., :2].flip(-1).unsqueeze(1).expand(-1, depth, -1, -1, -1).flatten(0, 2)
         labels = labels.unsqueeze(1).expand(-1, depth, -1, -1).flatten(0, 2)
+        # A slice sees its own clicks and the nearest of the others: training shows few at once.
+        away = torch.where(labels == -1, torch.full_like(distance, float("inf")), distance.abs())
+        own = int((away == 0).sum(dim=1).amax()) if away.shape[1] > 0 else 0
+        if own + self.near_clicks < away.shape[1]:
+            nearest = torch.argsort(away, dim=1, stable=True)[:, : own + self.near_clicks]
+            distance, labels, away = distance.gather(1, nearest), labels.gather(1, nearest), away.gather(1, nearest)
+            plane = plane.gather(1, nearest.unsqueeze(-1).expand(-1, -1, 2))
+            surplus = torch.cumsum((away > 0).to(torch.int64), dim=1) > self.near_clicks
+            labels = torch.where(surplus, -torch.ones_like(labels), labels)
+            distance = torch.where(surplus, torch.zeros_like(distance), distance)
         here = torch.where(distance == 0, labels, -torch.ones_like(labels))
         tokens = self.prompt_encoder.embed_points(plane, here, size[0], size[1])
         elsewhere = self.prompt_encoder.embed_points(plane, labels, size[0], size[1])

@@ -132,6 +132,27 @@ def test_a_click_reaches_the_other_slices_and_tells_how_far_it_is(lite, perturb_
             assert ((a - b).abs().amax(dim=(0, 1, 2, 3)) > 1e-4).all()
 
 
+def test_a_slice_sees_its_own_clicks_and_the_nearest_of_the_others(lite, perturb_adapters):
+    network = train_a_little(lite(num_classes=1), perturb_adapters)
+    embedding = torch.randn(1, 256, 4, 4, 9)
+    heights = [0, 0, 0, 0, 0, 3, 5, 6, 8]  # slices of the clicks: five on the first one
+    coords = torch.stack([torch.rand(9) * 15, torch.rand(9) * 15, torch.tensor(heights).float()], dim=1)[None, None]
+    labels = torch.tensor([1.0, 0, 1, 0, 1, 1, 0, 1, 1])[None, None]
+    with torch.no_grad():
+        whole = network.decode(embedding, coords, labels)
+        nearest = [0, 1, 2, 3, 4, 5, 6, 7]  # of slice 0: its own five, and three more
+        own = network.decode(embedding, coords[:, :, nearest], labels[:, :, nearest])
+        torch.testing.assert_close(whole[..., 0], own[..., 0], atol=1e-4, rtol=1e-4)
+        moved = coords.clone()
+        moved[0, 0, 0, :2] = 15 - moved[0, 0, 0, :2]  # a click on slice 0
+        changed = (network.decode(embedding, moved, labels) - whole).abs().amax(dim=(0, 1, 2, 3)) > 1e-4
+        assert changed[0]
+        assert not changed[5:].any()  # three clicks are nearer
+        last = coords.clone()
+        last[0, 0, 8, :2] = 15 - last[0, 0, 8, :2]
+        assert (network.decode(embedding, last, labels) - whole).abs().amax() > 1e-4
+
+
 def test_the_decoder_in_chunks_gives_the_same(lite, perturb_adapters):
     network = train_a_little(lite(num_classes=5), perturb_adapters)
     embedding = network.encode_image(torch.rand(2, 1, 64, 64, 3)).detach()
