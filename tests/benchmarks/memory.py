@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -58,6 +59,7 @@ def measure(stage: str, base: str, size: int, depth: int, checkpointing: bool) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", help="measure this row (JSON) in this process")
+    parser.add_argument("--base", help="measure this base only")
     options = parser.parse_args()
     if options.row:
         print(json.dumps(measure(*json.loads(options.row))))
@@ -65,15 +67,18 @@ def main() -> None:
     print("| stage | base | size | slab depth | checkpointing | peak, GB | seconds |\n" + "| --- " * 7 + "|")
     for row in ROWS:
         command = [sys.executable, __file__, "--row", json.dumps(row)]
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-        measured = json.loads(result.stdout.splitlines()[-1])
+        if options.base not in (None, row[1]):
+            continue
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode == -signal.SIGKILL:
+            cells = "more than there was | "
+        else:
+            result.check_returncode()
+            measured = json.loads(result.stdout.splitlines()[-1])
+            cells = f"{measured['peak'] / 1e9:.2f} | {measured['seconds']:.1f}"
         stage, base, size, depth, checkpointing = row
         state = ("on" if checkpointing else "off") if stage == "training" else ""
-        print(
-            f"| {stage} | {base} | {size} | {depth} | {state} | {measured['peak'] / 1e9:.2f} "
-            f"| {measured['seconds']:.1f} |",
-            flush=True,
-        )
+        print(f"| {stage} | {base} | {size} | {depth} | {state} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":
