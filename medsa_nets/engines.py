@@ -139,10 +139,37 @@ def answer_prompts(
         target = label if prompts else automatic_label
         logits = network.decode(embedding, **prompts)
         answers.append((logits, target))
-        if sampler.corrects(kinds):
-            prompts = add_correction(prompts, logits.detach() > 0, target, places)
-            answers.append((network.decode(embedding, **prompts), target))
+        clicks = sampler.corrections(kinds)
+        if clicks:
+            answers.append((correct(network, embedding, prompts, logits, target, clicks, places), target))
     return answers
+
+
+def correct(
+    network: MedSA,
+    embedding: Tensor,
+    prompts: Mapping[str, Tensor],
+    logits: Tensor,
+    target: Tensor,
+    clicks: int,
+    places: torch.Generator,
+) -> Tensor:
+    """Correct masks by clicks on their errors, one after the other: the logits after the last, which alone train.
+
+    Args:
+        network: the network.
+        embedding: of the images.
+        prompts: what the masks were asked for by.
+        logits: the masks (B, K, spatial…).
+        target: (B, K, spatial…), foreground above 0.5.
+        clicks: number of clicks for each mask, 1 or more.
+        places: source of randomness.
+    """
+    for click in range(clicks):
+        prompts = add_correction(prompts, logits.detach() > 0, target, places)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and click == clicks - 1):
+            logits = network.decode(embedding, **prompts)
+    return logits
 
 
 class PromptedIteration:
@@ -310,9 +337,10 @@ class VolumeIteration(PromptedIteration):
                 prompts["classes"] = classes.to(image.device)
             logits = network.decode(embedding, **prompts)
             answers.append((logits, masks, known))
-            if self.sampler.corrects(kinds):
-                prompts = add_correction(prompts, logits.detach() > 0, masks.float(), places)
-                answers.append((network.decode(embedding, **prompts), masks, known))
+            clicks = self.sampler.corrections(kinds)
+            if clicks:
+                logits = correct(network, embedding, prompts, logits, masks.float(), clicks, places)
+                answers.append((logits, masks, known))
         return answers
 
 

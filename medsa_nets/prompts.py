@@ -222,10 +222,11 @@ class PromptSampler:
         boxes: weight of steps with a jittered box.
         max_points: most points of a draw (1 to this many, the first positive, each other positive or negative).
         box_jitter: largest move of a box's side, as a share of the box's extent.
-        correction: share of draws that are followed by a click on the error of the mask that they gave.
+        correction: share of draws that are followed by clicks on the error of the mask that they gave.
+        max_corrections: most of these clicks (1 to this many), each on the error that the ones before it left.
 
     Raises:
-        ValueError: when the weights are negative or all zero, or ``max_points`` is below 1.
+        ValueError: when the weights are negative or all zero, or ``max_points`` or ``max_corrections`` is below 1.
     """
 
     def __init__(
@@ -237,16 +238,20 @@ class PromptSampler:
         max_points: int = 3,
         box_jitter: float = 0.1,
         correction: float = 0.25,
+        max_corrections: int = 1,
     ) -> None:
         weights = torch.tensor([none, points, boxes], dtype=torch.float64)
         if bool((weights < 0).any()) or float(weights.sum()) <= 0:
             raise ValueError(f"none, points and boxes must be 0 or more and not all 0, got {weights.tolist()}.")
         if max_points < 1:
             raise ValueError(f"max_points must be 1 or more, got {max_points}.")
+        if max_corrections < 1:
+            raise ValueError(f"max_corrections must be 1 or more, got {max_corrections}.")
         self.cumulative = (weights / weights.sum()).cumsum(0)
         self.max_points = max_points
         self.box_jitter = box_jitter
         self.correction = correction
+        self.max_corrections = max_corrections
 
     def modes(self, draws: int, generator: torch.Generator) -> list[str]:
         """Kinds of ``draws`` prompts, evenly spread over the proportions (systematic sampling)."""
@@ -254,9 +259,11 @@ class PromptSampler:
         chosen = torch.searchsorted(self.cumulative, positions, right=True).clamp_max(2)
         return [("none", "points", "boxes")[int(i)] for i in chosen]
 
-    def corrects(self, generator: torch.Generator) -> bool:
-        """Whether this draw is followed by a correcting click."""
-        return float(torch.rand(1, generator=generator)) < self.correction
+    def corrections(self, generator: torch.Generator) -> int:
+        """How many correcting clicks follow this draw."""
+        if float(torch.rand(1, generator=generator)) >= self.correction:
+            return 0
+        return int(torch.randint(1, self.max_corrections + 1, (1,), generator=generator))
 
     def draw(self, label: Tensor, mode: str, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw prompts for a batch.

@@ -132,6 +132,29 @@ def test_prompts_are_answered_on_one_encoding(network, batch):
     assert all(logits.shape == target.shape == (1, 1, SIZE, SIZE) for logits, target in answers)
 
 
+def test_corrections_follow_each_other_and_the_last_one_trains(network, batch, monkeypatch):
+    asked = []
+    decode = type(network).decode
+
+    def spy(self, embedding, **prompts):
+        asked.append((prompts["point_labels"].shape[2], torch.is_grad_enabled()))
+        return decode(self, embedding, **prompts)
+
+    monkeypatch.setattr(type(network), "decode", spy)
+    sampler = PromptSampler(none=0.0, boxes=0.0, max_points=1, correction=1.0, max_corrections=5)
+    seen = set()
+    for seed in range(8):
+        asked.clear()
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(2)]
+        answers = answer_prompts(network, batch["image"], batch["label"], batch["label"], sampler, 1, *generators)
+        clicks = len(asked) - 1
+        assert asked == [(1, True), *((n, n == clicks + 1) for n in range(2, clicks + 2))]
+        assert len(answers) == 2
+        seen.add(clicks)
+    assert seen <= set(range(1, 6))
+    assert len(seen) > 2
+
+
 def test_an_automatic_answer_is_the_forward_pass_without_prompts(network, batch):
     network.eval()
     sampler = PromptSampler(none=1.0, points=0.0, boxes=0.0, correction=0.0)
