@@ -16,7 +16,7 @@ from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from medsa_nets.engines import plain
+from medsa_nets.engines import keep_freed_memory, plain
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.transforms import ABSENT, all_classes, prompts_of
 
@@ -121,9 +121,11 @@ def shared_cache(max_bytes: int) -> EmbeddingCache | None:
     """The cache of this size that all inferers of the process share; none for 0 bytes.
 
     A server holds an automatic and a clicking task for one bundle: what one of them has encoded, the other one needs.
+    Its process also keeps the memory that it frees for the next request (:func:`medsa_nets.engines.keep_freed_memory`).
     """
     if not max_bytes:
         return None
+    keep_freed_memory()
     with _shared_lock:
         if max_bytes not in _shared:
             _shared[max_bytes] = EmbeddingCache(max_bytes)
