@@ -237,27 +237,6 @@ class ReadClassPromptsd(Transform):
         return out
 
 
-class MasksToLabeld(MapTransform):
-    """Join the masks of classes into one label map: at each voxel the class of highest logit, if that is positive.
-
-    Args:
-        keys: keys of logits (num_classes, X, Y, Z).
-        threshold: logits up to this one are background.
-    """
-
-    def __init__(self, keys: KeysCollection, threshold: float = 0.0) -> None:
-        super().__init__(keys)
-        self.threshold = threshold
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Map to (1, X, Y, Z) of 0 (background) and 1 + class id."""
-        out = dict(data)
-        for key in self.key_iterator(out):
-            highest, index = out[key].max(dim=0, keepdim=True)
-            out[key] = torch.where(highest > self.threshold, index + 1, torch.zeros_like(index)).to(torch.float32)
-        return out
-
-
 class HighestProbabilityd(MapTransform):
     """Probability of the most probable class at each voxel, on the network's grid: what scoring by uncertainty needs.
 
@@ -274,9 +253,9 @@ class HighestProbabilityd(MapTransform):
 
 
 class MasksToSourceLabeld(MapTransform):
-    """Join the masks of classes into one label map on the grid of the image's file.
+    """Join the masks of classes into one label map on the grid of the image's file: the highest positive logit's class.
 
-    The same as ``Invertd`` on the logits of every class (linear interpolation) and :class:`MasksToLabeld`, up to
+    The same as ``Invertd`` on the logits of every class (linear interpolation), then a comparison at each voxel, up to
     rounding, for spatial transforms that are affine. Only where a class is positive it is resampled, one class after
     the other: time goes with the size of the organs and memory holds two volumes of the file's grid, whatever the
     number of classes.

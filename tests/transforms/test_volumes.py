@@ -12,7 +12,6 @@ from medsa_nets.errors import DataError, find_cause
 from medsa_nets.transforms import (
     CheckLabelsd,
     LoadImageVolumed,
-    MasksToLabeld,
     MasksToSourceLabeld,
     MatchOrientationd,
     PromptsToNetworkd,
@@ -125,9 +124,9 @@ def test_masks_on_the_files_grid_are_those_of_invertd(tmp_path, pixdim, turn):
     logits = torch.nn.functional.interpolate(coarse, size=data["image"].shape[1:], mode="trilinear")[0]
     logits[2] = -1.0  # a class that is nowhere
     pred = MetaTensor(logits, affine=data["image"].affine)
-    expected = MasksToLabeld("pred")(
-        Invertd("pred", transforms, orig_keys="image", nearest_interp=False)({**data, "pred": pred.clone()})
-    )["pred"]
+    inverted = Invertd("pred", transforms, orig_keys="image", nearest_interp=False)({**data, "pred": pred.clone()})
+    highest, index = inverted["pred"].as_tensor().max(dim=0, keepdim=True)
+    expected = torch.where(highest > 0, index + 1, 0)
     found = MasksToSourceLabeld("pred")({**data, "pred": pred})["pred"]
     source = nib.load(item["image"])
     assert found.shape[1:] == source.shape
@@ -138,7 +137,7 @@ def test_masks_on_the_files_grid_are_those_of_invertd(tmp_path, pixdim, turn):
 
 def test_masks_become_one_label_and_some_classes_all():
     logits = torch.tensor([[-1.0, 2.0, 3.0, -4.0], [-2.0, 1.0, 5.0, 0.5]]).reshape(2, 4, 1, 1)
-    out = MasksToLabeld("pred")({"pred": MetaTensor(logits)})["pred"]
+    out = MasksToSourceLabeld("pred")({"image": MetaTensor(torch.zeros(1, 4, 1, 1)), "pred": logits})["pred"]
     assert isinstance(out, MetaTensor)
     assert out.flatten().tolist() == [0, 1, 2, 2]
     spread = all_classes(logits[None], torch.tensor([2, 0]), 4)
