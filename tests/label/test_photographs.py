@@ -65,16 +65,6 @@ def save_labels(server: Server, folder: Path, count: int = 2) -> None:
         assert server.save_label(name, folder / "truth" / f"{name}.png").status_code == 200
 
 
-def wait_for_training(server: Server, seconds: float = 900) -> str:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        status = server.training_status()["status"]
-        if status not in ("SUBMITTED", "RUNNING"):
-            return str(status)
-        time.sleep(1.0)
-    return "timeout"
-
-
 def wait_until_it_trains(server: Server, folder: Path, seconds: float = 300) -> None:
     """Until the first step is done: the training's log has its first epoch."""
     log = folder / "app" / "model" / LESION / "eval" / "training.log"
@@ -87,7 +77,7 @@ def wait_until_it_trains(server: Server, folder: Path, seconds: float = 300) -> 
     raise AssertionError("no epoch was trained")
 
 
-def test_photographs_are_segmented_clicked_and_learned_from(photographs: Path, own: Path, serve) -> None:
+def test_photographs_are_segmented_clicked_and_learned_from(own: Path, serve) -> None:
     server = serve(own)
     models = server.info["models"]
     assert models[LESION]["dimension"] == 2
