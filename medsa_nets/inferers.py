@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import threading
 from collections import OrderedDict
@@ -19,6 +20,8 @@ from tqdm import tqdm
 from medsa_nets.engines import keep_freed_memory, plain
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.transforms import ABSENT, all_classes, prompts_of
+
+logger = logging.getLogger(__name__)
 
 
 def tensor_sha256(*tensors: Tensor) -> str:
@@ -397,6 +400,7 @@ class _Slabs:
         self.known: list[Tensor] | None = None
         self.new: dict[int, Tensor] = {}
         self.room = 0
+        self.encoded = False
         self.key = self.name = self.version = ""
         self.cache = None if network.training else settings.cache  # dropout answers anew each time
         if self.cache is not None:
@@ -448,6 +452,9 @@ class _Slabs:
 
     def _encode(self, group: list[int]) -> Tensor:
         stride = self.network.stride
+        if not self.encoded:
+            logger.info("encode %s in slabs of %d slices", "x".join(map(str, self.volume.shape[2:])), self.depth)
+        self.encoded = True
         slabs = torch.cat([self.volume[..., start : start + self.depth] for start in group]).to(self.place)
         pad = (0, 0, 0, -slabs.shape[3] % stride, 0, -slabs.shape[2] % stride)
         if any(pad):

@@ -108,6 +108,11 @@ class Server:
         """The end of the log."""
         return Path(self.log.name).read_text(errors="replace")[-4000:]
 
+    def lines(self, *parts: str) -> int:
+        """Number of the log's lines that hold all of these parts."""
+        log = Path(self.log.name).read_text(errors="replace")
+        return sum(all(part in line for part in parts) for line in log.splitlines())
+
     def infer(self, model: str, image: str, output: str = "image", **params: Any) -> requests.Response:
         """A request as the viewers send it: parameters as JSON in a form field."""
         return requests.post(f"{self.url}/infer/{model}", params={"image": image, "output": output},
