@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 _DATALIST_NAMES = ("dataset_0.json", "dataset.json")
 _FOLDERS = (("imagesTr", "labelsTr"), ("images", "labels"))
+SLICE_FIELDS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}
 _TOLERANCE = 1e-2  # mm, or its like in directions, by which positions may deviate
 
 
@@ -160,13 +161,14 @@ def _case(path: Path) -> str:
     return name.removesuffix("_0000")
 
 
-def read_volume(path: str | Path) -> MetaTensor:
+def read_volume(path: str | Path, files: Sequence[Path] = ()) -> MetaTensor:
     """Read a volume: NIfTI, NRRD, MetaImage, or the folder of a DICOM series.
 
     A folder with several DICOM series gives the one with most slices; the log names the others.
 
     Args:
         path: file or folder.
+        files: the slices of a series in the folder, as :func:`order_slices` gives them; none finds them.
 
     Returns:
         (1, X, Y, Z) with its affine (RAS, in mm).
@@ -181,7 +183,7 @@ def read_volume(path: str | Path) -> MetaTensor:
     try:
         # MONAI's LoadImage tries other readers where one fails, and ITK takes a cut NIfTI file for a whole one.
         if path.is_dir():
-            volume = _from_reader(ITKReader(), itk.imread([str(file) for file in _dicom_series(path)], itk.F))
+            volume = _from_reader(ITKReader(), itk.imread([str(f) for f in files or _dicom_series(path)], itk.F))
         elif path.name.lower().endswith((".nii", ".nii.gz")):
             _check_affine(nibabel.load(path).affine, path)  # MONAI's reader repairs some, silently
             reader = NibabelReader()
@@ -279,19 +281,48 @@ def _dicom_series(folder: Path) -> list[Path]:
     if len(series) > 1:
         others = ", ".join(f"{uid} ({len(files)} files)" for uid, files in series.items() if uid != chosen)
         logger.warning("%s: took the series %s (%d files); left out %s.", folder, chosen, len(series[chosen]), others)
-    slices = series[chosen]
+    return [file for file, _ in order_slices(series[chosen], str(folder))]
+
+
+def order_slices(slices: Sequence[tuple[Path, Any]], name: str) -> list[tuple[Path, Any]]:
+    """Sort the slices of a DICOM series by their position along the slice's normal, and check that they are a grid.
+
+    Args:
+        slices: path and header (pydicom) of each slice.
+        name: what errors about the series as a whole name.
+
+    Raises:
+        DataError: when a position field is missing or no number, when orientation, size, spacing or frame of reference
+            differ, or when slices are missing, doubled, tilted or unevenly spaced.
+    """
+    slices = list(slices)
     for file, header in slices:
-        for field in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns"):
-            if field not in header:
+        for field, count in SLICE_FIELDS.items():
+            value = header.get(field)
+            if value is None or value == "":
                 raise DataError(f"{file}: the DICOM field {field} is missing. Expected slices of a CT or MR series.")
+            try:
+                usable = bool(np.isfinite(numbers := np.atleast_1d(np.asarray(value, dtype=float))).all())
+                usable = usable and len(numbers) == count and (field.startswith("Image") or bool((numbers > 0).all()))
+            except (TypeError, ValueError):
+                usable = False
+            if not usable:
+                raise DataError(f"{file}: the DICOM field {field} is {value!r}; expected {count} number(s).")
     orientation = np.asarray(slices[0][1].ImageOrientationPatient, dtype=float)
     normal = np.cross(orientation[:3], orientation[3:])
+    if abs(float(np.linalg.norm(normal)) - 1.0) > _TOLERANCE:
+        raise DataError(f"{slices[0][0]}: ImageOrientationPatient {orientation.tolist()} is no pair of directions.")
+    first = slices[0][1]
     for file, header in slices:
-        first = slices[0][1]
         if np.abs(np.asarray(header.ImageOrientationPatient, dtype=float) - orientation).max() > _TOLERANCE:
             raise DataError(f"{file}: its orientation differs from that of {slices[0][0].name}. Split the series.")
         if (header.Rows, header.Columns, *header.PixelSpacing) != (first.Rows, first.Columns, *first.PixelSpacing):
             raise DataError(f"{file}: its size or pixel spacing differs from that of {slices[0][0].name}.")
+        if header.get("FrameOfReferenceUID") != first.get("FrameOfReferenceUID"):
+            raise DataError(
+                f"{file}: its frame of reference differs from that of {slices[0][0].name}: the slices do not share one "
+                "coordinate system. Split the series."
+            )
     slices.sort(key=lambda pair: float(np.asarray(pair[1].ImagePositionPatient, dtype=float) @ normal))
     places = np.asarray([header.ImagePositionPatient for _, header in slices], dtype=float)
     if len(places) > 1:
@@ -299,18 +330,18 @@ def _dicom_series(folder: Path) -> list[Path]:
         lengths = steps @ normal
         middle = float(np.median(lengths))
         if middle <= _TOLERANCE:
-            raise DataError(f"{folder}: several slices lie at one position. Split the series (phases, echoes).")
+            raise DataError(f"{name}: several slices lie at one position. Split the series (phases, echoes).")
         worst = int(np.abs(lengths - middle).argmax())
         if abs(lengths[worst] - middle) > max(_TOLERANCE, 0.02 * middle):
             raise DataError(
-                f"{folder}: unevenly spaced slices: {lengths[worst]:.3f} mm between {slices[worst][0].name} and "
+                f"{name}: unevenly spaced slices: {lengths[worst]:.3f} mm between {slices[worst][0].name} and "
                 f"{slices[worst + 1][0].name}, {middle:.3f} mm elsewhere. A slice is missing, or the series has to be "
                 "resampled first."
             )
         aside = np.linalg.norm(steps - lengths[:, None] * normal, axis=1).max()
         if aside > max(_TOLERANCE, 0.02 * middle):
             raise DataError(
-                f"{folder}: a tilted gantry: slices are shifted by {aside:.3f} mm against each other in their plane. "
+                f"{name}: a tilted gantry: slices are shifted by {aside:.3f} mm against each other in their plane. "
                 "Resample the series to a straight grid first."
             )
-    return [file for file, _ in slices]
+    return slices
