@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from monai.bundle import ConfigParser
 
-from medsa_nets.data.atomic import temporary_name
+from medsa_nets.bundle import ADAPTER, copy_bundle
 from medsa_nets.errors import DataError, MedSAError
 from medsa_nets.handlers import save_atomically
-from medsa_nets.weights import check_adapter
-
-CONFIGS = ("inference.yaml", "train.yaml")
 
 
 def find_stock_app() -> Path:
@@ -69,52 +64,13 @@ def add_bundle(app: Path, bundle: Path, name: str | None = None, overlays: Seque
     Raises:
         DataError: when there is no such bundle or overlay.
     """
-    if not (bundle / "configs" / "metadata.json").is_file():
-        raise DataError(f"bundle {bundle}: there is no configs/metadata.json. Expected the folder of a MedSA bundle.")
     name = name or "_".join([bundle.resolve().name, *(Path(overlay).stem for overlay in overlays)])
     if "deepedit" not in name:
         name += "_deepedit"
-    paths = [bundle / "configs" / overlay for overlay in overlays]
-    for path in paths:
-        if not path.is_file():
-            there = ", ".join(sorted(p.name for p in (bundle / "configs").glob("*.yaml")))
-            raise DataError(f"overlay {path}: there is no such file; expected one of {there}.")
     target = app / "model" / name
-    (target / "models").mkdir(parents=True, exist_ok=True)
-    for folder in ("configs", "docs"):
-        shutil.copytree(bundle / folder, target / folder, dirs_exist_ok=True)
-    shutil.copy2(bundle / "LICENSE", target / "LICENSE")
-    checkpoint = "model.pt"
-    for config in CONFIGS:
-        merged: dict[str, Any] = ConfigParser.load_config_files([str(bundle / "configs" / config), *map(str, paths)])
-        checkpoint = merged.get("checkpoint_filename", checkpoint)
-        merged["checkpoint_filename"] = "model.pt"  # the only name that the server loads by itself
-        with temporary_name(target / "configs" / config) as part:
-            ConfigParser.export_config_file(merged, str(part), fmt="yaml", sort_keys=False, width=10**6)
-        if config == "inference.yaml":
-            _describe(target, merged)
-    adapter = target / "models" / "model.pt"
-    if not adapter.is_file():
-        trained = bundle / "models" / checkpoint
-        if trained.is_file():
-            with temporary_name(adapter) as part:
-                shutil.copyfile(check_adapter(trained), part)
-        else:
-            _write_fresh_adapter(target, adapter)
+    if not copy_bundle(bundle, target, overlays):
+        _write_fresh_adapter(target, target / ADAPTER)
     return target
-
-
-def _describe(target: Path, config: dict[str, Any]) -> None:
-    """Name the classes of a configuration in the copy's metadata, from which the server takes its labels."""
-    path = target / "configs" / "metadata.json"
-    metadata = json.loads(path.read_text())
-    if "classes" in config:
-        classes = ["background", *config["classes"]]
-        pred = metadata["network_data_format"]["outputs"]["pred"]
-        pred["channel_def"] = {str(i): name for i, name in enumerate(classes)}
-        pred["num_channels"] = len(classes) - 1
-    with temporary_name(path) as part:
-        part.write_text(json.dumps(metadata, indent=4) + "\n")
 
 
 def _write_fresh_adapter(target: Path, adapter: Path) -> None:
