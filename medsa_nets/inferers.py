@@ -264,7 +264,7 @@ class SlabInferer(Inferer):
             ValueError: when the volume has another shape.
         """
         medsa = getattr(network, "module", network)
-        if not isinstance(medsa, VolumeMedSA):
+        if not isinstance(medsa, VolumeMedSA) and getattr(medsa, "original_name", "") != VolumeMedSA.__name__:
             raise ValueError(
                 f"SlabInferer needs a network built with spatial_dims=3, got {type(medsa).__name__}. For another "
                 "network take monai.inferers.SlidingWindowInferer."

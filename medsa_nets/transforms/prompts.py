@@ -49,7 +49,7 @@ class SamplePromptsd(MapTransform):
         return torch.Generator().manual_seed(stable_seed(self.seed, name))
 
 
-class ReadPromptsd(Transform):
+class ReadPromptsd(MapTransform):
     """Read an image's prompts from a JSON file; images that it does not name are segmented automatically.
 
     The file maps a file name to ``points`` (list of pixel positions [x, y]), ``labels`` (1 foreground, 0 background;
@@ -66,6 +66,7 @@ class ReadPromptsd(Transform):
     """
 
     def __init__(self, prompts: str | None = None, image_key: str = "image") -> None:
+        super().__init__(image_key)  # MONAI Deploy asks the first transform whether it takes a dictionary
         self.image_key = image_key
         self.path = prompts
         self.table = read_prompt_table(prompts)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Orientation, SpatialResample, Transform
+from monai.transforms import MapTransform, Orientation, SpatialResample
 from nibabel.orientations import aff2axcodes
 from torch import Tensor
 
@@ -184,7 +184,7 @@ class SampleClassPromptsd(SamplePromptsd):
         return out
 
 
-class ReadClassPromptsd(Transform):
+class ReadClassPromptsd(MapTransform):
     """Read a volume's prompts from a JSON file; volumes that it does not name are segmented automatically.
 
     The file maps the name of a file (or DICOM folder) to classes, and these to ``points`` (voxel indices [i, j, k] of
@@ -206,6 +206,7 @@ class ReadClassPromptsd(Transform):
     """
 
     def __init__(self, prompts: str | None = None, classes: Sequence[str] = (), image_key: str = "image") -> None:
+        super().__init__(image_key)  # MONAI Deploy asks the first transform whether it takes a dictionary
         self.path = prompts
         self.classes = list(classes)
         self.image_key = image_key

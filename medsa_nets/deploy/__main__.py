@@ -1,0 +1,196 @@
+"""Command line of the MONAI Deploy application."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from medsa_nets.bundle import ADAPTER, copy_bundle
+from medsa_nets.deploy.settings import read_settings
+from medsa_nets.deploy.studies import find_sources
+from medsa_nets.errors import DataError, MedSAError, OutputError, WeightsError
+
+logger = logging.getLogger("medsa_nets.deploy")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run an application, or one of the commands that make one; the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = given.pop(0) if given[:1] in (["package"], ["export"], ["check"]) else "run"
+    options = parser(command).parse_args(given)
+    try:
+        if command == "run":
+            return run(options)
+        from medsa_nets.deploy import package
+
+        if command == "export":
+            print(f"written: {package.export(options.model, options.output, options.overlay)}")
+        elif command == "check":
+            package.check(options.folder)
+            print(f"{options.folder}: complete")
+        else:
+            package.write(options.model, options.output, options.overlay, tag=options.tag)
+        return 0
+    except MedSAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("holoscan", "highdicom", "monai", "typeguard"):
+            raise
+        print(
+            f"error: {error.name} is not installed. In an environment of its own: pip install 'medsa[deploy]'.",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def parser(command: str) -> argparse.ArgumentParser:
+    """The options of a command."""
+    out = argparse.ArgumentParser(
+        prog="python -m medsa_nets.deploy" + ("" if command == "run" else f" {command}"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=HELP[command],
+    )
+    if command == "check":
+        out.add_argument("folder", type=Path, help="folder that the command package wrote")
+        return out
+    place = os.environ.get
+    if command == "run":
+        out.add_argument("-i", "--input", type=Path, default=place("HOLOSCAN_INPUT_PATH", "input"), help="DICOM folder")
+        out.add_argument("--backend", help="what computes the image encoder: a value of the bundle's setting 'backend'")
+    out.add_argument("-o", "--output", type=Path, default=place("HOLOSCAN_OUTPUT_PATH", "output"), help="results")
+    out.add_argument("-m", "--model", type=Path, default=place("HOLOSCAN_MODEL_PATH", "models"),
+                     help="folder of a bundle, or a TorchScript file of one")  # fmt: skip
+    out.add_argument("--overlay", action="append", default=[], help="file of the bundle's configs to lay over")
+    if command == "package":
+        out.add_argument("--tag", default="medsa:latest", help="name of the image")
+    return out
+
+
+HELP = {
+    "run": """Segment every DICOM series (or photograph) of a folder that a bundle takes.
+
+Each gets a folder in the output: segmentation.dcm, measurements_sr.dcm, measurements.json, report.html, pictures.
+What is not taken is named with its reason. Input, output and model are also read from HOLOSCAN_INPUT_PATH,
+HOLOSCAN_OUTPUT_PATH and HOLOSCAN_MODEL_PATH. Exit status: 0 when everything that the bundle takes was segmented, 2 when
+only a part of it was, 1 when nothing was.
+
+Other commands: export (a bundle with base and adapter as one TorchScript file), package (what a container is built
+from), check (whether that is complete).""",
+    "export": "Write a bundle, its base and its adapter into one TorchScript file.",
+    "package": "Write what monai-deploy or docker builds a container from: application, model, requirements.",
+    "check": "Check a folder that the command package wrote.",
+}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Segment what a folder holds; the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("highdicom").setLevel(logging.WARNING)
+    os.environ.setdefault("HOLOSCAN_LOG_LEVEL", "WARN")
+    with tempfile.TemporaryDirectory(prefix="medsa-") as scratch:
+        model = prepare(find_model(options.model), options.overlay, Path(scratch), options.backend)
+        settings = read_settings(model)
+        found = find_sources(options.input, settings.rules)
+        for line in found.skipped:
+            logger.warning("left out: %s", line)
+        for line in found.damaged:
+            logger.error("damaged: %s", line)
+        if not found.sources:
+            kinds = (
+                ("series" if settings.rules.volumes else "image") + " of modality " + ", ".join(settings.rules.modality)
+            )
+            raise DataError(
+                f"input {options.input}: nothing to segment: no whole {kinds} "
+                f"({len(found.skipped)} left out, {len(found.damaged)} damaged; see above)."
+            )
+        make_output(options.output)
+        from medsa_nets.deploy.application import MedSAApplication
+
+        application = MedSAApplication(model, settings, found.sources, options.output.resolve())
+        try:
+            application.run()
+        finally:
+            done, failed = application.outcome.folders, application.outcome.failures
+            logger.info("%d segmented, %d failed, %d damaged, %d left out",
+                        len(done), len(failed), len(found.damaged), len(found.skipped))  # fmt: skip
+    for folder in done:
+        print(folder)
+    if not done:
+        print(f"error: nothing was segmented: {failed[0] if failed else 'see above'}", file=sys.stderr)
+        return 1
+    return 2 if failed or found.damaged else 0
+
+
+def make_output(folder: Path) -> None:
+    """Make the folder of the results.
+
+    Raises:
+        OutputError: when it can't be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"output {folder}: it can't be written ({error.strerror}). Name another folder (-o)."
+        ) from error
+
+
+def find_model(path: Path) -> Path:
+    """The bundle that a path means: itself, or what a folder of one model holds, as containers have it."""
+    path = Path(path)
+    if path.is_dir() and not (path / "configs").is_dir():
+        inside = sorted(path.rglob("*.ts")) or [p.parent for p in sorted(path.rglob("configs"))]
+        if len(inside) == 1:
+            return inside[0]
+    return path
+
+
+def under_its_name(file: Path, scratch: Path) -> Path:
+    """A TorchScript file under the name that it was exported with.
+
+    Its archive keeps that name. MONAI Deploy looks for the configuration under the file's present name, and where it
+    finds none it runs the network without the bundle's transforms and inferer, without a word.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            name = archive.namelist()[0].split("/")[0]
+    except (zipfile.BadZipFile, OSError, IndexError):
+        return file  # read_settings says what is wrong
+    if name == file.stem:
+        return file
+    return Path(shutil.copyfile(file, scratch / f"{name}.ts"))
+
+
+def prepare(model: Path, overlays: Sequence[str], scratch: Path, backend: str | None = None) -> Path:
+    """A bundle as MONAI Deploy loads it: one folder with ``models/model.pt``, or a TorchScript file.
+
+    Raises:
+        DataError: when there is no such bundle, it has no adapter, or a TorchScript file comes with overlays.
+    """
+    if not model.is_dir():
+        if overlays or backend:
+            raise DataError(f"model {model}: overlays and back ends are chosen when a TorchScript file is exported.")
+        return under_its_name(model, scratch)
+    target = scratch / model.resolve().name
+    settings = {"bundle_root": str(target), **({"backend": backend} if backend else {})}
+    if not copy_bundle(model, target, overlays, settings):
+        known = ", ".join(sorted(p.name for p in (model / "models").glob("*.pt"))) or "none"
+        raise WeightsError(
+            f"bundle {model}: it has no trained adapter ({ADAPTER}; adapters that are there: {known}). Train one, or "
+            "name the overlay that belongs to an adapter, as --overlay ct_3mm.yaml."
+        )
+    return target
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""What a folder holds for an application: the series and photographs that a bundle takes, and what is left out."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from monai.data import MetaTensor
+from monai.transforms import LoadImage
+from pydicom.dataset import Dataset
+
+from medsa_nets.data import PhotographReader, read_volume
+from medsa_nets.data.datalists import PHOTOGRAPH_SUFFIXES, is_dicom
+from medsa_nets.data.volumes import order_slices
+from medsa_nets.errors import DataError, describe
+
+MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
+REFERENCE_FIELDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
+MAX_VOXELS = 2**31  # of a series: beyond it, memory would not do
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which series and photographs a bundle takes.
+
+    Args:
+        modality: DICOM modalities.
+        slices: fewest and most slices of a series.
+        volumes: whether a series is one volume; else every object is an image of its own, and JPEG and PNG files are
+            taken too.
+    """
+
+    modality: tuple[str, ...]
+    slices: tuple[int, int] = (1, 2000)
+    volumes: bool = True
+
+
+@dataclass(frozen=True)
+class Source:
+    """One volume or photograph to be segmented.
+
+    Args:
+        name: what messages call it.
+        files: its files; the slices of a volume in the order of their position.
+        headers: DICOM header of each file, without pixels; none for a JPEG or PNG file.
+        volume: whether it is a volume.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    headers: tuple[Dataset, ...] = ()
+    volume: bool = True
+
+    def read(self) -> MetaTensor:
+        """Read it as ``monai.bundle run`` does: (1, X, Y, Z) with affine, or (3, W, H).
+
+        Raises:
+            DataError: when a file is truncated or its pixels can't be decoded.
+        """
+        for file, header in zip(self.files, self.headers):
+            check_pixels(file, header)
+        if self.volume:
+            return read_volume(self.files[0].parent, self.files)
+        loader = LoadImage(reader=PhotographReader(mode="RGB"), image_only=True, ensure_channel_first=True)
+        image: MetaTensor = loader(str(self.files[0]))
+        return image
+
+    def datasets(self) -> list[Dataset]:
+        """The DICOM objects with their pixels, in the order of :attr:`files`; none for a JPEG or PNG file."""
+        return [pydicom.dcmread(file) for file in self.files] if self.headers else []
+
+
+@dataclass
+class Found:
+    """What :func:`find_sources` found: sources, and lines about what was left out or is damaged."""
+
+    sources: list[Source] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+
+
+def find_sources(folder: str | Path, rules: Rules) -> Found:
+    """Find what a bundle takes in a folder and the folders in it.
+
+    Args:
+        folder: holds DICOM files of any number of studies, in any order and depth; or is one file.
+        rules: what the bundle takes.
+
+    Returns:
+        The sources, and a line for everything else: ``skipped`` is what the bundle does not take, ``damaged`` what it
+        would take if it were whole.
+
+    Raises:
+        DataError: when there is no such folder, or it may not be read.
+    """
+    root = Path(folder).expanduser()
+    if not root.exists():
+        raise DataError(f"input {root}: there is no such folder. Pass the folder of the DICOM files (-i).")
+    found = Found()
+    series: dict[tuple[str, str], list[tuple[Path, Dataset]]] = {}
+    left_out: dict[tuple[str, str], list[Path]] = {}
+    for file in _files(root):
+        try:
+            marked = is_dicom(file)
+        except OSError as error:
+            found.damaged.append(f"{file}: it can't be read ({error.strerror}).")
+            continue
+        if not marked:
+            if not rules.volumes and file.suffix.lower() in PHOTOGRAPH_SUFFIXES:
+                found.sources.append(Source(str(file), (file,), volume=False))
+            else:
+                left_out.setdefault((str(file.parent), "no DICOM file"), []).append(file)
+            continue
+        try:
+            header = read_header(file)
+            reason = _unwanted(header, rules)
+        except DataError as error:
+            found.damaged.append(str(error))
+            continue
+        key = (str(header.get("StudyInstanceUID", "")), str(header.get("SeriesInstanceUID", "")))
+        if reason:
+            left_out.setdefault((_series_name(header), reason), []).append(file)
+        else:
+            series.setdefault(key, []).append((file, header))
+    for (name, reason), files in left_out.items():
+        found.skipped.append(f"{name}: {reason} ({files[0].name}{_and_more(files)}).")
+    for members in series.values():
+        try:
+            _add_series(members, rules, found)
+        except DataError as error:
+            found.damaged.append(str(error))
+    found.sources.sort(key=lambda source: source.files[0])
+    return found
+
+
+def _files(root: Path) -> list[Path]:
+    if root.is_file():
+        return [root]
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise DataError(f"input {root}: the folder may not be read. Change its permissions.")
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def _and_more(files: Sequence[Path]) -> str:
+    return f" and {len(files) - 1} more" if len(files) > 1 else ""
+
+
+def read_header(file: Path) -> Dataset:
+    """Read a DICOM header without pixels, with the values of the fields that are used here checked.
+
+    Raises:
+        DataError: when the file can't be read as DICOM, or a field's value is none of its kind.
+    """
+    name = "its data elements"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of values that are unusual, which the checks below judge
+            header = pydicom.dcmread(file, stop_before_pixels=True)
+            for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "Modality",
+                         "ImageType", "FrameOfReferenceUID", "SeriesDescription", "TransferSyntaxUID"):  # fmt: skip
+                str(header.get(name, ""))
+            for name in ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "BitsAllocated"):
+                if header.get(name) is not None:
+                    int(header[name].value)
+    except Exception as error:  # pydicom raises its own, struct.error, UnicodeError, NotImplementedError and others
+        raise DataError(
+            f"{file}: not readable as DICOM ({name}: {describe(error)}). Expected a whole DICOM file; send it again."
+        ) from error
+    return header
+
+
+def _unwanted(header: Dataset, rules: Rules) -> str:
+    """Why a bundle does not take a DICOM object, or nothing."""
+    kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID", "")
+    if kind == MEDIA_DIRECTORY:
+        return "a DICOMDIR"
+    kind = getattr(kind, "name", kind) or "an object of no SOP class"
+    modality = str(header.get("Modality", "") or "")
+    if modality in ("SEG", "RTDOSE") or not header.get("Rows") or not header.get("Columns"):
+        return f"no image of a patient: {kind}"
+    if modality not in rules.modality:
+        return f"modality {modality or 'not given'}; the bundle takes {', '.join(rules.modality)}"
+    if "LOCALIZER" in (str(part).upper() for part in np.atleast_1d(header.get("ImageType", []) or [])):
+        return "a localizer"
+    if int(header.get("NumberOfFrames", 1) or 1) > 1:
+        return f"several frames in one object ({kind}); expected one"
+    samples = int(header.get("SamplesPerPixel", 1) or 1)
+    if rules.volumes and samples != 1:
+        return f"a colour image of {samples} samples per pixel; the bundle takes grey values"
+    return ""
+
+
+def _series_name(header: Dataset) -> str:
+    described = str(header.get("SeriesDescription", "") or "").strip()
+    uid = str(header.get("SeriesInstanceUID", "") or "without SeriesInstanceUID")
+    return f"series {uid}" + (f" ({described})" if described else "")
+
+
+def _add_series(members: list[tuple[Path, Dataset]], rules: Rules, found: Found) -> None:
+    """Add the source or sources of one series.
+
+    Raises:
+        DataError: when the series is damaged.
+    """
+    name = _series_name(members[0][1])
+    for file, header in members:
+        for required in REFERENCE_FIELDS:
+            if not header.get(required):
+                raise DataError(
+                    f"{file}: the DICOM field {required} is missing. A segmentation has to name its source; restore "
+                    "the identifiers."
+                )
+    known: dict[str, Path] = {}
+    single = []
+    for file, header in members:
+        twin = known.setdefault(str(header.SOPInstanceUID), file)
+        if twin is file:
+            single.append((file, header))
+        else:
+            found.skipped.append(f"{file}: the same instance as {twin}.")
+    if not rules.volumes:
+        found.sources += [Source(f"{file}", (file,), (header,), volume=False) for file, header in single]
+        return
+    fewest, most = rules.slices
+    if not fewest <= len(single) <= most:
+        found.skipped.append(f"{name}: {len(single)} slices; the bundle takes {fewest} to {most}.")
+        return
+    ordered = order_slices(single, name)
+    first = ordered[0][1]
+    if int(first.Rows) * int(first.Columns) * len(ordered) > MAX_VOXELS:
+        raise DataError(f"{name}: {len(ordered)} slices of {first.Rows} x {first.Columns} are more than fit in memory.")
+    files, headers = zip(*ordered)
+    found.sources.append(Source(f"{name}, {len(files)} slices", files, headers))
+
+
+def check_pixels(file: Path, header: Dataset) -> None:
+    """Check that a DICOM file holds all of its pixels.
+
+    Raises:
+        DataError: when the file is truncated or has none.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data: Any = pydicom.dcmread(file)
+            pixels = data.get("PixelData")
+            compressed = data.file_meta.TransferSyntaxUID.is_compressed
+    except Exception as error:  # EOFError of a cut encapsulated image, and pydicom's own
+        raise DataError(f"{file}: its pixels can't be read ({describe(error)}). Send the file again.") from error
+    samples = int(header.get("SamplesPerPixel", 1) or 1)
+    needed = int(header.Rows) * int(header.Columns) * samples * int(header.get("BitsAllocated", 8) or 8) // 8
+    have = len(pixels) if pixels is not None else 0
+    if not have or (not compressed and have < needed):
+        raise DataError(
+            f"{file}: {have} bytes of pixels, expected {'some' if compressed else needed}. The file is truncated, or "
+            "has no pixels; send it again."
+        )
