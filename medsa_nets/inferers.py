@@ -250,7 +250,8 @@ class SlabInferer(Inferer):
 
         Args:
             inputs: (B, C, H, W, D) with intensities in [0, 1].
-            network: a :class:`~medsa_nets.networks.VolumeMedSA`, or a wrapper with it as ``module``.
+            network: a :class:`~medsa_nets.networks.VolumeMedSA`, a wrapper with it as ``module``, or a TorchScript
+                export of it.
             args: not used; MONAI's engines pass it.
             image_key: name of the volume in the cache; none takes the SHA-256 of its values.
             kwargs: prompts in voxel indices of the volume, as :meth:`~medsa_nets.networks.VolumeMedSA.decode` takes
@@ -263,7 +264,7 @@ class SlabInferer(Inferer):
         Raises:
             ValueError: when the volume has another shape.
         """
-        medsa = getattr(network, "module", network)
+        medsa: Any = getattr(network, "module", network)
         if not isinstance(medsa, VolumeMedSA) and getattr(medsa, "original_name", "") != VolumeMedSA.__name__:
             raise ValueError(
                 f"SlabInferer needs a network built with spatial_dims=3, got {type(medsa).__name__}. For another "

@@ -223,7 +223,12 @@ class ResultOperator(DICOMSegmentationWriterOperator):
         frames = mask.transpose(2, 1, 0) if source.volume else mask.T[None]
         self.create_dicom_seg(frames.astype(np.uint8), series, folder)
         written = next(folder.glob("*.dcm"))
-        segmentation = hd.seg.segread(written.rename(folder / "segmentation.dcm"))
+        path = written.rename(folder / "segmentation.dcm")
+        segmentation = hd.seg.segread(path)
+        if not source.volume and "PatientOrientation" not in segmentation:
+            # required where no position is given, empty where it is not known; MONAI Deploy's writer leaves it out
+            segmentation.PatientOrientation = datasets[0].get("PatientOrientation", "")
+            segmentation.save_as(path)
         if not any(m.voxels for m in measured) or measured[0].unit == "pixels":
             return
         try:

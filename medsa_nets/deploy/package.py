@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -148,7 +149,7 @@ def _write_app(folder: Path, tag: str) -> None:
     requirements = [f"{name}=={version(name)}" for name in PINNED if version(name)]
     (app / "requirements.txt").write_text("\n".join(requirements) + "\n")
     kind = "DICOM CT or MR series" if settings.rules.volumes else "DICOM photographs, JPEG, PNG"
-    described = {
+    described: dict[str, dict[str, Any]] = {
         "application": {
             "title": settings.name,
             "version": medsa_nets.__version__,

@@ -124,7 +124,7 @@ def _from_folder(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _from_torchscript(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not bundle.is_file():
         raise DataError(f"model {bundle}: there is no such bundle. Pass its folder, or a TorchScript file of it (-m).")
-    texts = {}
+    texts: dict[str, Any] = {}
     try:
         with zipfile.ZipFile(bundle) as archive:
             for name in ("inference.json", "metadata.json"):

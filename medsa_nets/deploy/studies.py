@@ -17,7 +17,7 @@ from pydicom.dataset import Dataset
 
 from medsa_nets.data import PhotographReader, read_volume
 from medsa_nets.data.datalists import PHOTOGRAPH_SUFFIXES, is_dicom
-from medsa_nets.data.volumes import order_slices
+from medsa_nets.data.volumes import SLICE_FIELDS, order_slices
 from medsa_nets.errors import DataError, describe
 
 MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
@@ -119,7 +119,7 @@ def find_sources(folder: str | Path, rules: Rules) -> Found:
             continue
         try:
             header = read_header(file)
-            reason = _unwanted(header, rules)
+            reason = _unwanted(file, header, rules)
         except DataError as error:
             found.damaged.append(str(error))
             continue
@@ -162,9 +162,11 @@ def read_header(file: Path) -> Dataset:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of values that are unusual, which the checks below judge
             header = pydicom.dcmread(file, stop_before_pixels=True)
-            for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID", "Modality",
-                         "ImageType", "FrameOfReferenceUID", "SeriesDescription", "TransferSyntaxUID"):  # fmt: skip
+            for name in (*REFERENCE_FIELDS, *SLICE_FIELDS, "Modality", "ImageType", "FrameOfReferenceUID",
+                         "SeriesDescription", "WindowCenter", "WindowWidth"):  # fmt: skip
                 str(header.get(name, ""))
+            for name in ("MediaStorageSOPClassUID", "TransferSyntaxUID"):
+                str(header.file_meta.get(name, ""))
             for name in ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "BitsAllocated"):
                 if header.get(name) is not None:
                     int(header[name].value)
@@ -175,11 +177,20 @@ def read_header(file: Path) -> Dataset:
     return header
 
 
-def _unwanted(header: Dataset, rules: Rules) -> str:
+def _require(file: Path, header: Dataset, name: str) -> None:
+    if not header.get(name):
+        raise DataError(
+            f"{file}: the DICOM field {name} is missing. The file is cut, or lost its identifiers, and a segmentation "
+            "has to name its source; restore it."
+        )
+
+
+def _unwanted(file: Path, header: Dataset, rules: Rules) -> str:
     """Why a bundle does not take a DICOM object, or nothing."""
     kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID", "")
     if kind == MEDIA_DIRECTORY:
         return "a DICOMDIR"
+    _require(file, header, "SOPClassUID")  # every whole object has one
     kind = getattr(kind, "name", kind) or "an object of no SOP class"
     modality = str(header.get("Modality", "") or "")
     if modality in ("SEG", "RTDOSE") or not header.get("Rows") or not header.get("Columns"):
@@ -211,11 +222,7 @@ def _add_series(members: list[tuple[Path, Dataset]], rules: Rules, found: Found)
     name = _series_name(members[0][1])
     for file, header in members:
         for required in REFERENCE_FIELDS:
-            if not header.get(required):
-                raise DataError(
-                    f"{file}: the DICOM field {required} is missing. A segmentation has to name its source; restore "
-                    "the identifiers."
-                )
+            _require(file, header, required)
     known: dict[str, Path] = {}
     single = []
     for file, header in members:

@@ -1,0 +1,212 @@
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.uid import BasicTextSRStorage, MRImageStorage, generate_uid
+
+from medsa_nets.deploy.studies import Found, Rules, Source, find_sources
+from medsa_nets.errors import DataError
+
+from .series import new_object, save, write_ct, write_photograph
+
+CT = Rules(("CT",), (3, 40))
+PHOTOGRAPHS = Rules(("XC", "SC"), volumes=False)
+AFFINE = np.diag([2.0, 1.5, 3.0, 1.0])
+
+
+def volume(depth: int = 5) -> np.ndarray:
+    return np.random.default_rng(0).integers(-900, 900, (6, 5, depth)).astype(np.int16)
+
+
+def change(file: Path, **fields: object) -> None:
+    data = pydicom.dcmread(file)
+    for name, value in fields.items():
+        if value is None:
+            delattr(data, name)
+        else:
+            setattr(data, name, value)
+    data.save_as(file)
+
+
+def slices(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda file: int(file.stem.split("_")[1]))
+
+
+def only(found: Found, kind: str) -> str:
+    """The single line of a kind, when nothing can be segmented."""
+    assert not found.sources
+    lines = getattr(found, kind)
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_series_of_several_studies_are_found_at_any_depth_in_the_order_of_their_positions(tmp_path):
+    for name in ("a", "b/deeper"):
+        write_ct(tmp_path / name, volume(), AFFINE)
+    found = find_sources(tmp_path, CT)
+    assert len(found.sources) == 2
+    assert not found.skipped
+    assert not found.damaged
+    for source in found.sources:
+        assert [header.InstanceNumber for header in source.headers] == [1, 2, 3, 4, 5]
+        image = source.read()
+        np.testing.assert_array_equal(image[0].numpy(), volume())
+        np.testing.assert_allclose(np.asarray(image.affine)[:3, :3], AFFINE[:3, :3] @ np.diag([1, 1, 1]), atol=1e-6)
+
+
+def test_mixed_files_in_one_folder_are_told_apart_and_named(tmp_path):
+    write_ct(tmp_path, volume(), AFFINE)
+    scout = write_ct(tmp_path / "scout", volume(4), AFFINE, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write_ct(tmp_path / "mr", volume(4), AFFINE, Modality="MR", SOPClassUID=MRImageStorage)
+    write_ct(tmp_path / "thin", volume(2), AFFINE, SeriesDescription="two slices")
+    write_ct(tmp_path / "thick", volume(41), AFFINE)
+    colour = write_ct(tmp_path / "colour", volume(4), AFFINE)
+    for file in slices(colour):
+        change(file, SamplesPerPixel=3)
+    save(new_object(BasicTextSRStorage, "CT"), tmp_path / "text.dcm")
+    (tmp_path / "notes.txt").write_text("not an image")
+    found = find_sources(tmp_path, CT)
+    assert len(found.sources) == 1
+    assert not found.damaged
+    text = "\n".join(found.skipped)
+    reasons = ("a localizer", "modality MR; the bundle takes CT", "(two slices): 2 slices; the bundle takes 3 to 40",
+               "41 slices; the bundle takes 3 to 40", "a colour image of 3 samples",
+               "no image of a patient: Basic Text", "no DICOM file (notes.txt)")  # fmt: skip
+    for reason in reasons:
+        assert reason in text, reason
+    assert pydicom.dcmread(slices(scout)[0]).SeriesInstanceUID in text
+    assert len(found.skipped) == 7
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda files: files[2].unlink(), "unevenly spaced.*A slice is missing"),
+        (lambda files: change(files[2], FrameOfReferenceUID=generate_uid()), "its frame of reference differs"),
+        (lambda files: change(files[2], ImagePositionPatient=[0, 0, 6.9]), "unevenly spaced"),
+        (lambda files: change(files[2], ImagePositionPatient=None), "ImagePositionPatient is missing"),
+        (lambda files: change(files[2], ImageOrientationPatient=[0, 0, 0, 0, 0, 0]), "orientation differs"),
+        (lambda files: change(files[2], PixelSpacing=[0, 0]), "PixelSpacing is"),
+        (lambda files: change(files[2], SOPInstanceUID=None), "SOPInstanceUID is missing"),
+        (lambda files: change(files[2], ImagePositionPatient=[0, 0, 3]), "several slices|unevenly spaced"),
+        (lambda files: [change(file, Rows=60000, Columns=60000) for file in files], "more than fit in memory"),
+    ],
+)
+def test_a_series_that_is_no_whole_grid_is_damaged_and_named(tmp_path, damage, message):
+    files = slices(write_ct(tmp_path / "ct", volume(), AFFINE))
+    damage(files)
+    line = only(find_sources(tmp_path, CT), "damaged")
+    with pytest.raises(DataError, match=message):
+        raise DataError(line)
+    assert str(tmp_path) in line or pydicom.dcmread(files[0]).SeriesInstanceUID in line
+
+
+def test_a_file_whose_header_is_cut_is_named_and_its_series_lacks_a_slice(tmp_path):
+    files = slices(write_ct(tmp_path / "ct", volume(), AFFINE))
+    files[2].write_bytes(files[2].read_bytes()[:200])
+    found = find_sources(tmp_path, CT)
+    assert not found.sources
+    assert any(str(files[2]) in line for line in found.damaged)
+
+
+def test_an_instance_that_comes_twice_counts_once(tmp_path):
+    files = slices(write_ct(tmp_path / "ct", volume(), AFFINE))
+    (tmp_path / "ct" / "copy_9.dcm").write_bytes(files[1].read_bytes())
+    found = find_sources(tmp_path, CT)
+    assert len(found.sources[0].files) == 5
+    assert "the same instance as" in found.skipped[0]
+
+
+@pytest.mark.parametrize("keep", [-40, -1])
+def test_a_file_whose_pixels_are_cut_is_refused_by_name(tmp_path, keep):
+    files = slices(write_ct(tmp_path / "ct", volume(), AFFINE))
+    files[3].write_bytes(files[3].read_bytes()[:keep])
+    found = find_sources(tmp_path, CT)
+    with pytest.raises(DataError, match=files[3].name):
+        found.sources[0].read()
+
+
+def test_a_real_compressed_file_that_is_cut_is_refused(tmp_path, shared_data):
+    from .series import with_identifiers
+
+    folder = with_identifiers(shared_data / "ct" / "ct_b_dicom", tmp_path / "ct")
+    assert find_sources(folder, CT).sources[0].read().shape == (1, 512, 512, 20)
+    file = sorted(folder.iterdir())[4]
+    file.write_bytes(file.read_bytes()[:-2000])
+    found = find_sources(folder, CT)
+    with pytest.raises(DataError, match=r"pixels"):
+        found.sources[0].read()
+
+
+def test_photographs_are_taken_one_by_one_from_dicom_jpeg_and_png(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (7, 9, 3)).astype(np.uint8)
+    write_photograph(tmp_path / "a.dcm", pixels)
+    Image.fromarray(pixels).save(tmp_path / "b.png")
+    write_photograph(tmp_path / "c.dcm", pixels, Modality="US")
+    found = find_sources(tmp_path, PHOTOGRAPHS)
+    assert [source.files[0].name for source in found.sources] == ["a.dcm", "b.png"]
+    assert "modality US" in found.skipped[0]
+    for source in found.sources:
+        np.testing.assert_array_equal(source.read().numpy(), pixels.transpose(2, 1, 0))
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        find_sources(tmp_path / "absent", CT)
+    assert find_sources(tmp_path, CT) == Found()
+
+
+def damaged_copy(content: bytes, rng: np.random.Generator) -> bytes:
+    """A file with bytes changed, removed, repeated or cut; most of the changes fall into the header."""
+    out = bytearray(content)
+    header = len(content) // 2
+    for _ in range(int(rng.integers(1, 6))):
+        kind, place = rng.integers(5), int(rng.integers(128, header if rng.random() < 0.7 else len(out) - 1))
+        place = min(place, len(out) - 1)
+        if kind == 0:
+            out[place] = int(rng.integers(256))
+        elif kind == 1:
+            del out[place : place + int(rng.integers(1, 40))]
+        elif kind == 2:
+            out[place:place] = bytes(rng.integers(0, 256, int(rng.integers(1, 40))).astype(np.uint8))
+        elif kind == 3:
+            out[place : place + 4] = b"\xff" * 4
+        else:
+            del out[max(place, 132) :]
+        if len(out) < 140:
+            break
+    return bytes(out)
+
+
+@pytest.mark.filterwarnings("ignore:.*VR U")
+@pytest.mark.parametrize("block", range(10))
+def test_damaged_bytes_never_crash_hang_or_give_an_image_without_its_pixels(tmp_path, block):
+    """500 cases in ten blocks: each is segmentable as it stands, left out, or named as damaged."""
+    folder = write_ct(tmp_path / "ct", volume(), AFFINE)
+    whole = {file: file.read_bytes() for file in slices(folder)}
+    read = 0
+    for case in range(50):
+        rng = np.random.default_rng(1000 * block + case)
+        for file, content in whole.items():
+            file.write_bytes(damaged_copy(content, rng) if rng.random() < 0.2 else content)
+        found = find_sources(folder, CT)
+        told = len(found.skipped) + len(found.damaged)
+        assert len(found.sources) <= 1
+        assert found.sources or told
+        assert all("\n" not in line and len(line) < 2000 for line in (*found.skipped, *found.damaged))
+        for source in found.sources:
+            read += readable(source)
+    assert 0 < read < 50
+
+
+def readable(source: Source) -> bool:
+    """Whether a source reads as a volume of all of its pixels; else it says why."""
+    try:
+        image = source.read()
+    except DataError:  # any other error fails the test
+        return False
+    assert image.shape[3] == len(source.files)
+    assert np.isfinite(image.numpy()).all()
+    return True
