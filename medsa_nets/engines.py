@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from medsa_nets.data.dataset import stable_seed
 from medsa_nets.networks import MedSA
-from medsa_nets.prompts import PROMPT_KEYS, PromptSampler, add_correction, class_masks
+from medsa_nets.prompts import PROMPT_KEYS, PromptSampler, add_correction, class_masks, relative_to_slice
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
@@ -268,7 +268,12 @@ class VolumeIteration(PromptedIteration):
         unnamed: share of prompted draws that do not say which class is meant, so that a click alone works too.
         annotated_key: key of the batch with the annotated classes of each volume, (B, num_classes); where a batch has
             none, all classes are annotated.
+        slab_depth: slices that are encoded in a step, around the middle of what is given; 0 takes all. With fewer,
+            prompts lie on slices that are not encoded too, as in the inference of a volume in slabs.
         settings: see :class:`PromptedIteration`.
+
+    Raises:
+        ValueError: when ``max_classes`` is below 1 or ``slab_depth`` below 0.
     """
 
     def __init__(
@@ -278,11 +283,15 @@ class VolumeIteration(PromptedIteration):
         max_classes: int = 3,
         unnamed: float = 0.25,
         annotated_key: str = "annotated",
+        slab_depth: int = 0,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
         if max_classes < 1:
             raise ValueError(f"max_classes must be 1 or more, got {max_classes}.")
+        if slab_depth < 0:
+            raise ValueError(f"slab_depth must be 0 (all slices) or more, got {slab_depth}.")
+        self.slab_depth = slab_depth
         self.num_classes = num_classes
         self.max_classes = max_classes
         self.unnamed = unnamed
@@ -315,6 +324,15 @@ class VolumeIteration(PromptedIteration):
         count = max(1, min(self.max_classes, int((present & usable).sum())))
         return order.argsort()[:count].sort().values
 
+    def _choose_slab(self, depth: int, places: torch.Generator) -> slice:
+        """Slices to encode: some that hold the middle one, around which crops are cut."""
+        if not 0 < self.slab_depth < depth:
+            return slice(0, depth)
+        middle = depth // 2
+        first, last = max(0, middle - self.slab_depth + 1), min(middle, depth - self.slab_depth)
+        start = int(torch.randint(first, last + 1, (1,), generator=places))
+        return slice(start, start + self.slab_depth)
+
     def _answer(
         self,
         network: MedSA,
@@ -324,7 +342,8 @@ class VolumeIteration(PromptedIteration):
         kinds: torch.Generator,
         places: torch.Generator,
     ) -> list[tuple[Tensor, ...]]:
-        embedding = network.encode_image(image)
+        slab = self._choose_slab(image.shape[-1], places)
+        embedding = network.encode_image(image[..., slab])
         answers: list[tuple[Tensor, ...]] = []
         for mode in self.sampler.modes(self.draws, kinds):
             if mode == "none":
@@ -332,7 +351,8 @@ class VolumeIteration(PromptedIteration):
             else:
                 classes = self.choose_classes(label, annotated, places)
             masks, known = class_masks(label, classes), annotated[:, classes.to(annotated.device)]
-            prompts = self.sampler.draw(masks.float(), mode, places)
+            prompts = relative_to_slice(self.sampler.draw(masks.float(), mode, places), slab.start)
+            masks = masks[..., slab]
             if not prompts or float(torch.rand(1, generator=kinds)) >= self.unnamed:
                 prompts["classes"] = classes.to(image.device)
             logits = network.decode(embedding, **prompts)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from medsa_nets.engines import keep_freed_memory, plain
 from medsa_nets.networks import MedSA, VolumeMedSA
+from medsa_nets.prompts import relative_to_slice
 from medsa_nets.transforms import ABSENT, all_classes, prompts_of
 
 logger = logging.getLogger(__name__)
@@ -377,13 +378,7 @@ class SlabInferer(Inferer):
             return value
         if name == "point_labels":
             return value.expand(len(starts), -1, -1)
-        shift = torch.zeros(value.shape[-1])
-        if name == "point_coords":
-            shift[2] = 1.0
-        else:  # boxes
-            shift[2] = shift[5] = 1.0
-        shift = shift.to(value.device)
-        return torch.cat([value.float() - start * shift for start in starts])
+        return torch.cat([relative_to_slice({name: value}, start)[name] for start in starts])
 
 
 class _Slabs:

@@ -195,6 +195,22 @@ def class_protocol_prompts(
     return {"classes": torch.tensor(present), **join_prompts(drawn)}
 
 
+def relative_to_slice(prompts: Mapping[str, Tensor], start: int) -> dict[str, Tensor]:
+    """Prompts of a volume as a slab of it counts its slices, of which the first is slice ``start`` of the volume.
+
+    Args:
+        prompts: with ``point_coords`` (…, 3) or ``boxes`` (…, 6), or both; other entries stay as they are.
+        start: index of the slab's first slice.
+    """
+    out = dict(prompts)
+    for name, axes in (("point_coords", (2,)), ("boxes", (2, 5))):
+        if name in out:
+            moved = out[name].float().clone()
+            moved[..., list(axes)] -= start
+            out[name] = moved
+    return out
+
+
 def join_prompts(sets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Prompt sets of K = 1 and one kind as one of K, with padding points (label -1) where a set has fewer.
 

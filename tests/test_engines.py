@@ -402,3 +402,32 @@ def test_a_share_of_prompts_does_not_name_its_class(untrained_volumes, slab):
         with torch.no_grad():
             iteration._answer(network, slab["image"], slab["label"], torch.ones(2, 3, dtype=torch.bool), *generators)
     assert named == [True, False]
+
+
+def test_prompts_lie_on_slices_that_are_not_encoded_too(untrained_volumes, slab):
+    iteration = VolumeIteration(
+        sampler=PromptSampler(none=0.0, boxes=0.0, max_points=1, correction=0.0),
+        num_classes=3, slab_depth=2, draws=1, amp=False,
+    )  # fmt: skip
+    network = copy.deepcopy(untrained_volumes)
+    encoded, depths = [], set()
+    original, decode = network.encode_image, network.decode
+    network.encode_image = lambda image: encoded.append(image) or original(image)
+    network.decode = lambda *a, **p: depths.update(p["point_coords"][..., 2].flatten().tolist()) or decode(*a, **p)
+    middle = slab["label"].shape[-1] // 2
+    for seed in range(12):
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(2)]
+        with torch.no_grad():
+            answers = iteration._answer(
+                network, slab["image"], slab["label"], torch.ones(2, 3, dtype=torch.bool), *generators
+            )
+        (logits, masks, _), part = answers[0], encoded[-1]
+        assert logits.shape == masks.shape == (2, masks.shape[1], 32, 32, 2)
+        starts = [s for s in range(3) if torch.equal(slab["image"][..., s : s + 2], part)]
+        assert len(starts) == 1
+        assert starts[0] <= middle < starts[0] + 2
+        present = torch.stack([(slab["label"] == i + 1)[..., starts[0] : starts[0] + 2] for i in range(3)], 2)
+        assert any(torch.equal(masks[:, 0], present[:, 0, i]) for i in range(3))
+    assert min(depths) < 0 or max(depths) > 1, "some clicks lie outside of what is encoded"
+    with pytest.raises(ValueError, match="slab_depth"):
+        VolumeIteration(sampler=PromptSampler(), num_classes=3, slab_depth=-1)

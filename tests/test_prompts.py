@@ -18,6 +18,7 @@ from medsa_nets.prompts import (
     overlapping_box,
     protocol_prompts,
     random_points,
+    relative_to_slice,
 )
 
 
@@ -360,3 +361,15 @@ def test_prompts_and_corrections_are_drawn_for_each_class_of_each_volume():
     corrected = add_correction(points, torch.zeros_like(masks) > 0, masks, generator())
     assert corrected["point_coords"].shape == (2, 3, count + 1, 3)
     assert corrected["point_labels"][:, :, -1].tolist() == [[1, 1, -1]] * 2
+
+
+def test_a_slab_counts_its_slices_from_its_first():
+    points = torch.tensor([[[[1.0, 2.0, 9.0], [3.0, 4.0, 2.0]]]])
+    prompts = {"point_coords": points, "point_labels": torch.ones(1, 1, 2),
+               "boxes": torch.tensor([[[0.0, 1.0, 4.0, 5.0, 6.0, 8.0]]]), "classes": torch.tensor([4])}  # fmt: skip
+    moved = relative_to_slice(prompts, 5)
+    assert moved["point_coords"].tolist() == [[[[1, 2, 4], [3, 4, -3]]]]
+    assert moved["boxes"].tolist() == [[[0, 1, -1, 5, 6, 3]]]
+    assert moved["point_labels"] is prompts["point_labels"]
+    assert moved["classes"] is prompts["classes"]
+    assert prompts["boxes"][0, 0, 2] == 4, "the volume's own prompts stay"

@@ -217,6 +217,8 @@ class ResultOperator(DICOMSegmentationWriterOperator):
 
     def _write_objects(self, folder: Path, source: Source, mask: np.ndarray, measured: list[Measurement]) -> None:
         datasets = source.datasets()
+        if not source.volume and "SliceThickness" not in datasets[0] and "PixelSpacing" in datasets[0]:
+            del datasets[0].PixelSpacing  # highdicom can't read back a segmentation with the one and not the other
         series = DICOMSeries(datasets[0].SeriesInstanceUID)
         for dataset in datasets:
             series.add_sop_instance(dataset)

@@ -23,7 +23,7 @@ from medsa_nets.deploy.settings import read_settings
 from medsa_nets.errors import DataError, OutputError
 
 PINNED = ("torch", "monai", "monai-deploy-app-sdk", "holoscan-cu13", "highdicom", "pydicom", "pylibjpeg",
-          "pylibjpeg-openjpeg", "pylibjpeg-libjpeg", "numpy", "nibabel", "itk", "einops", "scipy", "pillow",
+          "pylibjpeg-openjpeg", "numpy", "nibabel", "itk", "einops", "scipy", "pillow",
           "pytorch-ignite", "fire", "PyYAML", "tqdm", "safetensors", "tensorboard")  # fmt: skip
 HERE = "app", "model/model.ts", "app/app.py", "app/app.yaml", "app/requirements.txt", "app/medsa_nets/__init__.py"
 ENTRY = '''"""The application of this folder: python app -i DICOM -o OUT -m model."""
