@@ -1,6 +1,7 @@
 """MedSA: Medical SAM Adapter (arXiv 2304.12620) for MONAI bundles."""
 
 from medsa_nets import (
+    backends,
     data,
     engines,
     errors,
@@ -14,20 +15,23 @@ from medsa_nets import (
     visualize,
     weights,
 )
+from medsa_nets.backends import use_backend
 from medsa_nets.bases import BASES, Base, build_medsa, parameter_table
-from medsa_nets.errors import DataError, MedSAError, WeightsError
+from medsa_nets.errors import BackendError, DataError, MedSAError, WeightsError
 from medsa_nets.networks import MedSA, VolumeMedSA
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BASES",
+    "BackendError",
     "Base",
     "DataError",
     "MedSA",
     "MedSAError",
     "VolumeMedSA",
     "WeightsError",
+    "backends",
     "build_medsa",
     "data",
     "engines",
@@ -40,6 +44,7 @@ __all__ = [
     "parameter_table",
     "prompts",
     "transforms",
+    "use_backend",
     "visualize",
     "weights",
 ]

@@ -23,6 +23,10 @@ class OutputError(MedSAError, OSError):
     """A file that can't be written."""
 
 
+class BackendError(MedSAError, RuntimeError):
+    """An inference back end that is unknown, not installed, or can't compute what it is given."""
+
+
 def find_cause(error: BaseException | None) -> MedSAError | None:
     """The error of this package that another error was raised from, or none."""
     while error is not None and not isinstance(error, MedSAError):

@@ -17,6 +17,7 @@ from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from medsa_nets.backends import backend_of
 from medsa_nets.engines import keep_freed_memory, plain
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.prompts import relative_to_slice
@@ -460,8 +461,8 @@ class _Slabs:
 
 
 def network_name(network: nn.Module) -> str:
-    """What tells a network from another one, whatever its adapter has learned: the SHA-256 of its identity."""
-    return tensor_sha256(network.get_buffer("identity"))[:16]
+    """What tells a network from another one, whatever its adapter has learned: its identity and its back end."""
+    return f"{tensor_sha256(network.get_buffer('identity'))[:16]} {backend_of(network)}"
 
 
 def adapter_key(network: nn.Module) -> str:

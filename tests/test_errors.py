@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from medsa_nets.errors import DataError, MedSAError, WeightsError, find_cause
+from medsa_nets.errors import BackendError, DataError, MedSAError, WeightsError, find_cause
 
 ENGINE = """
 from medsa_nets.errors import DataError, WeightsError, report_plainly
@@ -95,7 +95,9 @@ def test_the_cause_is_found_however_deep_it_lies():
     assert find_cause(None) is None
 
 
-@pytest.mark.parametrize(("kind", "base"), [(DataError, ValueError), (WeightsError, RuntimeError)])
+@pytest.mark.parametrize(
+    ("kind", "base"), [(BackendError, RuntimeError), (DataError, ValueError), (WeightsError, RuntimeError)]
+)
 def test_errors_are_caught_by_their_general_kind_too(kind, base):
     assert issubclass(kind, MedSAError)
     assert issubclass(kind, base)

@@ -1,0 +1,280 @@
+"""Every back end gives what eager computation gives: on real weights and real images, after every change of weights."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import run
+from PIL import Image
+from torch import nn
+
+from medsa_nets import BackendError, build_medsa, use_backend
+from medsa_nets.backends import BACKENDS, MAX_SHAPES, backend_of
+from medsa_nets.inferers import EmbeddingCache, PromptInferer, SlabInferer
+
+BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
+HAS_COMPILER = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+
+
+def needed(backend: str) -> pytest.ParameterSet:
+    """The back end, skipped with a reason where it can't run."""
+    missing = [name for name in BACKENDS[backend] if importlib.util.find_spec(name) is None]
+    marks = [pytest.mark.skipif(bool(missing), reason=f"{backend} needs {', '.join(missing)}")]
+    if backend == "compile":
+        marks.append(pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler"))
+    return pytest.param(backend, marks=marks)
+
+
+OTHERS = [needed(backend) for backend in BACKENDS if backend != "eager"]
+# Converting the whole of LiteMedSAM takes 5 to 60 s: each day the fastest, the others with -m slow.
+SLOW = ("compile", "torchscript", "onnxruntime")
+
+
+def slow(backends: list, names: tuple[str, ...]) -> list:
+    return [p if p.values[0] not in names else pytest.param(*p.values, marks=[*p.marks, pytest.mark.slow])
+            for p in backends]  # fmt: skip
+
+
+REAL = slow(OTHERS, SLOW)
+
+
+@pytest.fixture(scope="module")
+def photographs(lite_medsam_file: Path) -> nn.Module:
+    return adapted("medsa_isic/models/model.pt")
+
+
+@pytest.fixture(scope="module")
+def volumes(lite_medsam_file: Path) -> nn.Module:
+    return adapted("medsa_btcv/models/ct_3mm.pt", spatial_dims=3, num_classes=13)
+
+
+def adapted(file: str, **settings: int) -> nn.Module:
+    network = build_medsa("lite_medsam", **settings).eval()
+    network.load_state_dict(torch.load(BUNDLES / file, weights_only=True))
+    return network
+
+
+@pytest.fixture
+def tiny(tiny_base, randomise, perturb_adapters) -> nn.Module:
+    """A small ViT for volumes; its slices see each other."""
+    network = build_medsa("tiny", pretrained=False, img_size=32, spatial_dims=3, num_classes=2, adapter_dim=4)
+    perturb_adapters(randomise(network))
+    with torch.no_grad():
+        for block in network.image_encoder.blocks:
+            block.depth.bias.normal_()
+    return network
+
+
+def dice(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a > 0, b > 0
+    return float(2 * (a & b).sum() / (a.sum() + b.sum()).clamp(min=1))
+
+
+@torch.no_grad()
+def answers(network: nn.Module, image: torch.Tensor, amp: bool = False) -> torch.Tensor:
+    """Logits without prompts, as inference computes them."""
+    inferer = SlabInferer(slab_depth=8, amp=amp) if image.dim() == 5 else PromptInferer(amp=amp)
+    return inferer(image, network)
+
+
+def real_photographs(root: Path, count: int) -> torch.Tensor:
+    files = sorted((root / "isic2017" / "ISIC-2017_Training_Data").glob("*.jpg"))[:count]
+    arrays = [np.asarray(Image.open(file).convert("RGB").resize((256, 256)), np.float32) for file in files]
+    return torch.stack([torch.from_numpy((a - a.min()) / (a.max() - a.min())).permute(2, 1, 0) for a in arrays])
+
+
+def real_slab(root: Path) -> torch.Tensor:
+    scan = nib.load(root / "ct" / "ct_a.nii.gz")
+    assert nib.aff2axcodes(scan.affine) == ("R", "A", "S")
+    values = torch.from_numpy(scan.get_fdata(dtype=np.float32))[None, None, :, :, 60:68]
+    return ((values + 175) / 425).clamp(0, 1)
+
+
+@pytest.mark.parametrize("backend", REAL)
+def test_masks_of_real_photographs_are_those_of_eager(photographs, shared_data, backend):
+    network = copy.deepcopy(photographs)
+    for image in real_photographs(shared_data, 3)[:, None]:
+        expected = answers(photographs, image)
+        found = answers(use_backend(network, backend), image)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        assert (expected > 0).any()
+        assert dice(found, expected) >= 0.999
+
+
+@pytest.mark.parametrize("backend", REAL)
+def test_masks_of_a_real_volume_are_those_of_eager(volumes, shared_data, backend):
+    image = real_slab(shared_data)
+    expected = answers(volumes, image)
+    found = answers(use_backend(copy.deepcopy(volumes), backend), image)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    assert (expected[0, 5] > 0).any(), "no liver"
+    assert dice(found, expected) >= 0.999
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_every_backend_follows_the_weights(tiny, backend):
+    image = torch.rand(1, 1, 32, 32, 3)
+    other = use_backend(copy.deepcopy(tiny), backend)
+    torch.testing.assert_close(answers(other, image), answers(tiny, image), atol=1e-4, rtol=1e-4)
+    first = answers(tiny, image)
+    changed = {name: t + 0.1 if t.is_floating_point() else t for name, t in tiny.state_dict().items()}
+    for network in (tiny, other):
+        network.load_state_dict(changed)
+    assert not torch.allclose(answers(tiny, image), first, atol=1e-2)
+    torch.testing.assert_close(answers(other, image), answers(tiny, image), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", slow(OTHERS, ("compile",)))
+def test_bfloat16_is_close_and_stays_apart_from_single_precision(tiny, backend):
+    image = torch.rand(1, 1, 32, 32, 2)
+    network = use_backend(copy.deepcopy(tiny), backend)
+    exact = answers(tiny, image)
+    coarse = answers(network, image, amp=True)
+    torch.testing.assert_close(answers(network, image), exact, atol=1e-4, rtol=1e-4)
+    assert float((coarse - exact).abs().max()) < 0.15 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_names_values_and_identity_of_the_weights_stay(tiny, backend):
+    pytest.importorskip(next(iter(BACKENDS[backend]), "torch"))
+    before = tiny.full_state_dict()
+    network = use_backend(tiny, backend)
+    assert network is tiny
+    assert backend_of(network) == backend
+    after = network.full_state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    network.load_state_dict(network.state_dict())
+    assert backend_of(use_backend(network)) == "eager"
+
+
+def calls_of_eager(network: nn.Module) -> list[int]:
+    """The list grows by one whenever the encoder's own code runs."""
+    calls: list[int] = []
+    network.image_encoder.patch_embed.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_training_computes_eagerly_and_has_gradients(tiny):
+    network = use_backend(tiny, "torchscript")
+    network.train()
+    network.encode_image(torch.rand(1, 1, 32, 32, 2)).square().mean().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in network.image_encoder.parameters())
+    network.eval()
+    assert not network.encode_image(torch.rand(1, 1, 32, 32, 2)).requires_grad
+
+
+def test_a_shape_is_converted_once_and_few_are_kept(tiny, caplog):
+    network = use_backend(tiny, "torchscript")
+    with caplog.at_level(logging.INFO, "medsa_nets.backends"):
+        for depth in [*range(1, MAX_SHAPES + 2), MAX_SHAPES + 1, 2, 1]:
+            network.encode_image(torch.rand(1, 1, 32, 32, depth))
+    assert len(caplog.messages) == MAX_SHAPES + 2, "one a shape, and the first shape anew"
+    assert len(network.image_encoder.forward._converted) == MAX_SHAPES
+
+
+@pytest.mark.parametrize("backend", [needed(name) for name in ("torchscript", "onnxruntime", "openvino")])
+def test_threads_of_a_server_share_a_network(tiny, backend):
+    network = use_backend(copy.deepcopy(tiny), backend)
+    images = [torch.rand(1, 1, 32, 32, 1 + i % 2) for i in range(16)]
+    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(network.encode_image, images))
+        for image, embedding in zip(images, found):
+            torch.testing.assert_close(embedding, tiny.encode_image(image), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_a_copy_computes_with_its_own_weights(tiny, duplicate):
+    image = torch.rand(1, 1, 32, 32, 2)
+    network = use_backend(tiny, "torchscript")
+    before = network.encode_image(image)
+    other = duplicate(network)
+    assert backend_of(other) == "torchscript"
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    assert not torch.allclose(other.encode_image(image), before, atol=1e-2)
+    torch.testing.assert_close(network.encode_image(image), before)
+
+
+def test_a_cache_tells_backends_apart(tiny):
+    cache, image = EmbeddingCache(), torch.rand(1, 1, 32, 32, 2)
+    inferer = SlabInferer(slab_depth=2, cache=cache)
+    with torch.no_grad():
+        for backend in ("eager", "torchscript", "eager"):
+            inferer(image, use_backend(tiny, backend))
+    assert (cache.misses, cache.hits) == (2, 1)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_tensors_elsewhere_are_refused(tiny, backend):
+    pytest.importorskip(backend)
+    network = use_backend(tiny.to("meta"), backend)
+    with pytest.raises(BackendError, match=f"{backend}.*CPU.*on meta.*--backend eager"):
+        network.encode_image(torch.rand(1, 1, 32, 32, 1, device="meta"))
+
+
+def test_unknown_backends_are_named(tiny):
+    with pytest.raises(BackendError, match=r"no back end 'tpu'; choose one of eager, .*openvino"):
+        use_backend(tiny, "tpu")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_missing_package_names_its_extra(tiny, monkeypatch, backend):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == backend else find(name))
+    with pytest.raises(BackendError, match=rf"needs {backend}, which is not installed.*medsa\[{backend}\]"):
+        use_backend(tiny, backend)
+    assert backend_of(tiny) == "eager"
+
+
+def test_what_cannot_be_converted_is_said(tiny, monkeypatch):
+    monkeypatch.setattr(torch.jit, "freeze", lambda _: 1 / 0)
+    with pytest.raises(BackendError, match=r"torchscript.*\(2, 3, 32, 32\) \(ZeroDivisionError.*--backend eager"):
+        use_backend(tiny, "torchscript").encode_image(torch.rand(1, 1, 32, 32, 2))
+
+
+def test_openvino_sends_no_statistics(tmp_path):
+    pytest.importorskip("openvino")
+    code = """
+import sys
+from medsa_nets.backends import _import_openvino
+
+core = _import_openvino().Core()
+import openvino
+
+assert core.available_devices
+assert "openvino_telemetry" not in sys.modules
+"""
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not (tmp_path / "intel").exists(), "OpenVINO's telemetry keeps an identifier there"
+
+
+@pytest.mark.parametrize("backend", [needed("openvino")])
+def test_a_bundle_takes_the_setting(photographs, shared_data, tmp_path, backend):
+    bundle = BUNDLES / "medsa_isic"
+    (tmp_path / "in").mkdir()
+    photograph = min((shared_data / "isic2017" / "ISIC-2017_Training_Data").glob("*.jpg"))
+    shutil.copy(photograph, tmp_path / "in")
+    masks = []
+    for name in ("eager", backend):
+        run("inferring", config_file=str(bundle / "configs" / "inference.yaml"), bundle_root=str(bundle), backend=name,
+            meta_file=str(bundle / "configs" / "metadata.json"), dataset_dir=str(tmp_path / "in"),
+            output_dir=str(tmp_path / name))  # fmt: skip
+        masks.append(np.asarray(Image.open(next((tmp_path / name).glob("*.png")))))
+    assert masks[0].any()
+    assert (masks[0] != masks[1]).mean() < 1e-4
