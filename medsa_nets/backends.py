@@ -82,6 +82,35 @@ def backend_of(network: nn.Module) -> str:
     return runner.backend if isinstance(runner, _Runner) else "eager"
 
 
+def load_tensorrt(path: str | Path) -> nn.Module:
+    """Load a network that ``monai.bundle trt_export`` has written, for the bundles' overlay ``inference_trt.yaml``.
+
+    Args:
+        path: TorchScript file with TensorRT engines.
+
+    Raises:
+        BackendError: when the package ``torch-tensorrt`` or the file is missing, or when it can't be loaded.
+    """
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        raise BackendError(
+            "TensorRT needs the package torch-tensorrt (and an NVIDIA GPU), which is not installed. Install it with: "
+            "pip install torch-tensorrt, or leave configs/inference_trt.yaml out."
+        )
+    if not Path(path).is_file():
+        raise BackendError(
+            f"{path}: there is no such file. Write it with monai.bundle trt_export; the command stands at the "
+            "top of configs/inference_trt.yaml."
+        )
+    importlib.import_module("torch_tensorrt")  # it registers what the file refers to
+    try:
+        return torch.jit.load(str(path)).eval()
+    except Exception as error:  # TorchScript and TensorRT raise errors of their own
+        raise BackendError(
+            f"{path}: not loadable as TorchScript with TensorRT ({describe(error)}). Engines belong to one kind of GPU "
+            "and one version of TensorRT: write it anew on this machine."
+        ) from error
+
+
 class _Runner:
     """Stands for an encoder's ``forward``: converts it for each input shape and calls what that gave."""
 

@@ -10,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,12 +18,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import run
+from monai.bundle import ConfigParser, run
 from PIL import Image
 from torch import nn
 
 from medsa_nets import BackendError, build_medsa, use_backend
 from medsa_nets.backends import BACKENDS, MAX_SHAPES, backend_of
+from medsa_nets.errors import find_cause
 from medsa_nets.inferers import EmbeddingCache, PromptInferer, SlabInferer
 
 BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
@@ -251,6 +253,7 @@ def test_openvino_sends_no_statistics(tmp_path):
     pytest.importorskip("openvino")
     code = """
 import sys
+import types
 from medsa_nets.backends import _import_openvino
 
 core = _import_openvino().Core()
@@ -276,5 +279,42 @@ def test_a_bundle_takes_the_setting(photographs, shared_data, tmp_path, backend)
             meta_file=str(bundle / "configs" / "metadata.json"), dataset_dir=str(tmp_path / "in"),
             output_dir=str(tmp_path / name))  # fmt: skip
         masks.append(np.asarray(Image.open(next((tmp_path / name).glob("*.png")))))
+    assert masks[0].any()
+    assert (masks[0] != masks[1]).mean() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["medsa_isic", "medsa_btcv"])
+def test_tensorrt_says_what_is_missing(monkeypatch, tmp_path, name):
+    configs = [str(BUNDLES / name / "configs" / file) for file in ("inference.yaml", "inference_trt.yaml")]
+    parser = ConfigParser(ConfigParser.load_config_files(configs))
+    parser["bundle_root"] = str(tmp_path)
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        with pytest.raises(RuntimeError) as caught:
+            parser.get_parsed_content("network")
+        assert "pip install torch-tensorrt" in str(find_cause(caught.value))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    with pytest.raises(RuntimeError) as caught:
+        parser.get_parsed_content("network")
+    assert f"{tmp_path}/models/model_trt.ts: there is no such file" in str(find_cause(caught.value))
+
+
+def test_the_tensorrt_overlay_segments_with_the_exported_network(photographs, shared_data, tmp_path, monkeypatch):
+    """TorchScript without engines stands in for the file that trt_export writes on a GPU."""
+    (tmp_path / "models").mkdir()
+    torch.jit.trace(photographs, torch.rand(1, 3, 256, 256), check_trace=False).save(tmp_path / "models/model_trt.ts")
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", types.ModuleType("torch_tensorrt"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: True if name == "torch_tensorrt" else find(name, *a)
+    )
+    bundle = BUNDLES / "medsa_isic"
+    configs = [str(bundle / "configs" / file) for file in ("inference.yaml", "inference_trt.yaml")]
+    photograph = min((shared_data / "isic2017" / "ISIC-2017_Training_Data").glob("*.jpg"))
+    masks = []
+    for root, files in ((bundle, configs[:1]), (tmp_path, configs)):
+        out = tmp_path / f"masks{len(files)}"
+        run("inferring", config_file=files, bundle_root=str(root), meta_file=str(bundle / "configs/metadata.json"),
+            dataset_dir=str(photograph), output_dir=str(out), device="cpu")  # fmt: skip
+        masks.append(np.asarray(Image.open(next(out.glob("*.png")))))
     assert masks[0].any()
     assert (masks[0] != masks[1]).mean() < 1e-4
