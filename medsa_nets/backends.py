@@ -82,6 +82,23 @@ def backend_of(network: nn.Module) -> str:
     return runner.backend if isinstance(runner, _Runner) else "eager"
 
 
+def compile_for_training(network: MedSA, enabled: bool = True) -> MedSA:
+    """Let ``torch.compile`` make the image encoder's forward and backward pass, for each input shape at its first use.
+
+    Parameters, ``state_dict`` and class stay as they are.
+
+    Args:
+        network: the network; it is changed in place.
+        enabled: false leaves the network as it is.
+
+    Returns:
+        ``network``.
+    """
+    if enabled:
+        network.image_encoder.compile()
+    return network
+
+
 def load_tensorrt(path: str | Path) -> nn.Module:
     """Load a network that ``monai.bundle trt_export`` has written, for the bundles' overlay ``inference_trt.yaml``.
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from monai.losses import DiceCELoss
 from torch import nn
 
 from medsa_nets import build_medsa
+from medsa_nets.backends import compile_for_training
 from medsa_nets.engines import (
     PreparePromptBatch,
     PromptedIteration,
@@ -237,6 +240,18 @@ def test_a_wrapped_network_learns_as_the_network_itself(untrained, batch):
     alone, wrapper = copy.deepcopy(untrained), Wrapper(copy.deepcopy(untrained))
     assert train(alone, batch, epochs=2) == train(wrapper, batch, epochs=2)
     assert wrapper.calls == 2
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_compiled_encoder_learns_as_the_network_itself(tiny_base, randomise, batch, compiled):
+    network = randomise(build_medsa("tiny", pretrained=False, img_size=SIZE, adapter_dim=4)).train()
+    alone = copy.deepcopy(network)
+    compile_for_training(network, compiled)
+    assert (network.image_encoder._compiled_call_impl is not None) == compiled
+    assert train(network, batch, epochs=3) == pytest.approx(train(alone, batch, epochs=3), abs=1e-4)
+    for name, tensor in alone.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[name], tensor, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
