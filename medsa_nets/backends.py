@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from medsa_nets.errors import BackendError, describe
 from medsa_nets.networks import MedSA
+from medsa_nets.weights import base_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,8 @@ class _Runner:
         self.encoder = encoder
         self.backend = backend
         self._converted: OrderedDict[tuple[Any, ...], Encode] = OrderedDict()
-        self._weights: tuple[Any, ...] = ()
+        self._versions: tuple[tuple[int, int], ...] = ()
+        self._weights = ""
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,10 +164,12 @@ class _Runner:
         key = (tuple(image.shape), depth, image.dtype, image.device, amp)
         with self._lock:
             # what writes into a tensor counts its version up, what moves it changes its address
-            weights = tuple((t._version, t.data_ptr()) for t in self._tensors())
-            if weights != self._weights:
-                self._converted.clear()
-                self._weights = weights
+            versions = tuple((t._version, t.data_ptr()) for t in self._tensors().values())
+            if versions != self._versions:
+                weights = base_fingerprint(self._tensors())
+                if weights != self._weights:  # a server loads the same adapter more than once
+                    self._converted.clear()
+                self._versions, self._weights = versions, weights
             if key not in self._converted:
                 while len(self._converted) >= MAX_SHAPES:
                     self._converted.popitem(last=False)
@@ -173,9 +177,8 @@ class _Runner:
             self._converted.move_to_end(key)
             return self._converted[key]
 
-    def _tensors(self) -> Iterator[Tensor]:
-        yield from self.encoder.parameters()
-        yield from self.encoder.buffers()
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.encoder.named_parameters()), **dict(self.encoder.named_buffers())}
 
     def _convert(self, image: Tensor, depth: int, amp: bool) -> Encode:
         start = time.perf_counter()

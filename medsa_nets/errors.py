@@ -27,6 +27,10 @@ class BackendError(MedSAError, RuntimeError):
     """An inference back end that is unknown, not installed, or can't compute what it is given."""
 
 
+class ClusterError(MedSAError, RuntimeError):
+    """A cluster of workers that can't be started or reached."""
+
+
 def find_cause(error: BaseException | None) -> MedSAError | None:
     """The error of this package that another error was raised from, or none."""
     while error is not None and not isinstance(error, MedSAError):

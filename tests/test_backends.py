@@ -188,6 +188,15 @@ def test_a_shape_is_converted_once_and_few_are_kept(tiny, caplog):
     assert len(network.image_encoder.forward._converted) == MAX_SHAPES
 
 
+def test_loading_the_same_adapter_again_converts_nothing(tiny, caplog):
+    network = use_backend(tiny, "torchscript")
+    with caplog.at_level(logging.INFO, "medsa_nets.backends"):
+        for _ in range(2):
+            network.load_state_dict({name: tensor.clone() for name, tensor in network.state_dict().items()})
+            network.encode_image(torch.rand(1, 1, 32, 32, 1))
+    assert len(caplog.messages) == 1
+
+
 @pytest.mark.parametrize("backend", [needed(name) for name in ("torchscript", "onnxruntime", "openvino")])
 def test_threads_of_a_server_share_a_network(tiny, backend):
     network = use_backend(copy.deepcopy(tiny), backend)

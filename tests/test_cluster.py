@@ -1,0 +1,162 @@
+"""Studies over several workers: each once, whole or absent, whatever happens to a worker or a study."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from monai.bundle import run
+from PIL import Image
+
+from medsa_nets.cluster import COLUMNS, PARTS, RECORDS, _failure, segment_all, segment_study
+from medsa_nets.data.phantoms import phantom
+from medsa_nets.errors import ClusterError, DataError
+
+BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "medsa_isic"
+CONFIG = BUNDLE / "configs" / "inference.yaml"
+
+
+def photographs(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for seed in range(count):
+        Image.fromarray(phantom(seed, 96)[0]).save(folder / f"study_{seed}.png")
+    return folder
+
+
+def command(studies: Path, out: Path, **settings: object) -> list[str]:
+    options = {"config_file": CONFIG, "dataset_dir": studies, "output_dir": out, "workers": 2, **settings}
+    return [sys.executable, "-m", "medsa_nets.cluster"] + [
+        text for name, value in options.items() for text in (f"--{name}", str(value))
+    ]
+
+
+def summary(out: Path) -> dict[str, dict[str, str]]:
+    with open(out / "summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["study"] for row in rows}) == len(rows)
+    return {Path(row["study"]).stem: row for row in rows}
+
+
+def masks(folder: Path) -> dict[str, np.ndarray]:
+    return {file.name: np.asarray(Image.open(file)) for file in folder.glob("*_segmentation.png")}
+
+
+@pytest.mark.usefixtures("lite_medsam_file")
+def test_each_study_is_segmented_once_and_damaged_ones_are_reported(tmp_path):
+    pytest.importorskip("distributed")
+    studies, out = photographs(tmp_path / "studies", 5), tmp_path / "out"
+    whole = (studies / "study_3.png").read_bytes()
+    (studies / "study_3.png").write_bytes(whole[: len(whole) // 2])
+    first = subprocess.run(command(studies, out), capture_output=True, text=True, timeout=300)
+    assert first.returncode == 1, first.stderr[-3000:]
+    rows = summary(out)
+    assert tuple(next(iter(rows.values()))) == COLUMNS
+    assert {name: row["status"] for name, row in rows.items()} == {
+        **{f"study_{i}": "done" for i in (0, 1, 2, 4)},
+        "study_3": "failed",
+    }
+    assert rows["study_3"]["message"].startswith(f"{studies}/study_3.png: not readable as an image")
+    assert len({row["worker"] for row in rows.values()}) == 2
+    assert "4 done, 0 skipped, 1 failed" in first.stdout
+    assert "studies: 100%" in first.stderr
+    written = {file.name: file.stat().st_mtime_ns for file in out.glob("*.png")}
+    assert len(written) == 4
+
+    (studies / "study_3.png").write_bytes(whole)
+    second = subprocess.run(command(studies, out), capture_output=True, text=True, timeout=300)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "1 done, 4 skipped, 0 failed" in second.stdout
+    assert written.items() <= {file.name: file.stat().st_mtime_ns for file in out.glob("*.png")}.items()
+    assert {path.name for path in out.iterdir() if path.suffix != ".png"} == {RECORDS, "summary.csv"}
+
+    run("inferring", config_file=str(CONFIG), bundle_root=str(BUNDLE), dataset_dir=str(studies),
+        meta_file=str(BUNDLE / "configs" / "metadata.json"), output_dir=str(tmp_path / "alone"))  # fmt: skip
+    alone, shared = masks(tmp_path / "alone"), masks(out)
+    assert alone.keys() == shared.keys()
+    assert len(alone) == 5
+    assert all((alone[name] != shared[name]).mean() < 1e-4 for name in alone)
+
+
+@pytest.mark.usefixtures("lite_medsam_file")
+def test_the_studies_of_a_killed_worker_are_done_again(tmp_path):
+    pytest.importorskip("distributed")
+    studies, out = photographs(tmp_path / "studies", 10), tmp_path / "out"
+    process = subprocess.Popen(
+        command(studies, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        killed = 0
+        deadline = time.monotonic() + 240
+        while not killed and process.poll() is None and time.monotonic() < deadline:
+            for part in out.glob(f"{PARTS}*"):  # a worker is at work on a study
+                killed = int(part.name.rpartition("_")[2])
+                os.kill(killed, signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        output, _ = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert killed, output[-3000:]
+    assert process.returncode == 0, output[-3000:]
+    rows = summary(out)
+    assert len(rows) == 10
+    assert {row["status"] for row in rows.values()} == {"done"}
+    assert len(masks(out)) == 10
+    assert all(mask.shape == (96, 96) for mask in masks(out).values())
+    assert not list(out.glob(f"{PARTS}*"))
+
+
+def test_a_finished_study_is_not_done_again_and_other_settings_do_it_anew(tmp_path, lite_medsam_file):
+    pytest.importorskip("fire")
+    studies = photographs(tmp_path / "studies", 1)
+    calls = []
+
+    def once(threshold: float) -> str:
+        def local(job, config, meta, waiting, out, workers, scheduler):
+            calls.append(len(waiting))
+            return [segment_study(job, config, meta, entry, out) for entry in waiting]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("medsa_nets.cluster._run", local)
+            settings = {"image_size": 64, "postprocessing#transforms#3#threshold": threshold}
+            (row,) = segment_all(config_file=str(CONFIG), dataset_dir=str(studies), output_dir=str(tmp_path / "out"),
+                                 **settings)  # fmt: skip
+        return row["status"]
+
+    assert [once(0.5), once(0.5), once(0.4)] == ["done", "skipped", "done"]
+    (tmp_path / "out" / "study_0_segmentation.png").unlink()
+    assert once(0.4) == "done"
+    assert calls == [1, 1, 1]
+
+
+def test_studies_of_one_name_are_refused(tmp_path):
+    studies = photographs(tmp_path / "studies", 1)
+    Image.fromarray(phantom(1, 96)[0]).save(studies / "study_0.jpg")
+    with pytest.raises(DataError, match=r"study_0\.jpg and .*study_0\.png: their results would have one name"):
+        segment_all(config_file=str(CONFIG), dataset_dir=str(studies), output_dir=str(tmp_path / "out"))
+
+
+def test_what_stands_in_the_way_is_said(tmp_path, monkeypatch):
+    studies = photographs(tmp_path / "studies", 1)
+    common = {"config_file": str(CONFIG), "dataset_dir": str(studies), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(ClusterError, match="--workers must be 1 or more, got 0"):
+        segment_all(workers=0, **common)
+    with pytest.raises(DataError, match="no such folder"):
+        segment_all(**{**common, "dataset_dir": str(tmp_path / "absent")})
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ClusterError, match=r"pip install 'medsa\[cluster\]'"):
+        segment_all(**common)
+
+
+def test_a_study_that_kills_its_workers_is_a_row_of_the_summary():
+    row = _failure("a.nii.gz", RuntimeError("KilledWorker"))
+    assert tuple(row) == COLUMNS
+    assert row["status"] == "failed"
