@@ -112,8 +112,9 @@ def main() -> None:
                 row["dice"].append(mean_dice(found["eager"], found[kind]))
                 print(repeat, kind, {key: round(values[-1], 3) for key, values in row.items()}, flush=True)
     count = options.studies
-    lines = ["| kind | seconds, one study | seconds for each further study | studies per minute | peak memory, GB | Dice "
-             "with eager |", "| --- " * 6 + "|"]  # fmt: skip
+    heads = ["kind", "seconds, one study", "seconds for each further study", "studies per minute", "peak memory, GB",
+             "Dice with eager"]  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for kind, row in rows.items():
         further = median((a - o) / (count - 1) for a, o in zip(row["all"], row["one"]))
         cells = [f"{median(row['one']):.1f}", f"{further:.1f}", f"{60 * count / median(row['all']):.1f}",
