@@ -15,6 +15,7 @@ from highdicom.sr import (
     PlanarROIMeasurementsAndQualitativeEvaluations,
     ReferencedSegment,
     ReferencedSegmentationFrame,
+    SourceImageForSegmentation,
     TrackingIdentifier,
     VolumetricROIMeasurementsAndQualitativeEvaluations,
 )
@@ -91,7 +92,12 @@ def measurement_report(
             reference = ReferencedSegment.from_segmentation(segmentation, segment_number=number)
             groups.append(VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=reference, **shared))
         else:
-            frame = ReferencedSegmentationFrame.from_segmentation(segmentation, segment_number=number)
+            # highdicom's from_segmentation looks for the frame's segment where such objects do not have it
+            image = SourceImageForSegmentation(datasets[0].SOPClassUID, datasets[0].SOPInstanceUID)
+            frame = ReferencedSegmentationFrame(
+                segmentation.SOPClassUID, segmentation.SOPInstanceUID, len(groups) + 1, number, source_image=image
+            )
+            del frame[0].ReferencedSOPSequence[0].ReferencedSegmentNumber  # a frame has one; DICOM wants either
             groups.append(PlanarROIMeasurementsAndQualitativeEvaluations(referenced_segment=frame, **shared))
     content = MeasurementReport(
         observation_context=ObservationContext(observer_device_context=observer),
