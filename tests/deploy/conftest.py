@@ -71,7 +71,7 @@ def real_ct(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def oblique_ct(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder ``oblique``: a part of a real CT, its pixels made 1.5 x 3 mm, its directions turned in space."""
     image = nib.load(shared_data / "ct" / "ct_a.nii.gz")
-    values = np.repeat(np.asarray(image.dataobj)[:, :96, 60:72], 2, axis=0)  # columns of 1.5 mm, rows of 3 mm
+    values = np.repeat(np.asarray(image.dataobj)[:120, :96, 60:72], 2, axis=0)  # columns of 1.5 mm, rows of 3 mm
     turn = np.eye(4)
     turn[:3, :3] = Rotation.from_euler("xyz", [8, -5, 11], degrees=True).as_matrix()
     affine = turn @ image.affine @ np.diag([0.5, 1, 1, 1])

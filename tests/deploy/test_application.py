@@ -15,6 +15,7 @@ import pydicom
 import pytest
 import yaml
 from PIL import Image
+from pydicom.uid import MRImageStorage
 
 from .conftest import BUNDLES, CT, Command, Run
 from .series import write_ct, write_photograph
@@ -163,23 +164,42 @@ def test_torchscript_gives_the_same_whatever_the_file_is_called(
     np.testing.assert_array_equal(label_map(folder / "segmentation.dcm", source), expected)
 
 
-def test_a_second_run_leaves_the_first_and_makes_a_new_series(
-    deploy: Command, torchscript: Path, studies: Path, tmp_path: Path
-) -> None:
-    empty = write_ct(tmp_path / "in" / "air", np.full((32, 32, 6), -1000, np.int16), np.diag([3.0, 3, 3, 1]))
+def test_a_second_run_leaves_the_first_and_makes_a_new_series(deploy: Command, tmp_path: Path) -> None:
+    """With a bundle that finds nothing: an empty segmentation is a valid one."""
+    bundle = shutil.copytree(CT[0], tmp_path / "bundle")
+    config = yaml.safe_load((bundle / "configs" / "inference.yaml").read_text())
+    nothing = {"_target_": "Lambdad", "keys": "pred", "func": "$lambda logits: logits * 0 - 1"}
+    config["postprocessing"]["transforms"].insert(1, nothing)
+    (bundle / "configs" / "inference.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    source = write_ct(tmp_path / "in" / "air", np.full((32, 32, 6), -1000, np.int16), np.diag([3.0, 3, 3, 1]))
     for _ in range(2):
-        done = deploy("-i", tmp_path / "in", "-o", tmp_path / "out", "-m", torchscript)
+        done = deploy("-i", tmp_path / "in", "-o", tmp_path / "out", "-m", bundle, "--overlay", CT[1])
         assert done.status == 0, done.err
+        assert "nothing was found; the segmentation is empty" in done.err
     first, second = results(tmp_path / "out").values()
-    uid = headers(empty)[0].SeriesInstanceUID
+    uid = headers(source)[0].SeriesInstanceUID
     assert (first.name, second.name) == (uid, f"{uid}_2")
     opened = [hd.seg.segread(folder / "segmentation.dcm") for folder in (first, second)]
     assert opened[0].SeriesInstanceUID != opened[1].SeriesInstanceUID
     assert opened[0].SOPInstanceUID != opened[1].SOPInstanceUID
-    # air holds no organ: a valid, empty segmentation, said so
-    if "nothing was found" in done.err:
-        assert not label_map(first / "segmentation.dcm", headers(empty)).any()
+    assert len(opened[0].segment_numbers) == 13
+    assert not opened[0].pixel_array.any()
     validate(first / "segmentation.dcm")
+    assert "not found" in (first / "report.html").read_text()
+
+
+def test_another_modality_is_an_overlay(deploy: Command, shared_data: Path, tmp_path: Path) -> None:
+    volumes = shared_data / "msd_hippocampus"
+    image, label = (nib.load(sorted((volumes / name).iterdir())[0]) for name in ("images", "labels"))
+    values = np.asarray(image.dataobj, dtype=np.float32)
+    values = (values / values.max() * 2000).astype(np.int16)
+    source = write_ct(tmp_path / "in" / "mr", values, image.affine, Modality="MR", SOPClassUID=MRImageStorage)
+    done = deploy("-i", tmp_path / "in", "-o", tmp_path / "out", "-m", CT[0], "--overlay", "hippocampus.yaml")
+    assert done.status == 0, done.err
+    (folder,) = results(tmp_path / "out").values()
+    found = label_map(folder / "segmentation.dcm", headers(source)) > 0
+    truth = np.asarray(label.dataobj) > 0
+    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.75
 
 
 def test_photographs_of_all_kinds(deploy: Command, shared_data: Path, tmp_path: Path) -> None:
@@ -213,6 +233,10 @@ def test_photographs_of_all_kinds(deploy: Command, shared_data: Path, tmp_path: 
             validate(folder / "measurements_sr.dcm")
         else:
             assert (lesion["value"], lesion["unit"]) == (area, "pixels")
+    assert deploy("export", "-m", ISIC, "-o", tmp_path / "lesion.ts").status == 0
+    done = deploy("-i", tmp_path / "in" / "lesion.png", "-o", tmp_path / "scripted", "-m", tmp_path / "lesion.ts")
+    assert done.status == 0, done.err
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "scripted" / "lesion" / "mask.png")), mask)
 
 
 def test_a_series_that_fails_leaves_no_trace_and_the_next_one_its_turn(
