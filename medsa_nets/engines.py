@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,18 @@ def keep_freed_memory(keep: bool = True) -> bool:
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     value = 2**31 - 1 if keep else 128 * 1024
     return bool(mallopt(mmap_threshold, value)) and bool(mallopt(trim_threshold, value))
+
+
+def join_processes() -> None:
+    """Join the other processes that ``torchrun`` started: NCCL where there are GPUs, else gloo.
+
+    As ``torch.distributed.init_process_group``, but for ``torchrun --max-restarts``: workers that start again share
+    the store of those before them, whose addresses they would find there and wait for. Each start has keys of its own.
+    """
+    store, rank, size = next(iter(torch.distributed.rendezvous("env://")))
+    store = torch.distributed.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
@@ -114,7 +127,7 @@ def answer_prompts(
     sampler: PromptSampler,
     draws: int,
     kinds: torch.Generator,
-    places: torch.Generator,
+    places: torch.Generator | Sequence[torch.Generator],
 ) -> list[tuple[Tensor, Tensor]]:
     """Encode a batch once and decode several draws of prompts, some followed by a correcting click.
 
@@ -127,7 +140,7 @@ def answer_prompts(
         draws: number of draws.
         kinds: decides what kinds of prompts are drawn; the same in every process of a distributed run, so that all
             processes use the same parameters.
-        places: decides where they are.
+        places: decides where they are; one for each image makes an image's prompts independent of its batch.
 
     Returns:
         Mask logits (B, 1, H, W) with their target, one for each draw and one for each correction.
@@ -135,7 +148,7 @@ def answer_prompts(
     embedding = network.encode_image(image)
     answers = []
     for mode in sampler.modes(draws, kinds):
-        prompts = sampler.draw(label, mode, places)
+        prompts = sampler.draw(label, mode, places, sampler.count(kinds) if mode == "points" else 0)
         target = label if prompts else automatic_label
         logits = network.decode(embedding, **prompts)
         answers.append((logits, target))
@@ -152,7 +165,7 @@ def correct(
     logits: Tensor,
     target: Tensor,
     clicks: int,
-    places: torch.Generator,
+    places: torch.Generator | Sequence[torch.Generator],
 ) -> Tensor:
     """Correct masks by clicks on their errors, one after the other: the logits after the last, which alone train.
 
@@ -163,7 +176,7 @@ def correct(
         logits: the masks (B, K, spatial…).
         target: (B, K, spatial…), foreground above 0.5.
         clicks: number of clicks for each mask, 1 or more.
-        places: source of randomness.
+        places: source of randomness, or one for each image.
     """
     for click in range(clicks):
         prompts = add_correction(prompts, logits.detach() > 0, target, places)
@@ -175,8 +188,9 @@ def correct(
 class PromptedIteration:
     """A training step for ``monai.engines.SupervisedTrainer`` (``iteration_update``).
 
-    The loss is the mean over all answers of :func:`answer_prompts`. Prompts depend on seed, iteration and process
-    alone, so that a resumed run repeats them.
+    The loss is the mean over all answers of :func:`answer_prompts`. Prompts depend on the seed, the iteration and the
+    image's place among those of all processes, so that a resumed run repeats them, and so does another number of
+    processes that share out the same images (:class:`~medsa_nets.data.EpochSampler`).
 
     Args:
         sampler: draws the prompts.
@@ -210,14 +224,14 @@ class PromptedIteration:
         engine: SupervisedTrainer,
         batchdata: Mapping[str, Any],
         kinds: torch.Generator,
-        places: torch.Generator,
+        places: Sequence[torch.Generator],
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """Answer the batch's prompts: the image, and for each draw logits and what the loss function compares."""
         image, label = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[:2]
         image, label = plain(image), plain(label)
         automatic_label = label
         if float(torch.rand(1, generator=kinds)) < self.pairs and len(image) > 1:
-            image, label, automatic_label = beside_another(image, label, places)
+            image, label, automatic_label = beside_another(image, label, kinds)
         with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
             answers = call_through(
                 engine.network, answer_prompts, image, label, automatic_label, self.sampler, self.draws, kinds, places
@@ -227,9 +241,12 @@ class PromptedIteration:
     def __call__(self, engine: SupervisedTrainer, batchdata: Mapping[str, Any]) -> dict[str, Any]:
         """Take one step; the engine's output has image, label, the first answer's logits, and the loss."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
+        rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
         kinds = torch.Generator().manual_seed(stable_seed(self.seed, engine.state.iteration))
-        places = torch.Generator().manual_seed(stable_seed(self.seed, engine.state.iteration, rank))
+        places = [  # of each image; the processes take images in turn
+            torch.Generator().manual_seed(stable_seed(self.seed, engine.state.iteration, rank + i * processes))
+            for i in range(len(batchdata[Keys.IMAGE]))
+        ]
         engine.network.train()
         engine.optimizer.zero_grad(set_to_none=True)
         image, answers = self.answer(engine, batchdata, kinds, places)
@@ -302,7 +319,7 @@ class VolumeIteration(PromptedIteration):
         engine: SupervisedTrainer,
         batchdata: Mapping[str, Any],
         kinds: torch.Generator,
-        places: torch.Generator,
+        places: Sequence[torch.Generator],
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """Answer the batch's prompts: the image, and for each draw logits, masks and annotated classes (B, K)."""
         image, label = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[:2]
@@ -324,13 +341,13 @@ class VolumeIteration(PromptedIteration):
         count = max(1, min(self.max_classes, int((present & usable).sum())))
         return order.argsort()[:count].sort().values
 
-    def _choose_slab(self, depth: int, places: torch.Generator) -> slice:
+    def _choose_slab(self, depth: int, kinds: torch.Generator) -> slice:
         """Slices to encode: some that hold the middle one, around which crops are cut."""
         if not 0 < self.slab_depth < depth:
             return slice(0, depth)
         middle = depth // 2
         first, last = max(0, middle - self.slab_depth + 1), min(middle, depth - self.slab_depth)
-        start = int(torch.randint(first, last + 1, (1,), generator=places))
+        start = int(torch.randint(first, last + 1, (1,), generator=kinds))
         return slice(start, start + self.slab_depth)
 
     def _answer(
@@ -340,16 +357,16 @@ class VolumeIteration(PromptedIteration):
         label: Tensor,
         annotated: Tensor,
         kinds: torch.Generator,
-        places: torch.Generator,
+        places: torch.Generator | Sequence[torch.Generator],
     ) -> list[tuple[Tensor, ...]]:
-        slab = self._choose_slab(image.shape[-1], places)
+        slab = self._choose_slab(image.shape[-1], kinds)
         embedding = network.encode_image(image[..., slab])
         answers: list[tuple[Tensor, ...]] = []
         for mode in self.sampler.modes(self.draws, kinds):
             if mode == "none":
                 classes = torch.arange(self.num_classes)
             else:
-                classes = self.choose_classes(label, annotated, places)
+                classes = self.choose_classes(label, annotated, _first(places))
             masks, known = class_masks(label, classes), annotated[:, classes.to(annotated.device)]
             prompts = relative_to_slice(self.sampler.draw(masks.float(), mode, places), slab.start)
             masks = masks[..., slab]
@@ -362,6 +379,10 @@ class VolumeIteration(PromptedIteration):
                 logits = correct(network, embedding, prompts, logits, masks.float(), clicks, places)
                 answers.append((logits, masks, known))
         return answers
+
+
+def _first(places: torch.Generator | Sequence[torch.Generator]) -> torch.Generator:
+    return places if isinstance(places, torch.Generator) else places[0]
 
 
 class PreparePromptBatch:

@@ -281,13 +281,20 @@ class PromptSampler:
             return 0
         return int(torch.randint(1, self.max_corrections + 1, (1,), generator=generator))
 
-    def draw(self, label: Tensor, mode: str, generator: torch.Generator) -> dict[str, Tensor]:
+    def count(self, generator: torch.Generator) -> int:
+        """How many points a draw of points has."""
+        return int(torch.randint(1, self.max_points + 1, (1,), generator=generator))
+
+    def draw(
+        self, label: Tensor, mode: str, generator: torch.Generator | Sequence[torch.Generator], count: int = 0
+    ) -> dict[str, Tensor]:
         """Draw prompts for a batch.
 
         Args:
             label: (B, K, spatial…), foreground above 0.5: one mask for each prompt set.
             mode: ``none``, ``points`` or ``boxes``.
-            generator: source of randomness, on the CPU.
+            generator: source of randomness, on the CPU, or one for each image.
+            count: number of points; 0 draws it.
 
         Returns:
             K prompt sets for each image. An empty mask gets background points only, or a box of any place and size:
@@ -295,15 +302,17 @@ class PromptSampler:
         """
         shape = tuple(label.shape[:2])
         masks = [mask > 0.5 for mask in label.flatten(0, 1)]
+        sources = _for_each_mask(generator, *shape)
         if mode == "points":
-            count = int(torch.randint(1, self.max_points + 1, (1,), generator=generator))
-            drawn = [self._points(mask, count, generator) for mask in masks]
+            count = count or self.count(sources[0])
+            drawn = [self._points(mask, count, source) for mask, source in zip(masks, sources)]
             return {
                 "point_coords": torch.stack([coords for coords, _ in drawn]).unflatten(0, shape),
                 "point_labels": torch.stack([labels for _, labels in drawn]).unflatten(0, shape),
             }
         if mode == "boxes":
-            return {"boxes": torch.stack([self._box(mask, generator) for mask in masks]).unflatten(0, shape)}
+            boxes = [self._box(mask, source) for mask, source in zip(masks, sources)]
+            return {"boxes": torch.stack(boxes).unflatten(0, shape)}
         return {}
 
     def _points(self, mask: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -332,8 +341,17 @@ class PromptSampler:
         return jitter_box(box, shape, self.box_jitter, generator)
 
 
+def _for_each_mask(generator: torch.Generator | Sequence[torch.Generator], images: int, sets: int) -> list:
+    """The source of randomness of each of ``images * sets`` masks."""
+    own = [generator] * images if isinstance(generator, torch.Generator) else list(generator)
+    return [source for source in own for _ in range(sets)]
+
+
 def add_correction(
-    prompts: Mapping[str, Tensor], prediction: Tensor, label: Tensor, generator: torch.Generator
+    prompts: Mapping[str, Tensor],
+    prediction: Tensor,
+    label: Tensor,
+    generator: torch.Generator | Sequence[torch.Generator],
 ) -> dict[str, Tensor]:
     """Add one click on the error of each image's mask to its prompts.
 
@@ -341,14 +359,15 @@ def add_correction(
         prompts: K prompt sets, as :class:`PromptSampler` draws them.
         prediction: (B, K, spatial…) boolean masks that these prompts gave.
         label: (B, K, spatial…), foreground above 0.5.
-        generator: source of randomness.
+        generator: source of randomness, or one for each image.
 
     Returns:
         Prompts with one point more; a padding point where a mask has no error.
     """
     coords, labels = [], []
-    for mask, target in zip(prediction.flatten(0, 1), label.flatten(0, 1) > 0.5):
-        click = error_point(mask, target, generator)
+    sources = _for_each_mask(generator, *label.shape[:2])
+    for mask, target, source in zip(prediction.flatten(0, 1), label.flatten(0, 1) > 0.5, sources):
+        click = error_point(mask, target, source)
         coords.append(torch.zeros(target.dim(), device=label.device) if click is None else click[0])
         labels.append(-1.0 if click is None else float(click[1]))
     shape = tuple(label.shape[:2])

@@ -373,3 +373,21 @@ def test_a_slab_counts_its_slices_from_its_first():
     assert moved["point_labels"] is prompts["point_labels"]
     assert moved["classes"] is prompts["classes"]
     assert prompts["boxes"][0, 0, 2] == 4, "the volume's own prompts stay"
+
+
+@pytest.mark.parametrize("mode", ["points", "boxes"])
+def test_with_a_generator_for_each_image_its_prompts_do_not_depend_on_the_batch(mode):
+    label = torch.zeros(4, 2, 16, 16)
+    label[:, :, 3:9, 5:13] = 1
+    sampler = PromptSampler()
+
+    def prompts(images: list[int]) -> dict[str, torch.Tensor]:
+        generators = [torch.Generator().manual_seed(i) for i in images]
+        drawn = sampler.draw(label[images], mode, generators, count=2)
+        return add_correction(drawn, label[images] > 2, label[images], generators)
+
+    together = prompts([0, 1, 2, 3])
+    for images in ([0, 2], [1, 3]):
+        for key, values in prompts(images).items():
+            assert torch.equal(values, together[key][images])
+    assert not torch.equal(together["point_coords"][0], together["point_coords"][1])
