@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -183,7 +184,9 @@ class _Runner:
     def _convert(self, image: Tensor, depth: int, amp: bool) -> Encode:
         start = time.perf_counter()
         try:
-            encode = _CONVERTERS[self.backend](_Slices(self.encoder, depth).eval(), image, amp)
+            with warnings.catch_warnings():  # tracers warn of sizes that become constants, as they should
+                warnings.simplefilter("ignore")
+                encode = _CONVERTERS[self.backend](_Slices(self.encoder, depth).eval(), image, amp)
         except Exception as error:  # exporters and compilers raise errors of their own
             raise BackendError(
                 f"The back end {self.backend!r} can't convert the image encoder for an input of {tuple(image.shape)} "
