@@ -191,7 +191,7 @@ def _connect(workers: int, scheduler: str | None) -> tuple[Any, Any]:
         )
         return Client(cluster), cluster
     try:
-        return Client(scheduler, timeout=30), None
+        return Client(scheduler, timeout=15), None
     except (OSError, ValueError) as error:
         raise ClusterError(
             f"--scheduler {scheduler}: no Dask scheduler answers there ({describe(error)}). Start one with: dask "

@@ -50,7 +50,7 @@ def masks(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.usefixtures("lite_medsam_file")
 def test_each_study_is_segmented_once_and_damaged_ones_are_reported(tmp_path):
-    pytest.importorskip("distributed")
+    distributed = pytest.importorskip("distributed")
     studies, out = photographs(tmp_path / "studies", 5), tmp_path / "out"
     whole = (studies / "study_3.png").read_bytes()
     (studies / "study_3.png").write_bytes(whole[: len(whole) // 2])
@@ -70,9 +70,13 @@ def test_each_study_is_segmented_once_and_damaged_ones_are_reported(tmp_path):
     assert len(written) == 4
 
     (studies / "study_3.png").write_bytes(whole)
-    second = subprocess.run(command(studies, out), capture_output=True, text=True, timeout=300)
+    # again, with the worker of a cluster that is there already
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        again = command(studies, out, scheduler=cluster.scheduler_address)
+        second = subprocess.run(again, capture_output=True, text=True, timeout=300)
     assert second.returncode == 0, second.stderr[-3000:]
     assert "1 done, 4 skipped, 0 failed" in second.stdout
+    assert summary(out)["study_3"]["worker"] not in {row["worker"] for row in rows.values()}
     assert written.items() <= {file.name: file.stat().st_mtime_ns for file in out.glob("*.png")}.items()
     assert {path.name for path in out.iterdir() if path.suffix != ".png"} == {RECORDS, "summary.csv"}
 
