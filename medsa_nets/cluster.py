@@ -156,7 +156,7 @@ def _list_studies(parser: ConfigParser) -> list[dict[str, Any]]:
         raise cause from None
     names: dict[str, str] = {}
     for entry in entries:
-        entry["image"] = str(Path(entry["image"]).resolve())
+        entry["image"] = os.path.abspath(entry["image"])  # a link keeps its own name
         name = create_file_basename("", entry["image"], "", separate_folder=False, makedirs=False)
         other = names.setdefault(name, entry["image"])
         if other != entry["image"]:
@@ -235,7 +235,7 @@ def segment_all(
     parser = ConfigParser(ConfigParser.load_config_files(files))
     if parser.get("bundle_root") == ".":
         parser["bundle_root"] = str(first.parents[1])
-    for name, value in {**settings, "dataset_dir": str(Path(dataset_dir).expanduser().resolve())}.items():
+    for name, value in {**settings, "dataset_dir": os.path.abspath(Path(dataset_dir).expanduser())}.items():
         parser[name] = value  # a name may be a path, as network_def#dropout
     meta_path = Path(meta_file) if meta_file else first.parent / "metadata.json"
     meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}

@@ -120,7 +120,9 @@ def test_the_studies_of_a_killed_worker_are_done_again(tmp_path):
 
 def test_a_finished_study_is_not_done_again_and_other_settings_do_it_anew(tmp_path, lite_medsam_file):
     pytest.importorskip("fire")
-    studies = photographs(tmp_path / "studies", 1)
+    (tmp_path / "studies").mkdir()  # a link to a study, which keeps its own name
+    (tmp_path / "studies" / "linked.png").symlink_to(photographs(tmp_path / "elsewhere", 1) / "study_0.png")
+    studies = tmp_path / "studies"
     calls = []
 
     def once(threshold: float) -> str:
@@ -136,7 +138,7 @@ def test_a_finished_study_is_not_done_again_and_other_settings_do_it_anew(tmp_pa
         return row["status"]
 
     assert [once(0.5), once(0.5), once(0.4)] == ["done", "skipped", "done"]
-    (tmp_path / "out" / "study_0_segmentation.png").unlink()
+    (tmp_path / "out" / "linked_segmentation.png").unlink()
     assert once(0.4) == "done"
     assert calls == [1, 1, 1]
 
