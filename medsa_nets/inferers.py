@@ -10,10 +10,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data.utils import compute_importance_map
 from monai.inferers import Inferer, SimpleInferer
+from scipy import ndimage
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -197,7 +199,8 @@ class SlabInferer(Inferer):
         others: with ``every_class``, what the classes hold that were not asked for: ``absent`` (nothing), or
             ``automatic``: what they hold without prompts, less the voxels of the classes that were asked for.
         spread: whether prompts are answered from the slabs that hold them outwards, each class as long as its mask
-            reaches the last slice of a slab, and not beyond. A click then costs as many slabs as the organ has.
+            reaches the last slice of a slab, and not beyond. A click then costs as many slabs as the organ has. The
+            next slab gets a click of its own, in the middle of what the one before it found where the two meet.
         progress: whether a bar shows the slabs.
 
     Raises:
@@ -328,18 +331,40 @@ class SlabInferer(Inferer):
 
     def _spread(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
         """Decode the slabs that hold prompts, then their neighbours as long as the mask reaches their last slice."""
-        waiting = slabs.holding(prompts)
+        waiting = [(g, prompts) for g in slabs.holding(prompts)]
         answers: dict[int, Tensor] = {}
         while waiting:
-            g = waiting.pop()
-            answers[g] = logits = self._decode(slabs, g, prompts)
-            present = (logits > 0).any(dim=3).any(dim=2).any(dim=1)  # (slabs of the group, slices)
-            if bool(present[0, 0]):
-                waiting.append(g - 1)
-            if bool(present[-1, -1]):
-                waiting.append(g + 1)
-            waiting = [n for n in waiting if 0 <= n < len(slabs.groups) and n not in answers]
+            g, own = waiting.pop()
+            if g in answers:
+                continue
+            answers[g] = logits = self._decode(slabs, g, own)
+            for n, edge in ((g - 1, logits[0, ..., 0]), (g + 1, logits[-1, ..., -1])):
+                if 0 <= n < len(slabs.groups) and bool((edge > 0).any()):
+                    waiting.append((n, self._hand_on(slabs, prompts, logits, g, n)))
         return self._blend(slabs, sorted(answers.items()))
+
+    @staticmethod
+    def _hand_on(slabs: _Slabs, prompts: dict[str, Tensor], logits: Tensor, g: int, n: int) -> dict[str, Tensor]:
+        """Prompts of the neighbouring slabs ``n``: clicks, and one more in the middle of what slabs ``g`` found there.
+
+        A slab far from the user's clicks would have to trace an organ from a click that lies many slices away.
+        """
+        if "boxes" in prompts or "point_coords" not in prompts:
+            return prompts
+        s, here = (0, slabs.groups[g][0]) if n < g else (-1, slabs.groups[g][-1])
+        shared = range(max(here, slabs.groups[n][0]), min(here, slabs.groups[n][-1]) + slabs.depth)
+        z = shared[len(shared) // 2] if len(shared) else (here if n < g else here + slabs.depth - 1)
+        plane = (logits[s, 0, :, :, z - here] > 0).cpu().numpy()
+        if not plane.any():
+            return prompts
+        depth = ndimage.distance_transform_edt(np.pad(plane, 1))[1:-1, 1:-1]
+        row, column = np.unravel_index(int(depth.argmax()), depth.shape)
+        coords, labels = prompts["point_coords"], prompts["point_labels"]
+        return {
+            **prompts,
+            "point_coords": torch.cat([coords, coords.new_tensor([row, column, z]).expand(1, 1, 1, 3)], dim=2),
+            "point_labels": torch.cat([labels, labels.new_ones(1, 1, 1)], dim=2),
+        }
 
     def _decode(self, slabs: _Slabs, g: int, prompts: dict[str, Tensor]) -> Tensor:
         """Logits (S, K, H, W, slab depth) of the slabs of a group, where they are put together."""
