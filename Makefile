@@ -8,8 +8,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/python -m medsa_nets.demo
 
+# Back ends bring thread pools of their own, which do not belong into the process of all other tests.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/test_backends.py
+	$(BIN)/python -m pytest tests/test_backends.py
 
 # MONAI Label pins older packages: an environment of its own.
 test-label: $(VENV)/.installed-test $(VENV)-label/.installed
