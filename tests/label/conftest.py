@@ -44,6 +44,7 @@ def write_study(source: Path, target: Path, side: str) -> None:
 
 
 SIDES = ("RAS", "anisotropic", "LAS", "oblique")
+UNSEEN = "unseen"
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +60,9 @@ def studies(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         label = volumes / "labels" / source.name
         write_study(source, root / "studies" / f"{side}.nii.gz", side)
         write_study(label, root / "truth" / f"{side}.nii.gz", side)
+    # nothing but the test of the embedding cache asks for this one; it is there before the server starts, for a file
+    # that is added later becomes known at a moment of the datastore's own choosing
+    nib.save(nib.load(root / "studies" / "RAS.nii.gz").slicer[:-1], root / "studies" / f"{UNSEEN}.nii.gz")
     return root
 
 
