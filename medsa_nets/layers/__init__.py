@@ -1,8 +1,9 @@
 """Layers: adapters and the small parts of the encoders."""
 
 from medsa_nets.layers.adapters import HYPER_PROMPTING_FORMS, Adapter, HyperPromptingAdapter
-from medsa_nets.layers.common import ConvBN, LayerNorm2d, MLPBlock, attend, merge_windows, partition_windows
+from medsa_nets.layers.common import ConvBN, LayerNorm2d, MLPBlock, attend, cut_windows, join_windows, split_windows
 from medsa_nets.layers.depth import DepthBranch, DistantPrompt
+from medsa_nets.layers.linear import Linear, multiply_linear, multiply_transposed, remember
 
 __all__ = [
     "HYPER_PROMPTING_FORMS",
@@ -12,8 +13,13 @@ __all__ = [
     "DistantPrompt",
     "HyperPromptingAdapter",
     "LayerNorm2d",
+    "Linear",
     "MLPBlock",
     "attend",
-    "merge_windows",
-    "partition_windows",
+    "cut_windows",
+    "join_windows",
+    "multiply_linear",
+    "multiply_transposed",
+    "remember",
+    "split_windows",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from medsa_nets.layers.linear import Linear
+
 HYPER_PROMPTING_FORMS = ("additive", "weights")
 
 
@@ -19,9 +21,9 @@ def bottleneck_features(features: int, adapter_ratio: float, adapter_dim: int | 
     return max(1, int(features * adapter_ratio))
 
 
-def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+def zero_linear(in_features: int, out_features: int) -> Linear:
     """A linear layer that gives zero until it is trained: a fresh adapter leaves the frozen network as it was."""
-    layer = nn.Linear(in_features, out_features)
+    layer = Linear(in_features, out_features)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -45,15 +47,19 @@ class Adapter(nn.Module):
         super().__init__()
         hidden = bottleneck_features(features, adapter_ratio, adapter_dim)
         self.skip = skip
-        self.down = nn.Linear(features, hidden)
+        self.down = Linear(features, hidden)
         self.activation = nn.ReLU()
         self.dropout = nn.Dropout(0.0)
         self.up = zero_linear(hidden, features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Adapt ``x`` of shape (..., features); the shape stays."""
-        y = self.up(self.dropout(self.activation(self.down(x))))
+        y = self.widen(self.down(x))
         return x + y if self.skip else y
+
+    def widen(self, bottleneck: Tensor) -> Tensor:
+        """Second half: the bottleneck (..., hidden) to (..., features)."""
+        return self.up(self.dropout(self.activation(bottleneck)))
 
 
 class HyperPromptingAdapter(nn.Module):
@@ -89,7 +95,7 @@ class HyperPromptingAdapter(nn.Module):
         hidden = bottleneck_features(features, adapter_ratio, adapter_dim)
         self.hidden = hidden
         self.multiply = form == "weights"
-        self.down = nn.Linear(features, hidden)
+        self.down = Linear(features, hidden)
         self.prompt: nn.Module
         if self.multiply:
             to_weights = nn.Linear(hidden, hidden * hidden)
@@ -98,7 +104,7 @@ class HyperPromptingAdapter(nn.Module):
                 to_weights.bias.copy_(torch.eye(hidden).flatten())
             self.prompt = nn.Sequential(nn.Linear(prompt_features, hidden), nn.ReLU(), to_weights)
         else:
-            self.prompt = nn.Linear(prompt_features, hidden)
+            self.prompt = Linear(prompt_features, hidden)
         self.activation = nn.ReLU()
         self.dropout = nn.Dropout(0.0)
         self.up = zero_linear(hidden, features)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medsa_nets.layers.linear import Linear, is_exporting, multiply_linear, multiply_transposed, remember
+
 
 class LayerNorm2d(nn.Module):
     """Layer normalisation over the channels of a (B, C, H, W) tensor."""
@@ -29,8 +31,8 @@ class MLPBlock(nn.Module):
 
     def __init__(self, *, features: int, hidden: int, activation: nn.Module) -> None:
         super().__init__()
-        self.lin1 = nn.Linear(features, hidden)
-        self.lin2 = nn.Linear(hidden, features)
+        self.lin1 = Linear(features, hidden)
+        self.lin2 = Linear(hidden, features)
         self.act = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ class ConvBN(nn.Module):
     """Bias-free convolution and a frozen batch normalisation, computed as one convolution.
 
     The base is frozen, its running statistics too, so batch normalisation is an affine map in training as in
-    inference; it is folded into the convolution's weights on every call (the weights are small).
+    inference; it is folded into the convolution's weights, once.
     """
 
     def __init__(
@@ -56,64 +58,150 @@ class ConvBN(nn.Module):
         self.stride = stride
         self.padding = kernel_size // 2
         self.groups = groups
+        self.pointwise = kernel_size == 1 and stride == 1 and groups == 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalise ``x`` (B, in_channels, H, W)."""
-        variance, mean = self.bn.running_var, self.bn.running_mean
-        assert variance is not None  # BatchNorm2d types its buffers as optional
-        assert mean is not None
-        scale = self.bn.weight * torch.rsqrt(variance + self.bn.eps)
-        weight = self.c.weight * scale.reshape(-1, 1, 1, 1)
-        bias = self.bn.bias - mean * scale
+        if torch.jit.is_scripting():
+            return F.conv2d(
+                x,
+                self.folded_weight(),
+                self.folded_bias(),
+                stride=self.stride,
+                padding=self.padding,
+                groups=self.groups,
+            )
+        else:  # TorchScript compiles what follows a return
+            return self._fast(x)
+
+    @torch.jit.unused
+    def _fast(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        sources = (self.c.weight, self.bn.weight, self.bn.bias, self.bn.running_mean, self.bn.running_var)
+        assert all(isinstance(source, Tensor) for source in sources)  # BatchNorm2d types its buffers as optional
+        weight = remember(self, f"weight {dtype}", sources, lambda: self.folded_weight().to(dtype))  # type: ignore[arg-type]
+        bias = remember(self, f"bias {dtype}", sources, lambda: self.folded_bias().to(dtype))  # type: ignore[arg-type]
+        if self.pointwise and not is_exporting():
+            return multiply_linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
         return F.conv2d(x, weight, bias, stride=self.stride, padding=self.padding, groups=self.groups)
 
+    def folded_weight(self) -> Tensor:
+        """The convolution's weight, scaled as batch normalisation scales its output."""
+        variance = self.bn.running_var
+        assert variance is not None  # BatchNorm2d types its buffers as optional
+        return self.c.weight * (self.bn.weight * torch.rsqrt(variance + self.bn.eps)).reshape(-1, 1, 1, 1)
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """Scaled dot-product attention, by the faster of two equal ways.
+    def folded_bias(self) -> Tensor:
+        """What batch normalisation adds."""
+        variance, mean = self.bn.running_var, self.bn.running_mean
+        assert variance is not None
+        assert mean is not None
+        return self.bn.bias - mean * self.bn.weight * torch.rsqrt(variance + self.bn.eps)
 
-    Fused attention's backward pass is slow on a CPU for many small windows (10 times this explicit form's at 7 x 7
-    tokens, measured by ``tests/benchmarks/attention.py``), so training on a CPU multiplies and normalises explicitly.
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor] = None, scale: Optional[float] = None) -> Tensor:
+    """Scaled dot-product attention, by the fastest of equal ways (``tests/benchmarks/attention.py``).
+
+    On a CPU, PyTorch's fused attention multiplies single precision by BLAS, is slower than plain products in bfloat16,
+    and its backward pass is slow for many small windows: there, scores are computed explicitly, in pieces that fit the
+    processor's cache where nothing has to be kept for a backward pass.
 
     Args:
         q: queries (B, heads, N, C).
         k: keys (B, heads, M, C).
-        v: values (B, heads, M, C).
-        bias: added to the scores, broadcast to (B, heads, N, M), or none.
+        v: values (B, heads, M, E).
+        bias: added to the scores, (1 or B, heads, N, M), or none.
+        scale: of the products of queries and keys; none takes 1 / sqrt(C).
 
     Returns:
-        (B, heads, N, C).
+        (B, heads, N, E).
     """
-    if q.requires_grad and not q.is_cuda:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        if bias is not None:
-            scores = scores + bias
-        return torch.softmax(scores, dim=-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    if torch.jit.is_scripting():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    else:  # TorchScript compiles what follows a return
+        return _attend(q, k, v, bias, scale)
 
 
-def partition_windows(x: Tensor, window_size: int) -> Tensor:
-    """Cut a token map into square windows, padded with zeros at the bottom and right.
+CACHED_BYTES = 2**21  # of scores, that stay in a core's cache between the two products
 
-    Args:
-        x: tokens (B, H, W, C).
-        window_size: side of a window, in tokens.
+
+@torch.jit.unused
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    if q.device.type != "cpu" or is_exporting():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _attend_piece(q, k, v, bias)
+    batch, heads, rows = q.shape[:3]
+    if bias is not None:
+        bias = bias.expand(batch, -1, -1, -1)
+    row = k.shape[2] * q.element_size()
+    if heads * rows * row <= CACHED_BYTES:
+        step = max(1, CACHED_BYTES // (heads * rows * row))
+        pieces = [
+            _attend_piece(
+                q[i : i + step], k[i : i + step], v[i : i + step], None if bias is None else bias[i : i + step]
+            )
+            for i in range(0, batch, step)
+        ]
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+    step = max(64, CACHED_BYTES // row)
+    out = v.new_empty(batch, heads, rows, v.shape[3])
+    for i in range(batch):
+        for h in range(heads):
+            for r in range(0, rows, step):
+                part = None if bias is None else bias[i : i + 1, h : h + 1, r : r + step]
+                piece = q[i : i + 1, h : h + 1, r : r + step], k[i : i + 1, h : h + 1], v[i : i + 1, h : h + 1]
+                out[i : i + 1, h : h + 1, r : r + step] = _attend_piece(*piece, part)
+    return out
+
+
+def _attend_piece(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    shape = q.shape[:3]
+    scores = multiply_transposed(q.flatten(0, 1), k.flatten(0, 1))
+    if bias is not None:
+        scores = (scores.unflatten(0, shape[:2]) + bias).flatten(0, 1)
+    weights = torch.softmax(scores, dim=-1).to(v.dtype)
+    return multiply_transposed(weights, v.flatten(0, 1).transpose(1, 2)).unflatten(0, shape[:2])
+
+
+def split_windows(height: int, width: int, window_size: int) -> list[tuple[int, int, int, int]]:
+    """Where a token map is cut so that all windows of a part have one size.
+
+    Windows tile the map from its top left; those at the bottom and at the right may be smaller than the others.
 
     Returns:
-        Windows (B * nH * nW, window_size, window_size, C).
+        First and last row (exclusive), first and last column of each part; rows of parts from top to bottom.
     """
-    batch, height, width, channels = x.shape
-    pad_h = (window_size - height % window_size) % window_size
-    pad_w = (window_size - width % window_size) % window_size
-    if pad_h > 0 or pad_w > 0:
-        x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
-    rows, columns = (height + pad_h) // window_size, (width + pad_w) // window_size
-    x = x.reshape(batch, rows, window_size, columns, window_size, channels)
-    return x.transpose(2, 3).reshape(-1, window_size, window_size, channels)
+    row, column = height - height % window_size, width - width % window_size
+    parts: list[tuple[int, int, int, int]] = []
+    for top, bottom in [(0, row), (row, height)]:
+        for left, right in [(0, column), (column, width)]:
+            if bottom > top and right > left:
+                parts.append((top, bottom, left, right))
+    return parts
 
 
-def merge_windows(windows: Tensor, height: int, width: int) -> Tensor:
-    """Undo :func:`partition_windows`: windows (B * nH * nW, S, S, C) to tokens (B, height, width, C)."""
-    size, channels = windows.shape[1], windows.shape[3]
-    rows, columns = (height + size - 1) // size, (width + size - 1) // size
-    x = windows.reshape(-1, rows, columns, size, size, channels).transpose(2, 3)
-    return x.reshape(-1, rows * size, columns * size, channels)[:, :height, :width]
+def cut_windows(x: Tensor, part: tuple[int, int, int, int], window_size: int) -> Tensor:
+    """Windows (B * nH * nW, h, w, C) of a part of a token map (B, H, W, C), as :func:`split_windows` cuts it."""
+    top, bottom, left, right = part
+    high, wide = min(window_size, bottom - top), min(window_size, right - left)
+    x = x[:, top:bottom, left:right]
+    x = x.reshape(x.shape[0], (bottom - top) // high, high, (right - left) // wide, wide, x.shape[3])
+    return x.transpose(2, 3).reshape(-1, high, wide, x.shape[5])
+
+
+def join_windows(windows: list[Tensor], parts: list[tuple[int, int, int, int]], batch: int) -> Tensor:
+    """Undo :func:`cut_windows` for all parts of a map of ``batch`` images: (B, H, W, C)."""
+    rows: list[Tensor] = []
+    for i, (top, bottom, left, right) in enumerate(parts):
+        x = windows[i]
+        high, wide = x.shape[1], x.shape[2]
+        x = x.reshape(batch, (bottom - top) // high, (right - left) // wide, high, wide, x.shape[3]).transpose(2, 3)
+        x = x.reshape(batch, bottom - top, right - left, x.shape[5])
+        if left == 0:
+            rows.append(x)
+        else:
+            rows[-1] = torch.cat([rows[-1], x], dim=2)
+    return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]

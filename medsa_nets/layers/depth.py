@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsa_nets.layers.adapters import Adapter, zero_linear
 from medsa_nets.layers.common import attend
+from medsa_nets.layers.linear import multiply_linear
 
 
 class DepthBranch(nn.Module):
@@ -67,9 +69,29 @@ class DepthBranch(nn.Module):
         x = x.reshape(slices // depth, depth, height * width, heads, channels)
         return x.permute(0, 2, 3, 1, 4).reshape(-1, heads, depth, channels)
 
-    def forward(self, projected: Tensor) -> Tensor:
-        """Adapt what :meth:`attend` gave, after the attention's output projection (…, features)."""
-        return self.adapter(projected)
+    def forward(self, attended: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Project and adapt what :meth:`attend` gave.
+
+        Nothing stands between the attention's frozen projection and the adapter's, which is narrower: their product,
+        one small matrix, does the work of both.
+
+        Args:
+            attended: (..., features).
+            weight: of the attention's output projection (features, features).
+            bias: of it (features,).
+
+        Returns:
+            (..., features), zero from a fresh branch.
+        """
+        down = self.adapter.down
+        if torch.jit.is_scripting():
+            own = F.linear(attended, down.weight @ weight, down.weight @ bias + down.bias)
+        else:
+            with torch.autocast(attended.device.type, enabled=False):
+                narrowed = multiply_linear(down.weight, weight.t())
+                shift = multiply_linear(down.weight, bias.unsqueeze(0)).flatten() + down.bias
+            own = multiply_linear(attended, narrowed, shift)
+        return self.adapter.widen(own)
 
 
 class DistantPrompt(nn.Module):

@@ -6,9 +6,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsa_nets.layers import Adapter, DepthBranch, LayerNorm2d, MLPBlock, attend, merge_windows, partition_windows
+from medsa_nets.layers import (
+    Adapter,
+    DepthBranch,
+    LayerNorm2d,
+    Linear,
+    MLPBlock,
+    attend,
+    cut_windows,
+    join_windows,
+    remember,
+    split_windows,
+)
 from medsa_nets.networks.checkpointing import run_block
 
 
@@ -25,7 +37,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention over a token map with decomposed relative-position bias.
+    """Multi-head attention over a token map, or windows of it, with decomposed relative-position bias.
 
     Args:
         features: token width.
@@ -41,8 +53,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         head_dim = features // num_heads
-        self.qkv = nn.Linear(features, 3 * features)
-        self.proj = nn.Linear(features, features)
+        self.qkv = Linear(features, 3 * features)
+        self.proj = Linear(features, features)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * input_size[0] - 1, head_dim))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * input_size[1] - 1, head_dim))
         for name, size in (("index_h", input_size[0]), ("index_w", input_size[1])):
@@ -54,20 +66,81 @@ class Attention(nn.Module):
         batch, height, width, features = qkv.shape
         return qkv.reshape(batch, height, width, 3, self.num_heads, features // (3 * self.num_heads))
 
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Relative-position vectors of each pair of rows and each pair of columns: (size, size, C / heads)."""
+        if torch.jit.is_scripting():
+            return self.rel_pos_h[self.index_h], self.rel_pos_w[self.index_w]
+        else:  # TorchScript compiles what follows a return
+            return self._remembered_tables()
+
+    @torch.jit.unused
+    def _remembered_tables(self) -> tuple[Tensor, Tensor]:
+        return (
+            remember(self, "rows", (self.rel_pos_h,), lambda: self.rel_pos_h[self.index_h]),
+            remember(self, "columns", (self.rel_pos_w,), lambda: self.rel_pos_w[self.index_w]),
+        )
+
     def forward(self, qkv: Tensor) -> Tensor:
-        """Attend over a map of queries, keys and values (B, H, W, 3 C), H and W as given at construction."""
+        """Attend within maps or windows, before the output projection.
+
+        Rows and columns that a window lacks are what segment-anything pads with zeros. A padded token asks nothing
+        here; as a key it takes part, as it did when the base was trained. All of a window's padded keys have one value,
+        and their scores, q . b + row bias + column bias, sum up over rectangles: one key stands for all of them.
+
+        The bias is computed by the product of queries and keys itself: its row and column parts are further columns of
+        the queries, and the keys' further columns say in which row and column a key stands.
+
+        Args:
+            qkv: queries, keys and values (B, h, w, 3 C), h and w the size given at construction or less.
+
+        Returns:
+            (B, h, w, C).
+        """
         batch, height, width = qkv.shape[:3]
         features = qkv.shape[3] // 3
+        channels = features // self.num_heads
         q, k, v = self.split(qkv).flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
-        q_map = q.reshape(batch, self.num_heads, height, width, features // self.num_heads)
+        q_map = q.reshape(batch, self.num_heads, height, width, channels)
+        rows, columns = self.tables()
         # bias[query, key] = q . R_h[row distance] + q . R_w[column distance]
-        bias_h = torch.einsum("bnhwc,hkc->bnhwk", q_map, self.rel_pos_h[self.index_h].to(q.dtype))
-        bias_w = torch.einsum("bnhwc,wkc->bnhwk", q_map, self.rel_pos_w[self.index_w].to(q.dtype))
-        bias = (bias_h.unsqueeze(-1) + bias_w.unsqueeze(-2)).reshape(
-            batch, self.num_heads, height * width, height * width
-        )
-        x = attend(q, k, v, bias)
-        return self.proj(x.transpose(1, 2).reshape(batch, height, width, features))
+        bias_h = torch.einsum("bnhwc,hkc->bnhwk", q_map, rows[:height].to(q.dtype)).flatten(2, 3)
+        bias_w = torch.einsum("bnhwc,wkc->bnhwk", q_map, columns[:width].to(q.dtype)).flatten(2, 3)
+        own_row = torch.eye(height, dtype=q.dtype, device=q.device).repeat_interleave(width, 0)
+        own_column = torch.eye(width, dtype=q.dtype, device=q.device).repeat(height, 1)
+        place = torch.cat([own_row, own_column], dim=1).expand(batch, self.num_heads, -1, -1)
+        queries = [q * channels**-0.5, bias_h[..., :height], bias_w[..., :width]]
+        keys = torch.cat([k, place], dim=3)
+        if height < rows.shape[0] or width < columns.shape[0]:
+            queries.append(self.log_sum(bias_h.float(), bias_w.float(), height, width).to(q.dtype))
+            nothing = self.qkv.bias.to(q.dtype).reshape(3, self.num_heads, 1, channels)  # of a token of zeros
+            keys = F.pad(keys, (0, 1))
+            padded = F.pad(nothing[1], (0, height + width))
+            padded = torch.cat([padded, torch.ones_like(padded[..., :1])], dim=2)
+            keys = torch.cat([keys, padded.expand(batch, -1, -1, -1)], dim=2)
+            v = torch.cat([v, nothing[2].expand(batch, -1, -1, -1)], dim=2)
+        x = attend(torch.cat(queries, dim=3), keys, v, scale=1.0)
+        return x.transpose(1, 2).reshape(batch, height, width, features)
+
+    def log_sum(self, bias_h: Tensor, bias_w: Tensor, height: int, width: int) -> Tensor:
+        """Logarithm of the summed exponentials of the bias over the rows and columns beyond ``height`` and ``width``.
+
+        Args:
+            bias_h: (B, heads, N, rows).
+            bias_w: (B, heads, N, columns).
+            height: rows that a window has.
+            width: columns that it has.
+
+        Returns:
+            (B, heads, N, 1).
+        """
+        sums: list[Tensor] = []
+        if height < bias_h.shape[3]:
+            below = torch.logsumexp(bias_h[..., height:], dim=3, keepdim=True)
+            sums.append(below + torch.logsumexp(bias_w, dim=3, keepdim=True))
+        if width < bias_w.shape[3]:
+            beside = torch.logsumexp(bias_w[..., width:], dim=3, keepdim=True)
+            sums.append(torch.logsumexp(bias_h[..., :height], dim=3, keepdim=True) + beside)
+        return torch.logaddexp(sums[0], sums[1]) if len(sums) > 1 else sums[0]
 
 
 class Block(nn.Module):
@@ -108,20 +181,19 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, depth: int = 1) -> Tensor:
         """Transform tokens (B * depth, H, W, C)."""
-        normed = self.norm1(x)
+        qkv = self.attn.qkv(self.norm1(x))
         if self.window_size > 0:
-            qkv = self.attn.qkv(partition_windows(normed, self.window_size))
-            attended = merge_windows(self.attn(qkv), x.shape[1], x.shape[2])
+            parts = split_windows(x.shape[1], x.shape[2], self.window_size)
+            windows = [self.attn(cut_windows(qkv, part, self.window_size)) for part in parts]
+            attended = join_windows(windows, parts, x.shape[0])
         else:
-            qkv = self.attn.qkv(normed)
             attended = self.attn(qkv)
-        attended = self.attn_adapter(attended)
-        if self.depth is not None:
-            # the same queries, keys and values, on the whole slice again
-            if self.window_size > 0:
-                qkv = merge_windows(qkv, x.shape[1], x.shape[2])
+        attended = self.attn_adapter(self.attn.proj(attended))
+        if self.depth is not None:  # the same queries, keys and values
             q, k, v = self.attn.split(qkv).unbind(3)
-            attended = attended + self.depth(self.attn.proj(self.depth.attend(q, k, v, depth)))
+            attended = attended + self.depth(
+                self.depth.attend(q, k, v, depth), self.attn.proj.weight, self.attn.proj.bias
+            )
         x = x + attended
         normed = self.norm2(x)
         return x + self.mlp(normed) + self.scale * self.mlp_adapter(normed)

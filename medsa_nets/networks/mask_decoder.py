@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsa_nets.layers import LayerNorm2d
+from medsa_nets.layers import LayerNorm2d, Linear
 from medsa_nets.networks.transformer import TwoWayTransformer
 
 
@@ -18,7 +18,7 @@ class MLP(nn.Module):
     def __init__(self, features: int, out_features: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            [nn.Linear(features, features), nn.Linear(features, features), nn.Linear(features, out_features)]
+            [Linear(features, features), Linear(features, features), Linear(features, out_features)]
         )
 
     def forward(self, x: Tensor) -> Tensor:

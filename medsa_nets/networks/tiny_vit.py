@@ -10,7 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsa_nets.layers import Adapter, ConvBN, DepthBranch, LayerNorm2d, attend, merge_windows, partition_windows
+from medsa_nets.layers import (
+    Adapter,
+    ConvBN,
+    DepthBranch,
+    LayerNorm2d,
+    Linear,
+    attend,
+    cut_windows,
+    join_windows,
+    remember,
+    split_windows,
+)
 from medsa_nets.networks.checkpointing import run_block
 
 
@@ -84,9 +95,10 @@ class TinyViTAttention(nn.Module):
     def __init__(self, features: int, *, num_heads: int, window_size: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.window_size = window_size
         self.norm = nn.LayerNorm(features)
-        self.qkv = nn.Linear(features, 3 * features)
-        self.proj = nn.Linear(features, features)
+        self.qkv = Linear(features, 3 * features)
+        self.proj = Linear(features, features)
         positions = list(itertools.product(range(window_size), repeat=2))
         offsets: dict[tuple[int, int], int] = {}
         indices = [
@@ -102,13 +114,52 @@ class TinyViTAttention(nn.Module):
         return qkv.unflatten(-1, [self.num_heads, 3, -1])
 
     def forward(self, qkv: Tensor) -> Tensor:
-        """Attend within each window: queries, keys and values (B, N, 3 C) to (B, N, C)."""
-        batch, tokens = qkv.shape[:2]
-        features = qkv.shape[2] // 3
-        q, k, v = self.split(qkv).permute(3, 0, 2, 1, 4).unbind(0)
-        bias = self.attention_biases[:, self.bias_index].to(q.dtype)
+        """Attend within each window, before the output projection.
+
+        What a window lacks in rows and columns is padded with zeros where the base was trained. A padded token asks
+        nothing here; as a key it takes part: one key, with the sum of the padded ones' biases, stands for all of them.
+
+        Args:
+            qkv: queries, keys and values (B, h, w, 3 C), h and w the window's size or less.
+
+        Returns:
+            (B, h, w, C).
+        """
+        batch, height, width = qkv.shape[:3]
+        features = qkv.shape[3] // 3
+        q, k, v = self.split(qkv.flatten(1, 2)).permute(3, 0, 2, 1, 4).unbind(0)
+        bias = self.biases(height, width).to(q.dtype)
+        if bias.shape[2] > bias.shape[1]:
+            nothing = self.qkv(self.norm.bias.unsqueeze(0)).to(q.dtype)  # of a token of zeros
+            _, key, value = self.split(nothing).permute(2, 0, 1, 3).unsqueeze(3).unbind(0)
+            k = torch.cat([k, key.expand(batch, -1, -1, -1)], dim=2)
+            v = torch.cat([v, value.expand(batch, -1, -1, -1)], dim=2)
         x = attend(q, k, v, bias.unsqueeze(0))
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, features))
+        return x.transpose(1, 2).reshape(batch, height, width, features)
+
+    def biases(self, height: int, width: int) -> Tensor:
+        """Bias of each pair of tokens, and of each token and all padded ones: (heads, h * w, h * w or one more)."""
+        if torch.jit.is_scripting():
+            return self.gather(height, width)
+        else:  # TorchScript compiles what follows a return
+            return self._remembered_biases(height, width)
+
+    @torch.jit.unused
+    def _remembered_biases(self, height: int, width: int) -> Tensor:
+        return remember(self, f"bias {height} {width}", (self.attention_biases,), lambda: self.gather(height, width))
+
+    def gather(self, height: int, width: int) -> Tensor:
+        """Compute :meth:`biases`."""
+        size = self.window_size
+        bias = self.attention_biases[:, self.bias_index]
+        if height == size and width == size:
+            return bias
+        rows, columns = torch.arange(size, device=bias.device), torch.arange(size, device=bias.device)
+        here = ((rows < height).unsqueeze(1) & (columns < width).unsqueeze(0)).flatten()
+        there = torch.nonzero(here.logical_not()).flatten()
+        here = torch.nonzero(here).flatten()
+        padded = torch.logsumexp(bias[:, here][:, :, there], dim=2, keepdim=True)
+        return torch.cat([bias[:, here][:, :, here], padded], dim=2)
 
 
 class TinyViTMLP(nn.Module):
@@ -117,8 +168,8 @@ class TinyViTMLP(nn.Module):
     def __init__(self, features: int, *, hidden: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(features)
-        self.fc1 = nn.Linear(features, hidden)
-        self.fc2 = nn.Linear(hidden, features)
+        self.fc1 = Linear(features, hidden)
+        self.fc2 = Linear(hidden, features)
 
     def forward(self, normed: Tensor) -> Tensor:
         """Map normalised tokens (..., C) to (..., C)."""
@@ -159,21 +210,15 @@ class TinyViTBlock(nn.Module):
     def forward(self, x: Tensor, depth: int = 1) -> Tensor:
         """Transform ``x`` (B * depth, C, H, W)."""
         tokens = x.permute(0, 2, 3, 1)
-        height, width = tokens.shape[1], tokens.shape[2]
-        whole = height == self.window_size and width == self.window_size
-        # Zeros pad the windows and take part in the attention, as they did when the base was trained.
-        windows = tokens if whole else partition_windows(tokens, self.window_size)
-        qkv = self.attn.qkv(self.attn.norm(windows))
-        attended = self.attn(qkv.flatten(1, 2)).reshape(windows.shape)
-        if not whole:
-            attended = merge_windows(attended, height, width)
-        attended = self.attn_adapter(attended)
-        if self.depth is not None:
-            # the same queries, keys and values, on the whole slice again
-            if not whole:
-                qkv = merge_windows(qkv, height, width)
+        qkv = self.attn.qkv(self.attn.norm(tokens))
+        parts = split_windows(tokens.shape[1], tokens.shape[2], self.window_size)
+        windows = [self.attn(cut_windows(qkv, part, self.window_size)) for part in parts]
+        attended = self.attn_adapter(self.attn.proj(join_windows(windows, parts, tokens.shape[0])))
+        if self.depth is not None:  # the same queries, keys and values
             q, k, v = self.attn.split(qkv).unbind(4)
-            attended = attended + self.depth(self.attn.proj(self.depth.attend(q, k, v, depth)))
+            attended = attended + self.depth(
+                self.depth.attend(q, k, v, depth), self.attn.proj.weight, self.attn.proj.bias
+            )
         tokens = tokens + attended
         tokens = self.local_conv(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         normed = self.mlp.norm(tokens)

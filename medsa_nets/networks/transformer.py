@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from medsa_nets.layers import Adapter, HyperPromptingAdapter, MLPBlock, attend
+from medsa_nets.layers import Adapter, HyperPromptingAdapter, Linear, MLPBlock, attend
 
 
 class Attention(nn.Module):
@@ -14,10 +14,10 @@ class Attention(nn.Module):
         super().__init__()
         inner = features // downsample_rate
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(features, inner)
-        self.k_proj = nn.Linear(features, inner)
-        self.v_proj = nn.Linear(features, inner)
-        self.out_proj = nn.Linear(inner, features)
+        self.q_proj = Linear(features, inner)
+        self.k_proj = Linear(features, inner)
+        self.v_proj = Linear(features, inner)
+        self.out_proj = Linear(inner, features)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """Split (B, N, C) into (B, heads, N, C / heads)."""

@@ -32,8 +32,22 @@ def test_tokens_of_one_position_attend_to_each_other_along_depth(depth):
 
 def test_a_fresh_branch_adds_nothing_and_has_no_bias():
     branch = DepthBranch(8, num_heads=2)
-    assert torch.equal(branch(torch.randn(4, 3, 5, 8)), torch.zeros(4, 3, 5, 8))
+    assert torch.equal(branch(torch.randn(4, 3, 5, 8), torch.randn(8, 8), torch.randn(8)), torch.zeros(4, 3, 5, 8))
     assert torch.equal(branch.bias, torch.zeros_like(branch.bias))
+
+
+def test_one_matrix_projects_and_narrows_as_two_do_one_after_the_other():
+    branch, projection = DepthBranch(64, num_heads=2), torch.nn.Linear(64, 64).requires_grad_(False)
+    torch.nn.init.normal_(branch.adapter.up.weight)
+    x = torch.randn(4, 16, 16, 64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    found, expected = branch(x, projection.weight, projection.bias), branch.adapter(projection(y))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    weights = torch.randn_like(found)
+    ours = torch.autograd.grad((found * weights).sum(), [x, *branch.adapter.parameters()])
+    theirs = torch.autograd.grad((expected * weights).sum(), [y, *branch.adapter.parameters()])
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
 
 
 def test_distant_prompts_say_nothing_at_the_start_and_nothing_on_their_own_slice():

@@ -61,7 +61,7 @@ def test_first_adapter_stands_before_the_residual_and_second_beside_the_mlp(rand
     block = encoder.blocks[1]
     x = torch.randn(1, 4, 4, 32)
     with torch.no_grad():
-        after_attention = x + block.attn_adapter(block.attn(block.attn.qkv(block.norm1(x))))
+        after_attention = x + block.attn_adapter(block.attn.proj(block.attn(block.attn.qkv(block.norm1(x)))))
         normed = block.norm2(after_attention)
         expected = after_attention + block.mlp(normed) + 0.25 * block.mlp_adapter(normed)
         torch.testing.assert_close(block(x), expected)

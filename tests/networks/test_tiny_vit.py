@@ -173,7 +173,7 @@ def test_the_adapter_beside_the_mlp_is_scaled_and_shares_its_norm(randomise):
     x = torch.randn(1, 24, 7, 7)
     with torch.no_grad():
         tokens = x.permute(0, 2, 3, 1)
-        attended = block.attn(block.attn.qkv(block.attn.norm(tokens.reshape(1, 49, 24)))).reshape(1, 7, 7, 24)
+        attended = block.attn.proj(block.attn(block.attn.qkv(block.attn.norm(tokens))))
         tokens = tokens + attended + block.attn_adapter.up(block.attn_adapter.down(attended).relu())
         tokens = block.local_conv(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         normed = block.mlp.norm(tokens)

@@ -1,0 +1,155 @@
+"""Matrix products where most of the time goes: by oneDNN on a CPU, with frozen weights prepared once."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# PyTorch multiplies single-precision matrices by BLAS; oneDNN, which it uses for convolutions, is faster on CPUs that
+# the BLAS was not made for, and reaches its speed on weights as they are (tests/benchmarks/speed.py).
+_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and platform.machine().lower() in ("x86_64", "amd64")
+SMALL = 2**18  # multiplications below which the call itself costs more than it saves
+
+_remembered: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Tensor]]] = WeakKeyDictionary()
+
+
+def is_exporting() -> bool:
+    """Whether a tracer, compiler or exporter looks at what is computed: it must see PyTorch's own operations."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def remember(module: nn.Module, name: str, sources: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
+    """What ``compute`` makes of frozen tensors, kept until one of them changes.
+
+    It is kept beside the module, not in it: copies, files and exports of the module know nothing of it.
+
+    Args:
+        module: what it belongs to.
+        name: its name in the module.
+        sources: tensors that it depends on. Where one of them trains, it is computed anew each time.
+        compute: takes nothing, gives a tensor.
+    """
+    if is_exporting() or any(s.requires_grad or s.is_inference() for s in sources):
+        return compute()
+    # what writes into a tensor counts its version up, what moves it changes its address
+    key = tuple((s._version, s.data_ptr(), s.dtype, s.device) for s in sources)
+    known = _remembered.setdefault(module, {}).get(name)
+    if known is not None and known[0] == key:
+        return known[1]
+    with torch.inference_mode(False), torch.no_grad():
+        value = compute()
+    _remembered[module][name] = (key, value)
+    return value
+
+
+def takes_onednn(x: Tensor, size: int) -> bool:
+    """Whether oneDNN multiplies: single precision on a CPU, ``size`` multiplications or more than a call costs."""
+    return (
+        _ONEDNN
+        and bool(torch.backends.mkldnn.enabled)
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and size >= SMALL
+        and not torch.is_autocast_enabled("cpu")
+        and not is_exporting()
+    )
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """Linear map of rows (N, in) by oneDNN, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        transposed = grad.t().contiguous() if to_weight else None
+        return (
+            _onednn(grad, weight.t()) if to_x else None,
+            _onednn(transposed, x.t()) if transposed is not None else None,
+            grad.sum(0) if to_bias else None,
+        )
+
+
+class _Product(torch.autograd.Function):
+    """Batched a @ b^T, (B, N, C) and (B, M, C) to (B, N, M), by oneDNN, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return _products(a, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        to_a, to_b = ctx.needs_input_grad
+        return (
+            _products(grad, b.transpose(1, 2)) if to_a else None,
+            _products(grad.transpose(1, 2), a.transpose(1, 2)) if to_b else None,
+        )
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[1])
+    for i in range(a.shape[0]):
+        out[i] = _onednn(a[i], b[i])
+    return out
+
+
+def multiply_transposed(a: Tensor, b: Tensor) -> Tensor:
+    """Batched ``a @ b.transpose(-1, -2)``: (B, N, C) and (B, M, C) to (B, N, M)."""
+    if takes_onednn(a, a.shape[1] * b.shape[1] * a.shape[2]):
+        if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+            return _Product.apply(a, b)
+        return _products(a, b)
+    return a @ b.transpose(1, 2)
+
+
+def multiply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``: (..., in) to (..., out), by the faster library."""
+    if not takes_onednn(x, x.numel() * weight.shape[0]):
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    needs_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and needs_grad:
+        return _Linear.apply(rows, weight, bias).reshape(*x.shape[:-1], -1)
+    return _onednn(rows, weight, bias).reshape(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear``, computed by the faster library; a frozen one keeps its weights in autocast's type too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        if torch.jit.is_scripting():
+            return F.linear(input, self.weight, self.bias)
+        else:  # TorchScript compiles what follows a return
+            return self._fast(input)
+
+    @torch.jit.unused
+    def _fast(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device) or is_exporting() or self.weight.requires_grad:
+            return multiply_linear(x, self.weight, self.bias)
+        dtype = torch.get_autocast_dtype(device)
+        weight = remember(self, f"weight {dtype}", (self.weight,), lambda: self.weight.to(dtype))
+        if self.bias is None:
+            return F.linear(x, weight)
+        return F.linear(x, weight, remember(self, f"bias {dtype}", (self.bias,), lambda: self.bias.to(dtype)))
