@@ -113,7 +113,9 @@ def run(options: argparse.Namespace) -> int:
             )
         make_output(options.output)
         from medsa_nets.deploy.application import MedSAApplication
+        from medsa_nets.engines import keep_freed_memory
 
+        keep_freed_memory()
         application = MedSAApplication(model, settings, found.sources, options.output.resolve())
         try:
             application.run()
