@@ -66,13 +66,21 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _dense(weight: Tensor) -> Tensor:
+    """A matrix (…, M, K) by rows or by columns without gaps; oneDNN takes a slow path for others."""
+    rows, columns = weight.shape[-2:]
+    if weight.stride(-2) == 1:
+        return weight if weight.stride(-1) == rows else weight.mT.contiguous().mT
+    return weight if weight.stride()[-2:] == (columns, 1) else weight.contiguous()
+
+
 class _Linear(torch.autograd.Function):
     """Linear map of rows (N, in) by oneDNN, in both directions."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return _onednn(x, weight, bias)
+        return _onednn(x, _dense(weight), bias)
 
     @staticmethod
     @once_differentiable
@@ -81,8 +89,8 @@ class _Linear(torch.autograd.Function):
         to_x, to_weight, to_bias = ctx.needs_input_grad
         transposed = grad.t().contiguous() if to_weight else None
         return (
-            _onednn(grad, weight.t()) if to_x else None,
-            _onednn(transposed, x.t()) if transposed is not None else None,
+            _onednn(grad, _dense(weight.t())) if to_x else None,
+            _onednn(transposed, _dense(x.t())) if transposed is not None else None,
             grad.sum(0) if to_bias else None,
         )
 
@@ -107,6 +115,7 @@ class _Product(torch.autograd.Function):
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
+    b = _dense(b)
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[1])
     for i in range(a.shape[0]):
         out[i] = _onednn(a[i], b[i])
@@ -130,7 +139,7 @@ def multiply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     needs_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and needs_grad:
         return _Linear.apply(rows, weight, bias).reshape(*x.shape[:-1], -1)
-    return _onednn(rows, weight, bias).reshape(*x.shape[:-1], -1)
+    return _onednn(rows, _dense(weight), bias).reshape(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):

@@ -154,12 +154,11 @@ class TinyViTAttention(nn.Module):
         bias = self.attention_biases[:, self.bias_index]
         if height == size and width == size:
             return bias
-        rows, columns = torch.arange(size, device=bias.device), torch.arange(size, device=bias.device)
-        here = ((rows < height).unsqueeze(1) & (columns < width).unsqueeze(0)).flatten()
-        there = torch.nonzero(here.logical_not()).flatten()
-        here = torch.nonzero(here).flatten()
-        padded = torch.logsumexp(bias[:, here][:, :, there], dim=2, keepdim=True)
-        return torch.cat([bias[:, here][:, :, here], padded], dim=2)
+        tokens = height * width
+        bias = bias.reshape(-1, size, size, size, size)[:, :height, :width].reshape(-1, tokens, size, size)
+        below, beside = bias[:, :, height:].flatten(2), bias[:, :, :height, width:].flatten(2)
+        padded = torch.logsumexp(torch.cat([below, beside], dim=2), dim=2, keepdim=True)
+        return torch.cat([bias[:, :, :height, :width].flatten(2), padded], dim=2)
 
 
 class TinyViTMLP(nn.Module):

@@ -1,0 +1,351 @@
+"""How fast MedSA trains, segments and answers clicks, beside what else users could take; interleaved in one run.
+
+    python tests/benchmarks/speed.py --output speed
+
+Each section calls its contenders in turn, round after round, and reports the median over rounds of
+time(other) / time(MedSA), wall-clock time on ``--threads`` threads. MedSA computes its adapters, which the others do
+not have. ``plain`` is MedSA's own network as it is usually written (``tests/plain.py``: padded windows, softmax written
+out, depth attended to apart). Weights are random, the same ones in segment-anything, transformers and MedSA, whose
+outputs must agree. Peak memory comes from a process of its own. Writes OUTPUT.md, OUTPUT.json and OUTPUT.png; sections
+that OUTPUT.json holds already are kept, unless ``--only`` names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from monai.inferers import SlidingWindowInferer
+from monai.networks.nets import SwinUNETR, UNet
+from torch import Tensor, nn
+
+from medsa_nets import build_medsa, use_backend
+from medsa_nets.engines import keep_freed_memory, trainable_parameters
+from medsa_nets.inferers import EmbeddingCache, SlabInferer
+from medsa_nets.losses import AnnotatedDiceCELoss
+from medsa_nets.weights import _from_hugging_face
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+from backends import own_code  # noqa: E402
+from conftest import _stand_in_torchvision  # noqa: E402
+from plain import plain_form  # noqa: E402
+
+OURS, OURS_BF16 = "MedSA", "MedSA, bfloat16"
+# section, contender, whom it is compared with, what is asked for
+GOALS = [
+    ("encoder 256", "segment-anything", OURS, 2.0),
+    ("encoder 1024", "segment-anything", OURS, 1.7),
+    ("encoder 256", "segment-anything, bfloat16", OURS_BF16, 1.5),
+    ("encoder 1024", "segment-anything, bfloat16", OURS_BF16, 1.5),
+    ("training 2D", "plain", OURS, 1.8),
+    ("training 2D", "plain", OURS_BF16, 3.5),
+    ("space-depth block", "plain", OURS, 1.8),
+    ("LiteMedSAM encoder 256", "MedSA", "MedSA by OpenVINO", 3.5),
+    ("click", "first click", "later click", 10.0),
+]
+Calls = dict[str, Callable[[], object]]
+
+
+def amp(call: Callable[[], object]) -> Callable[[], object]:
+    """The call in bfloat16 where that is safe."""
+
+    def run() -> object:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return call()
+
+    return run
+
+
+def inference(call: Callable[[], object]) -> Callable[[], object]:
+    return torch.inference_mode()(call)
+
+
+def in_plain_form(network: nn.Module, call: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        with plain_form(network):
+            return call()
+
+    return run
+
+
+def encoders(size: int) -> Calls:
+    """ViT-B's image encoder on one image, by three packages, on the same weights."""
+    import transformers
+
+    config = transformers.SamVisionConfig(image_size=size)
+    theirs = transformers.SamVisionModel._from_config(config, attn_implementation="sdpa").eval()
+    for name, parameter in theirs.named_parameters():
+        if "rel_pos" in name or "pos_embed" in name:
+            nn.init.normal_(parameter, std=0.1)
+    state = {n.removeprefix("image_encoder."): t for n, t in _from_hugging_face(theirs.state_dict()).items()}
+    with _stand_in_torchvision():
+        from segment_anything.modeling.image_encoder import ImageEncoderViT
+    published = ImageEncoderViT(img_size=size, embed_dim=768, depth=12, num_heads=12, out_chans=256, qkv_bias=True,
+                                use_rel_pos=True, rel_pos_zero_init=True, window_size=14,
+                                global_attn_indexes=(2, 5, 8, 11),
+                                norm_layer=lambda n: nn.LayerNorm(n, eps=1e-6)).eval()  # fmt: skip
+    published.load_state_dict(state)
+    network = build_medsa("vit_b", pretrained=False, img_size=size).eval()
+    missing = network.image_encoder.load_state_dict(state, strict=False).missing_keys
+    assert all("adapter" in name for name in missing), missing
+    image = torch.rand(1, 3, size, size)
+    calls = {
+        OURS: inference(lambda: network.image_encoder(image)),
+        "segment-anything": inference(lambda: published(image)),
+        "transformers": inference(lambda: theirs(image)[0]),
+    }
+    answers = {name: call() for name, call in calls.items()}
+    for name, answer in answers.items():
+        difference = float((answer - answers[OURS]).abs().max() / answers[OURS].abs().max())
+        assert difference < 1e-3, f"{name} gives another embedding: {difference}"
+    return {**calls, **{f"{name}, bfloat16": amp(call) for name, call in calls.items()}}
+
+
+def lite_medsam() -> Calls:
+    """LiteMedSAM's image encoder on one image of 256 x 256."""
+    network, by_openvino = build_medsa("lite_medsam").eval(), build_medsa("lite_medsam").eval()
+    image = torch.rand(1, 3, 256, 256)
+    own = own_code()
+    calls = {
+        OURS: inference(lambda: network.encode_image(image)),
+        OURS_BF16: amp(inference(lambda: network.encode_image(image))),
+        "LiteMedSAM's own code": inference(lambda: own(image)),
+    }
+    if importlib.util.find_spec("openvino"):
+        use_backend(by_openvino, "openvino")
+        calls["MedSA by OpenVINO"] = inference(lambda: by_openvino.encode_image(image))
+        calls["MedSA by OpenVINO, bfloat16"] = amp(calls["MedSA by OpenVINO"])
+    return calls
+
+
+def step(network: nn.Module, image: Tensor, label: Tensor) -> Callable[[], object]:
+    """One step of training: forward, Dice and cross-entropy, backward, AdamW."""
+    network.train()
+    optimizer = torch.optim.AdamW(trainable_parameters(network), lr=1e-4)
+    loss = AnnotatedDiceCELoss()
+
+    def run() -> object:
+        optimizer.zero_grad()
+        value = loss(network(image).float(), label)
+        with torch.autocast("cpu", enabled=False):
+            value.backward()
+            optimizer.step()
+        return value.item()
+
+    return run
+
+
+def training_2d() -> Calls:
+    """A step of training on one image of 256 x 256, one class."""
+    image, label = torch.rand(1, 3, 256, 256), torch.rand(1, 1, 256, 256) > 0.7
+    vit, lite = (build_medsa(base, pretrained=False, img_size=256) for base in ("vit_b", "lite_medsam"))
+    unet = UNet(2, 3, 1, channels=(32, 64, 128, 256, 512), strides=(2, 2, 2, 2), num_res_units=2)
+    swin = SwinUNETR(in_channels=3, out_channels=1, feature_size=24, spatial_dims=2)
+    calls = {OURS: step(vit, image, label)}
+    calls["plain"] = in_plain_form(vit, calls[OURS])
+    calls["MedSA on LiteMedSAM"] = step(lite, image, label)
+    calls["plain on LiteMedSAM"] = in_plain_form(lite, calls["MedSA on LiteMedSAM"])
+    calls |= {"UNet": step(unet, image, label), "SwinUNETR": step(swin, image, label)}
+    return {**calls, **{f"{name}, bfloat16": amp(call) for name, call in calls.items()}}
+
+
+def training_3d() -> Calls:
+    """A step of training on a volume of 128 x 128 x 32 voxels, 13 classes, in bfloat16."""
+    image, label = torch.rand(1, 1, 128, 128, 32), torch.rand(1, 13, 128, 128, 32) > 0.9
+    lite = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=13)
+    unet = UNet(3, 1, 13, channels=(32, 64, 128, 256, 512), strides=(2, 2, 2, 2), num_res_units=2)
+    swin = SwinUNETR(in_channels=1, out_channels=13, feature_size=24, spatial_dims=3)
+    call = step(lite, image, label)
+    calls = {"MedSA on LiteMedSAM": call, "plain on LiteMedSAM": in_plain_form(lite, call),
+             "UNet": step(unet, image, label), "SwinUNETR": step(swin, image, label)}  # fmt: skip
+    return {f"{name}, bfloat16": amp(call) for name, call in calls.items()}
+
+
+def space_depth_block() -> Calls:
+    """Forward and backward pass of one space-depth block of ViT-B with windows, 16 slices of 256 x 256."""
+    network = build_medsa("vit_b", pretrained=False, img_size=256, spatial_dims=3)
+    block = network.image_encoder.blocks[0].train()
+    tokens = torch.randn(16, 16, 16, 768, requires_grad=True)
+
+    def run() -> object:
+        out = block(tokens, 16).float().square().mean()
+        with torch.autocast("cpu", enabled=False):
+            return torch.autograd.grad(out, [tokens, *trainable_parameters(block)])
+
+    calls = {OURS: run, "plain": in_plain_form(block, run)}
+    return {**calls, **{f"{name}, bfloat16": amp(call) for name, call in calls.items()}}
+
+
+def volume() -> Calls:
+    """Thirteen classes in a CT of 128 x 112 x 64 voxels, automatically."""
+    scan = torch.rand(1, 1, 128, 112, 64)
+    lite = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=13).eval()
+    unet = UNet(3, 1, 13, channels=(32, 64, 128, 256, 512), strides=(2, 2, 2, 2), num_res_units=2).eval()
+    swin = SwinUNETR(in_channels=1, out_channels=13, feature_size=48, spatial_dims=3).eval()
+    window = SlidingWindowInferer((96, 96, 64), overlap=0.25, mode="gaussian")
+
+    def medsa() -> object:
+        return SlabInferer(slab_depth=8)(scan, lite)
+
+    calls = {"MedSA on LiteMedSAM": medsa, "plain on LiteMedSAM": in_plain_form(lite, medsa),
+             "UNet": lambda: window(scan, unet), "SwinUNETR": lambda: window(scan, swin)}  # fmt: skip
+    calls = {name: inference(call) for name, call in calls.items()}
+    return {**calls, **{f"{name}, bfloat16": amp(call) for name, call in calls.items()}}
+
+
+def click() -> Calls:
+    """A click on one organ in a CT of 128 x 112 x 64 voxels: the first encodes the slabs, a later one decodes alone."""
+    network = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=13).eval()
+    scan = torch.rand(1, 1, 128, 112, 64)
+    prompts = {"point_coords": torch.tensor([[[[60.0, 50.0, 30.0]]]]), "point_labels": torch.ones(1, 1, 1),
+               "classes": torch.tensor([5])}  # fmt: skip
+    cache = EmbeddingCache()
+    inferer = SlabInferer(slab_depth=8, amp=True, cache=cache, every_class=True, spread=True)
+
+    def first() -> object:
+        cache.clear()
+        return inferer(scan, network, **prompts)
+
+    return {"first click": inference(first), "later click": inference(lambda: inferer(scan, network, **prompts))}
+
+
+SECTIONS: dict[str, Callable[[], Calls]] = {
+    "encoder 256": lambda: encoders(256),
+    "encoder 512": lambda: encoders(512),
+    "encoder 1024": lambda: encoders(1024),
+    "LiteMedSAM encoder 256": lite_medsam,
+    "training 2D": training_2d,
+    "training 3D": training_3d,
+    "space-depth block": space_depth_block,
+    "volume": volume,
+    "click": click,
+}
+
+
+def measure(calls: Calls, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if round_:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: dict[str, list[float]], other: str, ours: str) -> float:
+    return statistics.median(a / b for a, b in zip(times[other], times[ours]))
+
+
+def reference(name: str, times: dict[str, list[float]]) -> str:
+    """Whom a contender is compared with: the first one of its kind and type."""
+    kind = ", bfloat16" if name.endswith("bfloat16") else ""
+    base = " on LiteMedSAM" if name.startswith("plain on") or f"MedSA{kind}" not in times else ""
+    found = f"MedSA{base}{kind}"
+    return found if found in times else next(iter(times))
+
+
+def peak_memory() -> dict[str, float]:
+    """Bytes at the peak of a process that takes one step of training: ViT-B, 16 slices of 256 x 256."""
+    found = {}
+    for checkpointing in (True, False):
+        row = json.dumps(("training", "vit_b", 256, 16, checkpointing))
+        result = subprocess.run([sys.executable, str(HERE / "memory.py"), "--row", row], capture_output=True, text=True)
+        result.check_returncode()
+        name = f"checkpointing {'on' if checkpointing else 'off'}"
+        found[name] = json.loads(result.stdout.splitlines()[-1])["peak"]
+    return found
+
+
+def write(report: dict[str, Any], output: Path) -> None:
+    """Write tables and chart of what has been measured."""
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    lines = [f"`{report['command']}`", "", f"{report['machine']}; {report['threads']} threads; {versions}.", ""]
+    bars = []
+    lines += ["| what | others / MedSA, times as fast | asked for |", "| --- | --- | --- |"]
+    for section, other, ours, goal in GOALS:
+        times = report["sections"].get(section, {})
+        if other in times and ours in times:
+            value = ratio(times, other, ours)
+            bars.append((f"{section}: {other} / {ours}", value, goal))
+            lines.append(f"| {section}: {other} / {ours} | {value:.2f} | {goal:g} |")
+    for section, times in report["sections"].items():
+        title = SECTIONS[section].__doc__ or f"ViT-B's image encoder on one image of {section.split()[-1]} pixels."
+        lines += ["", f"**{section}.** {title}", "", "| | seconds | times the seconds of |", "| --- | --- | --- |"]
+        for name in times:
+            ours = reference(name, times)
+            beside = "" if ours == name else f"{ratio(times, name, ours):.2f} x {ours}"
+            lines.append(f"| {name} | {statistics.median(times[name]):.3f} | {beside} |")
+    if report.get("memory"):
+        lines += ["", "**Peak memory** of a process that takes a step of training, ViT-B, 16 slices of 256 x 256, "
+                  "bfloat16 (`tests/benchmarks/memory.py`):", "", "| | GB |", "| --- | --- |"]  # fmt: skip
+        lines += [f"| {name} | {value / 1e9:.2f} |" for name, value in report["memory"].items()]
+    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    output.with_suffix(".json").write_text(json.dumps(report, indent=1))
+    if not bars:
+        return
+    figure, axes = plt.subplots(figsize=(9, 0.45 * len(bars) + 1), layout="constrained")
+    names, values, goals = zip(*bars)
+    axes.barh(names, values, color="#3b78b8")
+    axes.plot(goals, names, "|", color="#c23b22", markersize=16, markeredgewidth=2, label="asked for")
+    for name, value in zip(names, values):
+        axes.annotate(f" {value:.1f}", (value, name), va="center")
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("times as fast")
+    axes.legend(loc="lower right")
+    figure.savefig(output.with_suffix(".png"), dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("speed"))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", nargs="+", choices=[*SECTIONS, "memory"], help="sections to measure anew")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    keep_freed_memory()
+    state = options.output.with_suffix(".json")
+    report = json.loads(state.read_text()) if state.is_file() else {"sections": {}}
+    packages = ("torch", "monai", "segment-anything", "transformers", "openvino")
+    report |= {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "threads": options.threads,
+        "versions": {name: version(name) for name in packages},
+    }
+    for name, make in SECTIONS.items():
+        if name in (options.only or []) or (options.only is None and name not in report["sections"]):
+            report["sections"][name] = measure(make(), options.repeats)
+            write(report, options.output)
+            print(name, {k: round(statistics.median(v), 3) for k, v in report["sections"][name].items()}, flush=True)
+    if "memory" in (options.only or []) or (options.only is None and "memory" not in report):
+        report["memory"] = peak_memory()
+    write(report, options.output)
+    print(options.output.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()
