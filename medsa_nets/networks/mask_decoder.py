@@ -103,6 +103,7 @@ class MaskDecoder(nn.Module):
             # Only the masks that are returned are computed.
             if (i > 0) == multimask_output:
                 weights.append(mlp(tokens[:, 1 + i]))
-        masks = torch.stack(weights, dim=1) @ upscaled.flatten(2)
-        masks = masks.reshape(count, -1, upscaled.shape[2], upscaled.shape[3])
+        # Channels last, as the convolutions left them: no copy, here or in the backward pass.
+        masks = upscaled.permute(0, 2, 3, 1).flatten(1, 2) @ torch.stack(weights, dim=2)
+        masks = masks.transpose(1, 2).reshape(count, -1, upscaled.shape[2], upscaled.shape[3])
         return masks, iou[:, 1:] if multimask_output else iou[:, :1]
