@@ -3,6 +3,7 @@
 from medsa_nets import (
     backends,
     data,
+    embeddings,
     engines,
     errors,
     handlers,
@@ -34,6 +35,7 @@ __all__ = [
     "backends",
     "build_medsa",
     "data",
+    "embeddings",
     "engines",
     "errors",
     "handlers",

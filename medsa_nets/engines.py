@@ -287,6 +287,8 @@ class VolumeIteration(PromptedIteration):
             none, all classes are annotated.
         slab_depth: slices that are encoded in a step, around the middle of what is given; 0 takes all. With fewer,
             prompts lie on slices that are not encoded too, as in the inference of a volume in slabs.
+        fixed_slabs: whether these slices are one of the slabs that tile the volume, so that embeddings can be kept
+            (:class:`~medsa_nets.embeddings.StoredEmbeddings`).
         settings: see :class:`PromptedIteration`.
 
     Raises:
@@ -301,6 +303,7 @@ class VolumeIteration(PromptedIteration):
         unnamed: float = 0.25,
         annotated_key: str = "annotated",
         slab_depth: int = 0,
+        fixed_slabs: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
@@ -309,6 +312,7 @@ class VolumeIteration(PromptedIteration):
         if slab_depth < 0:
             raise ValueError(f"slab_depth must be 0 (all slices) or more, got {slab_depth}.")
         self.slab_depth = slab_depth
+        self.fixed_slabs = fixed_slabs
         self.num_classes = num_classes
         self.max_classes = max_classes
         self.unnamed = unnamed
@@ -342,9 +346,13 @@ class VolumeIteration(PromptedIteration):
         return order.argsort()[:count].sort().values
 
     def _choose_slab(self, depth: int, kinds: torch.Generator) -> slice:
-        """Slices to encode: some that hold the middle one, around which crops are cut."""
+        """Slices to encode: some that hold the middle one, around which crops are cut, or one of fixed slabs."""
         if not 0 < self.slab_depth < depth:
             return slice(0, depth)
+        if self.fixed_slabs:  # the last one ends with the volume
+            count = -(-depth // self.slab_depth)
+            start = min(int(torch.randint(count, (1,), generator=kinds)) * self.slab_depth, depth - self.slab_depth)
+            return slice(start, start + self.slab_depth)
         middle = depth // 2
         first, last = max(0, middle - self.slab_depth + 1), min(middle, depth - self.slab_depth)
         start = int(torch.randint(first, last + 1, (1,), generator=kinds))

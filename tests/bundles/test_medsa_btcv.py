@@ -220,6 +220,20 @@ def test_training_lowers_the_loss_and_draws_samples_in_three_planes(volumes: Pat
     assert (tmp_path / "cache").exists() == (cache == "disk")
 
 
+def test_the_decoder_alone_trains_on_slabs_that_are_encoded_once(volumes: Path, tmp_path: Path) -> None:
+    options = {**COMMON, **SMALL, **TRAINING, "dataset_dir": str(volumes), "learning_rate": 0.005, "val_limit": 1,
+               "embedding_dir": str(tmp_path / "embeddings"), "output_dir": str(tmp_path / "out")}  # fmt: skip
+    files = [TRAIN, str(CONFIGS / "decoder.yaml")]
+    run("training", config_file=files, max_epochs=12, val_interval=100, ckpt_dir=str(tmp_path / "first"), **options)
+    log = (tmp_path / "out" / "training.log").read_text()
+    losses = [float(line.rsplit("train_loss:", 1)[1].split()[0]) for line in log.splitlines() if "train_loss:" in line]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "embeddings").iterdir()}
+    assert len(kept) == 2 * 3  # two volumes of 9 slices, in slabs of 4
+    run("training", config_file=files, max_epochs=3, val_interval=100, ckpt_dir=str(tmp_path / "second"), **options)
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "embeddings").iterdir()} == kept
+
+
 def test_two_processes_train_together(volumes: Path, tmp_path: Path, cli: Command) -> None:
     result = cli("run", "training", processes=2, config_file=f"['{TRAIN}','{CONFIGS / 'multi_gpu_train.yaml'}']",
                  dataset_dir=volumes, ckpt_dir=tmp_path, output_dir=tmp_path, max_epochs=1, val_interval=1,

@@ -141,6 +141,23 @@ def test_training_from_another_folder_lowers_the_loss_and_writes_whole_files(
     assert not (BUNDLE / "eval").exists() or not list((BUNDLE / "eval").glob("training.log"))
 
 
+def test_the_decoder_alone_trains_on_embeddings_that_are_computed_once(phantoms: Path, tmp_path: Path) -> None:
+    overlay = str(BUNDLE / "configs" / "decoder.yaml")
+    options = {**COMMON, **SMALL, "dataset_dir": str(phantoms), "learning_rate": 0.005, "output_dir": str(tmp_path),
+               "ckpt_dir": str(tmp_path / "models"), "embedding_dir": str(tmp_path / "embeddings")}  # fmt: skip
+    run("training", config_file=[TRAIN, overlay], max_epochs=4, **options)
+    log = (tmp_path / "training.log").read_text()
+    losses = [float(line.rsplit("train_loss:", 1)[1].split()[0]) for line in log.splitlines() if "train_loss:" in line]
+    assert losses[-1] < losses[0]
+    kept = sorted((tmp_path / "embeddings").iterdir())
+    images = sum(len(list((phantoms / f"ISIC-2017_{name}_Data").glob("PHANTOM_*[0-9].*"))) for name in ("Training", "Validation"))
+    assert len(kept) == images
+    times = [file.stat().st_mtime_ns for file in kept]
+    run("training", config_file=[TRAIN, overlay], max_epochs=2, **{**options, "ckpt_dir": str(tmp_path / "again")})
+    assert [file.stat().st_mtime_ns for file in sorted((tmp_path / "embeddings").iterdir())] == times
+    run("evaluating", config_file=[TRAIN, EVALUATE], **options)  # the adapter has the usual form
+
+
 def test_killed_training_resumes_to_the_same_weights(phantoms: Path, tmp_path: Path) -> None:
     def arguments(folder: Path) -> list[str]:
         options = {**COMMON, **SMALL, "config_file": TRAIN, "dataset_dir": phantoms, "ckpt_dir": folder,

@@ -1,0 +1,111 @@
+"""Training of the decoder alone: a frozen encoder sees each image once, its embeddings are kept on disk."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from medsa_nets.data.atomic import temporary_name
+from medsa_nets.engines import plain
+from medsa_nets.inferers import tensor_sha256
+from medsa_nets.networks import MedSA
+from medsa_nets.weights import base_fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+class StoredEmbeddings:
+    """Stands for a network's ``encode_image``: computes an embedding once and reads it from disk from then on.
+
+    An embedding is known by what makes it: the values of the preprocessed image, the encoder's weights, and whether it
+    computes in mixed precision. Another window, spacing, augmentation, base or adapter has embeddings of its own.
+    Several processes may share the folder.
+
+    Args:
+        network: the network; its encoder must not train.
+        folder: where embeddings are kept; it is made where it is missing. Nothing in it is ever removed.
+
+    Raises:
+        ValueError: when a parameter of the encoder trains.
+    """
+
+    def __init__(self, network: MedSA, folder: str | Path) -> None:
+        trained = [name for name, p in network.image_encoder.named_parameters() if p.requires_grad]
+        if trained:
+            raise ValueError(f"Embeddings are kept for frozen encoders only, but {trained[0]} trains.")
+        self.network = network
+        self.folder = Path(folder)
+        self.computed = 0
+        self.read = 0
+        self._versions: tuple[tuple[int, int], ...] = ()
+        self._encoder = ""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Encode images (B, …), as :meth:`~medsa_nets.networks.MedSA.encode_image` does."""
+        encode = type(self.network).encode_image
+        if torch.jit.is_tracing() or self._samples():
+            return encode(self.network, image)
+        image = plain(image)
+        device = image.device.type
+        dtype = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+        files = [self.folder / f"{tensor_sha256(one)}_{self._fingerprint()[:16]}{dtype}.pt" for one in image]
+        found = [self._load(file) for file in files]
+        missing = [i for i, embedding in enumerate(found) if embedding is None]
+        if missing:
+            with torch.no_grad():
+                new = encode(self.network, image[missing])
+            for i, embedding in zip(missing, new.cpu().unbind(0), strict=True):
+                self._save(files[i], embedding)
+                found[i] = embedding
+        self.computed += len(missing)
+        self.read += len(files) - len(missing)
+        return torch.stack([embedding for embedding in found if embedding is not None]).to(image.device)
+
+    def _samples(self) -> bool:
+        """Whether the encoder draws at random (dropout)."""
+        return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self.network.image_encoder.modules())
+
+    def _fingerprint(self) -> str:
+        tensors = {**dict(self.network.image_encoder.named_parameters()), "mean": self.network.pixel_mean,
+                   "std": self.network.pixel_std}  # fmt: skip
+        # what writes into a tensor counts its version up, what moves it changes its address
+        versions = tuple((t._version, t.data_ptr()) for t in tensors.values())
+        if versions != self._versions:
+            self._versions, self._encoder = versions, base_fingerprint(tensors)
+        return self._encoder
+
+    @staticmethod
+    def _load(file: Path) -> Tensor | None:
+        if not file.is_file():
+            return None
+        try:
+            embedding = torch.load(file, weights_only=True)
+        except Exception as error:  # torch.load raises what the file's damage brings about
+            logger.warning("%s: damaged (%s); computed anew", file, type(error).__name__)
+            return None
+        return embedding if isinstance(embedding, Tensor) else None
+
+    def _save(self, file: Path, embedding: Tensor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with temporary_name(file) as part:
+            torch.save(embedding.clone(), part)  # a view would take its batch along
+
+
+def train_decoder_alone(network: MedSA, folder: str | Path) -> MedSA:
+    """Freeze the encoder with its adapters and keep its embeddings on disk, see :class:`StoredEmbeddings`.
+
+    The adapter file of such a training has the usual form; the encoder's adapters in it are those that it began with.
+
+    Args:
+        network: the network; it is changed in place.
+        folder: where embeddings are kept.
+
+    Returns:
+        ``network``.
+    """
+    network.image_encoder.requires_grad_(False)
+    network.__dict__["encode_image"] = StoredEmbeddings(network, folder)
+    return network
