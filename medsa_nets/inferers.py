@@ -7,7 +7,8 @@ import logging
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from medsa_nets.backends import backend_of
 from medsa_nets.engines import keep_freed_memory, plain
 from medsa_nets.networks import MedSA, VolumeMedSA
-from medsa_nets.prompts import relative_to_slice
+from medsa_nets.prompts import mirror_prompts, relative_to_slice
 from medsa_nets.transforms import ABSENT, all_classes, prompts_of
 
 logger = logging.getLogger(__name__)
@@ -201,6 +202,9 @@ class SlabInferer(Inferer):
         spread: whether prompts are answered from the slabs that hold them outwards, each class as long as its mask
             reaches the last slice of a slab, and not beyond. A click then costs as many slabs as the organ has. The
             next slab gets a click of its own, in the middle of what the one before it found where the two meet.
+        mirror_axes: axes (0 rows, 1 columns, 2 slices) along which the volume and its prompts are mirrored too; the
+            logits are the mean over the volume and its mirror images, one for each combination of axes, and each costs
+            what the volume costs. For tasks that train on mirror images.
         progress: whether a bar shows the slabs.
 
     Raises:
@@ -219,6 +223,7 @@ class SlabInferer(Inferer):
         every_class: bool = False,
         others: str = "absent",
         spread: bool = False,
+        mirror_axes: Sequence[int] = (),
         progress: bool = False,
     ) -> None:
         super().__init__()
@@ -228,6 +233,8 @@ class SlabInferer(Inferer):
             raise ValueError(f"overlap must lie in [0, 1), got {overlap}.")
         if others not in ("absent", "automatic"):
             raise ValueError(f"others must be absent or automatic, got {others!r}.")
+        if len(set(mirror_axes)) < len(mirror_axes) or not set(mirror_axes) <= {0, 1, 2}:
+            raise ValueError(f"mirror_axes must hold 0, 1 or 2, each once at most, got {list(mirror_axes)}.")
         self.slab_depth = slab_depth
         self.overlap = overlap
         self.sw_batch_size = sw_batch_size
@@ -238,6 +245,7 @@ class SlabInferer(Inferer):
         self.every_class = every_class
         self.others = others
         self.spread = spread
+        self.mirror_axes = tuple(mirror_axes)
         self.progress = progress
 
     def starts(self, depth: int) -> list[int]:
@@ -284,11 +292,19 @@ class SlabInferer(Inferer):
         volumes = []
         for index in range(inputs.shape[0]):
             own = {name: value if name == "classes" else value[index : index + 1] for name, value in prompts.items()}
-            slabs = _Slabs(
-                self, inputs[index : index + 1], medsa, None if image_key is None else f"{image_key} {index}"
-            )
-            volumes.append(self._answer(slabs, own))
+            key = None if image_key is None else f"{image_key} {index}"
+            volumes.append(self._mirrored(inputs[index : index + 1], medsa, key, own))
         return torch.cat(volumes)
+
+    def _mirrored(self, volume: Tensor, network: VolumeMedSA, key: str | None, prompts: dict[str, Tensor]) -> Tensor:
+        """Mean logits of the volume (1, C, H, W, D) and its mirror images."""
+        logits = self._answer(_Slabs(self, volume, network, key), prompts)
+        mirrorings = [a for count in range(len(self.mirror_axes)) for a in combinations(self.mirror_axes, count + 1)]
+        for axes in mirrorings:
+            dims = [axis + 2 for axis in axes]
+            slabs = _Slabs(self, volume.flip(dims), network, None if key is None else f"{key} mirrored {axes}")
+            logits = logits + self._answer(slabs, mirror_prompts(prompts, axes, volume.shape[2:])).flip(dims)
+        return logits / (1 + len(mirrorings)) if mirrorings else logits
 
     def _answer(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
         automatic = self.every_class and self.others == "automatic"

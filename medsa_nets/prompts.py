@@ -211,6 +211,29 @@ def relative_to_slice(prompts: Mapping[str, Tensor], start: int) -> dict[str, Te
     return out
 
 
+def mirror_prompts(prompts: Mapping[str, Tensor], axes: Sequence[int], size: Sequence[int]) -> dict[str, Tensor]:
+    """Prompts of an image as its mirror image has them.
+
+    Args:
+        prompts: ``point_coords`` (…, dims), ``boxes`` (…, 2 * dims), ``masks`` (B, K, spatial…); other entries stay.
+        axes: spatial axes along which the image is mirrored.
+        size: spatial size of the image, dims numbers.
+    """
+    out = dict(prompts)
+    dims = len(size)
+    for axis in axes:
+        for name, places in (("point_coords", [axis]), ("boxes", [axis, axis + dims])):
+            if name in out:
+                moved = out[name].float().clone()
+                moved[..., places] = size[axis] - 1 - moved[..., places]
+                if name == "boxes":  # the first corner keeps the lower index
+                    moved[..., places] = moved[..., places].flip(-1)
+                out[name] = moved
+        if "masks" in out:
+            out["masks"] = out["masks"].flip(2 + axis)
+    return out
+
+
 def join_prompts(sets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Prompt sets of K = 1 and one kind as one of K, with padding points (label -1) where a set has fewer.
 

@@ -9,6 +9,7 @@ from monai.inferers import SlidingWindowInferer
 
 from medsa_nets.bases import build_medsa
 from medsa_nets.inferers import EmbeddingCache, SlabInferer, shared_cache, tensor_sha256
+from medsa_nets.prompts import mirror_prompts
 
 
 @pytest.fixture(scope="module")
@@ -366,3 +367,34 @@ def test_a_network_in_training_mode_answers_anew_each_time(network):
     finally:
         network.eval()
     assert len(cache) == 0
+
+
+@pytest.mark.parametrize("axes", [[0], [1, 2], [0, 1, 2]])
+@pytest.mark.parametrize(
+    "prompts", [{}, click(7.0), {"boxes": torch.tensor([[[4.0, 5, 2, 20, 25, 6]]])}, {"masks": torch.randn(1, 1, 32, 32, 10)}]
+)  # fmt: skip
+def test_a_mirrored_volume_with_mirrored_prompts_has_the_mirrored_masks(network, axes, prompts):
+    image = torch.rand(1, 1, 32, 32, 10)
+    dims = [axis + 2 for axis in axes]
+    inferer = SlabInferer(slab_depth=4, overlap=0.5, mirror_axes=axes)  # its slabs lie alike from both ends
+    found = inferer(image, network, **prompts)
+    images = inferer(image.flip(dims), network, **mirror_prompts(prompts, axes, image.shape[2:]))
+    torch.testing.assert_close(images.flip(dims), found, atol=1e-4, rtol=1e-4)
+    alone = SlabInferer(slab_depth=4, overlap=0.5)(image, network, **prompts)
+    assert (alone - found).abs().max() > 1e-3
+
+
+def test_mirror_images_have_embeddings_of_their_own(network):
+    image = torch.rand(1, 1, 32, 32, 4)
+    inferer = SlabInferer(slab_depth=4, mirror_axes=[0, 1], cache=EmbeddingCache())
+    for key in (None, "volume"):
+        first = []
+        assert count_encodings(network, lambda k=key, f=first: f.append(inferer(image, network, image_key=k))) == 4
+        assert count_encodings(network, lambda k=key: inferer(image, network, image_key=k, **click())) == 0
+        assert torch.equal(inferer(image, network, image_key=key), first[0])
+
+
+@pytest.mark.parametrize("axes", [[3], [0, 0], [-1]])
+def test_axes_that_a_volume_does_not_have_are_refused(axes):
+    with pytest.raises(ValueError, match="mirror_axes must hold 0, 1 or 2"):
+        SlabInferer(mirror_axes=axes)

@@ -15,6 +15,7 @@ from medsa_nets.prompts import (
     class_protocol_prompts,
     error_point,
     jitter_box,
+    mirror_prompts,
     overlapping_box,
     protocol_prompts,
     random_points,
@@ -391,3 +392,22 @@ def test_with_a_generator_for_each_image_its_prompts_do_not_depend_on_the_batch(
         for key, values in prompts(images).items():
             assert torch.equal(values, together[key][images])
     assert not torch.equal(together["point_coords"][0], together["point_coords"][1])
+
+
+def test_prompts_of_a_mirrored_image_lie_where_its_mirror_image_has_them():
+    size = (6, 7, 8)
+    mark = torch.zeros(1, 1, *size)
+    mark[0, 0, 1:3, 2:6, 5:7] = 1
+    box = bounding_box(mark[0, 0])
+    point = torch.tensor([[[[1.0, 2.0, 5.0]]]])
+    prompts = {"boxes": box.reshape(1, 1, 6), "point_coords": point, "point_labels": torch.ones(1, 1, 1), "masks": mark}
+    for axes in ([0], [2], [0, 1, 2]):
+        found = mirror_prompts(prompts, axes, size)
+        there = mark.flip([axis + 2 for axis in axes])
+        assert torch.equal(found["masks"], there)
+        assert torch.equal(found["boxes"].reshape(6), bounding_box(there[0, 0]).float())
+        place = tuple(found["point_coords"].long().flatten().tolist())
+        assert there[0, 0][place] == 1
+        assert mirror_prompts(found, axes, size).keys() == prompts.keys()
+        for name, value in mirror_prompts(found, axes, size).items():
+            assert torch.equal(value, prompts[name])
