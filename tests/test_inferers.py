@@ -371,8 +371,9 @@ def test_a_network_in_training_mode_answers_anew_each_time(network):
 
 @pytest.mark.parametrize("axes", [[0], [1, 2], [0, 1, 2]])
 @pytest.mark.parametrize(
-    "prompts", [{}, click(7.0), {"boxes": torch.tensor([[[4.0, 5, 2, 20, 25, 6]]])}, {"masks": torch.randn(1, 1, 32, 32, 10)}]
-)  # fmt: skip
+    "prompts",
+    [{}, click(7.0), {"boxes": torch.tensor([[[4.0, 5, 2, 20, 25, 6]]])}, {"masks": torch.randn(1, 1, 32, 32, 10)}],
+)
 def test_a_mirrored_volume_with_mirrored_prompts_has_the_mirrored_masks(network, axes, prompts):
     image = torch.rand(1, 1, 32, 32, 10)
     dims = [axis + 2 for axis in axes]

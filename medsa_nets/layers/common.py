@@ -146,14 +146,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float |
             for i in range(0, batch, step)
         ]
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+    some = max(1, CACHED_BYTES // (rows * row))  # heads, of some rows each
     step = max(64, CACHED_BYTES // row)
     out = v.new_empty(batch, heads, rows, v.shape[3])
     for i in range(batch):
-        for h in range(heads):
+        for h in range(0, heads, some):
             for r in range(0, rows, step):
-                part = None if bias is None else bias[i : i + 1, h : h + 1, r : r + step]
-                piece = q[i : i + 1, h : h + 1, r : r + step], k[i : i + 1, h : h + 1], v[i : i + 1, h : h + 1]
-                out[i : i + 1, h : h + 1, r : r + step] = _attend_piece(*piece, part)
+                part = None if bias is None else bias[i : i + 1, h : h + some, r : r + step]
+                queries = q[i : i + 1, h : h + some, r : r + step]
+                keys, values = k[i : i + 1, h : h + some], v[i : i + 1, h : h + some]
+                out[i : i + 1, h : h + some, r : r + step] = _attend_piece(queries, keys, values, part)
     return out
 
 
@@ -161,7 +163,9 @@ def _attend_piece(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tenso
     shape = q.shape[:3]
     scores = multiply_transposed(q.flatten(0, 1), k.flatten(0, 1))
     if bias is not None:
-        scores = (scores.unflatten(0, shape[:2]) + bias).flatten(0, 1)
+        own = scores.unflatten(0, shape[:2])
+        needs_grad = torch.is_grad_enabled() and (scores.requires_grad or bias.requires_grad)
+        scores = (own + bias if needs_grad else own.add_(bias)).flatten(0, 1)
     weights = torch.softmax(scores, dim=-1).to(v.dtype)
     return multiply_transposed(weights, v.flatten(0, 1).transpose(1, 2)).unflatten(0, shape[:2])
 

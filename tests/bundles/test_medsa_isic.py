@@ -150,7 +150,8 @@ def test_the_decoder_alone_trains_on_embeddings_that_are_computed_once(phantoms:
     losses = [float(line.rsplit("train_loss:", 1)[1].split()[0]) for line in log.splitlines() if "train_loss:" in line]
     assert losses[-1] < losses[0]
     kept = sorted((tmp_path / "embeddings").iterdir())
-    images = sum(len(list((phantoms / f"ISIC-2017_{name}_Data").glob("PHANTOM_*[0-9].*"))) for name in ("Training", "Validation"))
+    folders = [phantoms / f"ISIC-2017_{split}_Data" for split in ("Training", "Validation")]
+    images = sum(len(list(folder.glob("PHANTOM_*[0-9].*"))) for folder in folders)
     assert len(kept) == images
     times = [file.stat().st_mtime_ns for file in kept]
     run("training", config_file=[TRAIN, overlay], max_epochs=2, **{**options, "ckpt_dir": str(tmp_path / "again")})
