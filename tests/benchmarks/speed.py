@@ -8,6 +8,10 @@ not have. ``plain`` is MedSA's own network as it is usually written (``tests/pla
 out, depth attended to apart). Weights are random, the same ones in segment-anything, transformers and MedSA, whose
 outputs must agree. Peak memory comes from a process of its own. Writes OUTPUT.md, OUTPUT.json and OUTPUT.png; sections
 that OUTPUT.json holds already are kept, unless ``--only`` names them.
+
+How far apart two contenders can be depends on the machine: the first section measures what its libraries give for one
+large product of matrices, and beside each contender stand its operations (products and convolutions, counted by PyTorch
+as they are computed, padding included) and which share of that rate it reaches. ``--device cuda`` measures on a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import shlex
@@ -35,10 +40,12 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import SwinUNETR, UNet
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from medsa_nets import build_medsa, use_backend
 from medsa_nets.engines import keep_freed_memory, trainable_parameters
 from medsa_nets.inferers import EmbeddingCache, SlabInferer
+from medsa_nets.layers import linear
 from medsa_nets.losses import AnnotatedDiceCELoss
 from medsa_nets.weights import _from_hugging_face
 
@@ -62,13 +69,16 @@ GOALS = [
     ("click", "first click", "later click", 10.0),
 ]
 Calls = dict[str, Callable[[], object]]
+BLAS, ONEDNN, BF16 = "float32", "float32, oneDNN's linear", "bfloat16"
+UNCOUNTED = ("MedSA by OpenVINO", "MedSA by OpenVINO, bfloat16")  # not computed by PyTorch
+DEVICE = torch.device("cpu")
 
 
 def amp(call: Callable[[], object]) -> Callable[[], object]:
     """The call in bfloat16 where that is safe."""
 
     def run() -> object:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             return call()
 
     return run
@@ -104,9 +114,11 @@ def encoders(size: int) -> Calls:
                                 norm_layer=lambda n: nn.LayerNorm(n, eps=1e-6)).eval()  # fmt: skip
     published.load_state_dict(state)
     network = build_medsa("vit_b", pretrained=False, img_size=size).eval()
+    for encoder in (theirs, published, network):
+        encoder.to(DEVICE)
     missing = network.image_encoder.load_state_dict(state, strict=False).missing_keys
     assert all("adapter" in name for name in missing), missing
-    image = torch.rand(1, 3, size, size)
+    image = torch.rand(1, 3, size, size, device=DEVICE)
     calls = {
         OURS: inference(lambda: network.image_encoder(image)),
         "segment-anything": inference(lambda: published(image)),
@@ -121,15 +133,15 @@ def encoders(size: int) -> Calls:
 
 def lite_medsam() -> Calls:
     """LiteMedSAM's image encoder on one image of 256 x 256."""
-    network, by_openvino = build_medsa("lite_medsam").eval(), build_medsa("lite_medsam").eval()
-    image = torch.rand(1, 3, 256, 256)
-    own = own_code()
+    network, by_openvino = build_medsa("lite_medsam").eval().to(DEVICE), build_medsa("lite_medsam").eval()
+    image = torch.rand(1, 3, 256, 256, device=DEVICE)
+    own = own_code().to(DEVICE)
     calls = {
         OURS: inference(lambda: network.encode_image(image)),
         OURS_BF16: amp(inference(lambda: network.encode_image(image))),
         "LiteMedSAM's own code": inference(lambda: own(image)),
     }
-    if importlib.util.find_spec("openvino"):
+    if importlib.util.find_spec("openvino") and DEVICE.type == "cpu":
         use_backend(by_openvino, "openvino")
         calls["MedSA by OpenVINO"] = inference(lambda: by_openvino.encode_image(image))
         calls["MedSA by OpenVINO, bfloat16"] = amp(calls["MedSA by OpenVINO"])
@@ -138,14 +150,15 @@ def lite_medsam() -> Calls:
 
 def step(network: nn.Module, image: Tensor, label: Tensor) -> Callable[[], object]:
     """One step of training: forward, Dice and cross-entropy, backward, AdamW."""
-    network.train()
-    optimizer = torch.optim.AdamW(trainable_parameters(network), lr=1e-4)
+    network.train().to(DEVICE)
+    image, label = image.to(DEVICE), label.to(DEVICE)
+    optimizer = torch.optim.AdamW(trainable_parameters(network), lr=1e-4, fused=DEVICE.type == "cuda")
     loss = AnnotatedDiceCELoss()
 
     def run() -> object:
         optimizer.zero_grad()
         value = loss(network(image).float(), label)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(DEVICE.type, enabled=False):
             value.backward()
             optimizer.step()
         return value.item()
@@ -182,12 +195,12 @@ def training_3d() -> Calls:
 def space_depth_block() -> Calls:
     """Forward and backward pass of one space-depth block of ViT-B with windows, 16 slices of 256 x 256."""
     network = build_medsa("vit_b", pretrained=False, img_size=256, spatial_dims=3)
-    block = network.image_encoder.blocks[0].train()
-    tokens = torch.randn(16, 16, 16, 768, requires_grad=True)
+    block = network.image_encoder.blocks[0].train().to(DEVICE)
+    tokens = torch.randn(16, 16, 16, 768, requires_grad=True, device=DEVICE)
 
     def run() -> object:
         out = block(tokens, 16).float().square().mean()
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(DEVICE.type, enabled=False):
             return torch.autograd.grad(out, [tokens, *trainable_parameters(block)])
 
     calls = {OURS: run, "plain": in_plain_form(block, run)}
@@ -201,6 +214,9 @@ def volume() -> Calls:
     unet = UNet(3, 1, 13, channels=(32, 64, 128, 256, 512), strides=(2, 2, 2, 2), num_res_units=2).eval()
     swin = SwinUNETR(in_channels=1, out_channels=13, feature_size=48, spatial_dims=3).eval()
     window = SlidingWindowInferer((96, 96, 64), overlap=0.25, mode="gaussian")
+    scan = scan.to(DEVICE)
+    for network in (lite, unet, swin):
+        network.to(DEVICE)
 
     def medsa() -> object:
         return SlabInferer(slab_depth=8)(scan, lite)
@@ -213,10 +229,11 @@ def volume() -> Calls:
 
 def click() -> Calls:
     """A click on one organ in a CT of 128 x 112 x 64 voxels: the first encodes the slabs, a later one decodes alone."""
-    network = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=13).eval()
-    scan = torch.rand(1, 1, 128, 112, 64)
+    network = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=13).eval().to(DEVICE)
+    scan = torch.rand(1, 1, 128, 112, 64, device=DEVICE)
     prompts = {"point_coords": torch.tensor([[[[60.0, 50.0, 30.0]]]]), "point_labels": torch.ones(1, 1, 1),
                "classes": torch.tensor([5])}  # fmt: skip
+    prompts = {name: value.to(DEVICE) for name, value in prompts.items()}
     cache = EmbeddingCache()
     inferer = SlabInferer(slab_depth=8, amp=True, cache=cache, every_class=True, spread=True)
 
@@ -240,6 +257,32 @@ SECTIONS: dict[str, Callable[[], Calls]] = {
 }
 
 
+def peaks() -> dict[str, float]:
+    """Operations a second in one product of 4096 x 768 and 768 x 3072, and bytes a second of a copy: best of ten."""
+    a, b = torch.rand(4096, 768, device=DEVICE), torch.rand(3072, 768, device=DEVICE)
+    half_a, half_b = a.bfloat16(), b.bfloat16()
+    large = torch.rand(2**26, device=DEVICE)
+    kept = torch.empty_like(large)
+    calls: Calls = {BLAS: lambda: a @ b.t(), BF16: lambda: half_a @ half_b.t(), "copy": lambda: kept.copy_(large)}
+    if DEVICE.type == "cpu" and linear._ONEDNN:
+        calls[ONEDNN] = lambda: linear._onednn(a, b)
+    work = 2 * a.shape[0] * a.shape[1] * b.shape[0]
+    times = measure(calls, 10)
+    return {n: (2 * large.numel() * 4 if n == "copy" else work) / min(t) for n, t in times.items()}
+
+
+def operations(call: Callable[[], object]) -> int:
+    """Multiplications and additions in the products and convolutions of a call, as far as PyTorch computes them."""
+
+    def onednn(x: tuple[int, ...], weight: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+        return 2 * math.prod(x) * weight[0]
+
+    linears = {torch.ops.mkldnn._linear_pointwise: onednn} if linear._ONEDNN else {}
+    with FlopCounterMode(display=False, custom_mapping=linears) as counter:
+        call()
+    return counter.get_total_flops()
+
+
 def measure(calls: Calls, repeats: int) -> dict[str, list[float]]:
     """Seconds of each call in each round, after one round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -247,6 +290,8 @@ def measure(calls: Calls, repeats: int) -> dict[str, list[float]]:
         for name, call in calls.items():
             start = time.perf_counter()
             call()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
             if round_:
                 times[name].append(time.perf_counter() - start)
     return times
@@ -262,6 +307,22 @@ def reference(name: str, times: dict[str, list[float]]) -> str:
     base = " on LiteMedSAM" if name.startswith("plain on") or f"MedSA{kind}" not in times else ""
     found = f"MedSA{base}{kind}"
     return found if found in times else next(iter(times))
+
+
+def device_name() -> str:
+    """The processor's or GPU's name, as far as it is told."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name(DEVICE)
+    cpuinfo = Path("/proc/cpuinfo")
+    known = (
+        dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        if cpuinfo.is_file()
+        else {}
+    )
+    known = {name.strip(): value.strip() for name, value in known.items()}
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in known.get("flags", "").split()]
+    model = f"{known['model name']} (family {known['cpu family']}, model {known['model']})" if "model" in known else ""
+    return " ".join([platform.machine(), model, *flags])
 
 
 def peak_memory() -> dict[str, float]:
@@ -288,13 +349,23 @@ def write(report: dict[str, Any], output: Path) -> None:
             value = ratio(times, other, ours)
             bars.append((f"{section}: {other} / {ours}", value, goal))
             lines.append(f"| {section}: {other} / {ours} | {value:.2f} | {goal:g} |")
+    peak = report["peaks"]
+    lines += ["", "**The machine.** One product of 4096 x 768 and 768 x 3072, and a copy of 256 MiB:", "",
+              "| | |", "| --- | --- |"]  # fmt: skip
+    lines += [f"| {n} | {v / 1e9:.0f} {'GB/s' if n == 'copy' else 'GFLOP/s'} |" for n, v in peak.items()]
     for section, times in report["sections"].items():
         title = SECTIONS[section].__doc__ or f"ViT-B's image encoder on one image of {section.split()[-1]} pixels."
-        lines += ["", f"**{section}.** {title}", "", "| | seconds | times the seconds of |", "| --- | --- | --- |"]
+        lines += ["", f"**{section}.** {title}", "",
+                  "| | seconds | times the seconds of | GFLOP | share of the peak |",
+                  "| --- | --- | --- | --- | --- |"]  # fmt: skip
         for name in times:
             ours = reference(name, times)
+            seconds = statistics.median(times[name])
             beside = "" if ours == name else f"{ratio(times, name, ours):.2f} x {ours}"
-            lines.append(f"| {name} | {statistics.median(times[name]):.3f} | {beside} |")
+            work = report["operations"][section].get(name, 0)
+            best = peak[BF16] if "bfloat16" in name else max(peak[BLAS], peak.get(ONEDNN, 0.0))
+            share = f"{work / 1e9:.1f} | {work / seconds / best:.0%}" if work else "|"
+            lines.append(f"| {name} | {seconds:.3f} | {beside} | {share} |")
     if report.get("memory"):
         lines += ["", "**Peak memory** of a process that takes a step of training, ViT-B, 16 slices of 256 x 256, "
                   "bfloat16 (`tests/benchmarks/memory.py`):", "", "| | GB |", "| --- | --- |"]  # fmt: skip
@@ -318,30 +389,37 @@ def write(report: dict[str, Any], output: Path) -> None:
 
 
 def main() -> None:
+    global DEVICE
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("speed"))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS, "memory"], help="sections to measure anew")
+    parser.add_argument("--device", type=torch.device, default=DEVICE, help="cpu or cuda")
     options = parser.parse_args()
+    DEVICE = options.device
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     keep_freed_memory()
     state = options.output.with_suffix(".json")
-    report = json.loads(state.read_text()) if state.is_file() else {"sections": {}}
+    report = json.loads(state.read_text()) if state.is_file() else {"sections": {}, "operations": {}}
     packages = ("torch", "monai", "segment-anything", "transformers", "openvino")
     report |= {
         "command": shlex.join(["python", *sys.argv]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": f"{device_name()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "threads": options.threads,
         "versions": {name: version(name) for name in packages},
     }
     for name, make in SECTIONS.items():
         if name in (options.only or []) or (options.only is None and name not in report["sections"]):
-            report["sections"][name] = measure(make(), options.repeats)
+            calls = make()
+            report["peaks"] = peaks()
+            report["sections"][name] = measure(calls, options.repeats)
+            report["operations"][name] = {n: operations(c) for n, c in calls.items() if n not in UNCOUNTED}
             write(report, options.output)
             print(name, {k: round(statistics.median(v), 3) for k, v in report["sections"][name].items()}, flush=True)
-    if "memory" in (options.only or []) or (options.only is None and "memory" not in report):
+    memory = "memory" in (options.only or []) or (options.only is None and "memory" not in report)
+    if memory and DEVICE.type == "cpu":
         report["memory"] = peak_memory()
     write(report, options.output)
     print(options.output.with_suffix(".md").read_text())
