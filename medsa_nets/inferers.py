@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from medsa_nets.prompts import mirror_prompts, relative_to_slice
 from medsa_nets.transforms import ABSENT, all_classes, prompts_of
 
 logger = logging.getLogger(__name__)
+Answer: TypeAlias = "Callable[[_Slabs, dict[str, Tensor]], Tensor]"
 
 
 def tensor_sha256(*tensors: Tensor) -> str:
@@ -293,48 +294,43 @@ class SlabInferer(Inferer):
         for index in range(inputs.shape[0]):
             own = {name: value if name == "classes" else value[index : index + 1] for name, value in prompts.items()}
             key = None if image_key is None else f"{image_key} {index}"
-            volumes.append(self._mirrored(inputs[index : index + 1], medsa, key, own))
+            images = [_Slabs(self, inputs[index : index + 1], medsa, key, axes) for axes in self._mirrorings()]
+            volumes.append(self._answer(images, own))
         return torch.cat(volumes)
 
-    def _mirrored(self, volume: Tensor, network: VolumeMedSA, key: str | None, prompts: dict[str, Tensor]) -> Tensor:
-        """Mean logits of the volume (1, C, H, W, D) and its mirror images."""
-        logits = self._answer(_Slabs(self, volume, network, key), prompts)
-        mirrorings = [a for count in range(len(self.mirror_axes)) for a in combinations(self.mirror_axes, count + 1)]
-        for axes in mirrorings:
-            dims = [axis + 2 for axis in axes]
-            slabs = _Slabs(self, volume.flip(dims), network, None if key is None else f"{key} mirrored {axes}")
-            logits = logits + self._answer(slabs, mirror_prompts(prompts, axes, volume.shape[2:])).flip(dims)
-        return logits / (1 + len(mirrorings)) if mirrorings else logits
+    def _mirrorings(self) -> list[tuple[int, ...]]:
+        """Axes along which each image of a volume is mirrored; first none."""
+        return [a for count in range(len(self.mirror_axes) + 1) for a in combinations(self.mirror_axes, count)]
 
-    def _answer(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
+    @staticmethod
+    def _mean(images: list[_Slabs], prompts: dict[str, Tensor], answer: Answer) -> Tensor:
+        """Mean over the volume and its mirror images of what ``answer`` makes of each."""
+        logits = images[0].mirror_back(answer(images[0], images[0].mirror_prompts(prompts)))
+        for image in images[1:]:
+            logits = logits + image.mirror_back(answer(image, image.mirror_prompts(prompts)))
+        return logits / len(images) if len(images) > 1 else logits
+
+    def _answer(self, images: list[_Slabs], prompts: dict[str, Tensor]) -> Tensor:
         automatic = self.every_class and self.others == "automatic"
         if not prompts:
-            return self._automatic(slabs) if automatic else self._segment(slabs, prompts)
-        if not self.spread or set(prompts) == {"classes"}:
-            logits = self._segment(slabs, prompts)
-        else:
-            sets = next(value.shape[1] for name, value in prompts.items() if name != "classes")
-            one = [
-                {name: v[i : i + 1] if name == "classes" else v[:, i : i + 1] for name, v in prompts.items()}
-                for i in range(sets)
-            ]
-            logits = torch.cat([self._spread(slabs, own) for own in one], dim=1)
-            slabs.finish()
+            return self._mean(images, {}, self._automatic if automatic else self._segment)
+        outwards = self.spread and set(prompts) != {"classes"}
+        logits = self._mean(images, prompts, self._spread_sets if outwards else self._segment)
         if not self.every_class or "classes" not in prompts:
             return logits
-        others = self._automatic(slabs) if automatic else None
-        return all_classes(logits, prompts["classes"], slabs.network.num_classes, others=others)
+        others = self._mean(images, {}, self._automatic) if automatic else None
+        return all_classes(logits, prompts["classes"], images[0].network.num_classes, others=others)
 
-    def _automatic(self, slabs: _Slabs) -> Tensor:
-        """Logits of every class without prompts, kept beside the embeddings."""
+    def _automatic(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
+        """Logits of every class without prompts (``prompts`` is empty), kept beside the embeddings."""
         cache = slabs.cache
         if cache is None:
-            return self._segment(slabs, {})
+            return self._segment(slabs, prompts)
         key = f"automatic {self.overlap} {slabs.key}"
         known = cache.get(key)
         if known is not None:
             return known[0].to(slabs.place_out)
-        logits = self._segment(slabs, {})
+        logits = self._segment(slabs, prompts)
         kept = logits if cache.device is None else logits.to(cache.device)
         cache.put(key, [kept], network=slabs.name, version=slabs.version)
         return logits
@@ -344,6 +340,17 @@ class SlabInferer(Inferer):
         groups = range(len(slabs.groups))
         bar = tqdm(groups, desc="slabs", disable=not self.progress or len(groups) < 2, leave=False)
         return self._blend(slabs, ((g, self._decode(slabs, g, prompts)) for g in bar))
+
+    def _spread_sets(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
+        """Answer each prompt set from its own slabs outwards."""
+        sets = next(value.shape[1] for name, value in prompts.items() if name != "classes")
+        one = [
+            {name: v[i : i + 1] if name == "classes" else v[:, i : i + 1] for name, v in prompts.items()}
+            for i in range(sets)
+        ]
+        logits = torch.cat([self._spread(slabs, own) for own in one], dim=1)
+        slabs.finish()
+        return logits
 
     def _spread(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
         """Decode the slabs that hold prompts, then their neighbours as long as the mask reaches their last slice."""
@@ -424,11 +431,19 @@ class SlabInferer(Inferer):
 
 
 class _Slabs:
-    """The slabs of one volume, in groups that are encoded together; encoded when they are asked for."""
+    """The slabs of a volume or a mirror image of it, in groups that are encoded together when they are asked for."""
 
-    def __init__(self, settings: SlabInferer, volume: Tensor, network: VolumeMedSA, image_key: str | None) -> None:
+    def __init__(
+        self,
+        settings: SlabInferer,
+        volume: Tensor,
+        network: VolumeMedSA,
+        image_key: str | None,
+        mirrored: tuple[int, ...] = (),
+    ) -> None:
         self.settings = settings
-        self.volume = volume
+        self.mirrored = mirrored
+        self.volume = self.mirror_back(volume)
         self.network = network
         self.depth = min(settings.slab_depth, volume.shape[4])
         self.place = torch.device(settings.sw_device) if settings.sw_device is not None else volume.device
@@ -443,10 +458,18 @@ class _Slabs:
         self.cache = None if network.training else settings.cache  # dropout answers anew each time
         if self.cache is not None:
             self.name, self.version = network_name(network), adapter_key(network)
-            name = tensor_sha256(volume) if image_key is None else image_key
+            name = tensor_sha256(self.volume) if image_key is None else f"{image_key} {mirrored}"
             self.key = f"{name} {self.depth} {starts} {settings.amp} {self.name} {self.version}"
             self.known = self.cache.get(self.key)
             self.room = self.cache.max_bytes
+
+    def mirror_back(self, volume: Tensor) -> Tensor:
+        """The mirror image of a volume, or the volume of a mirror image."""
+        return volume.flip([axis + 2 for axis in self.mirrored]) if self.mirrored else volume
+
+    def mirror_prompts(self, prompts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Prompts of the volume as this image of it has them."""
+        return mirror_prompts(prompts, self.mirrored, self.volume.shape[2:]) if self.mirrored else prompts
 
     def holding(self, prompts: dict[str, Tensor]) -> list[int]:
         """Groups that hold a click or a part of a box; the first one where none does."""

@@ -399,3 +399,11 @@ def test_mirror_images_have_embeddings_of_their_own(network):
 def test_axes_that_a_volume_does_not_have_are_refused(axes):
     with pytest.raises(ValueError, match="mirror_axes must hold 0, 1 or 2"):
         SlabInferer(mirror_axes=axes)
+
+
+def test_the_mean_over_mirror_images_leaves_other_classes_as_they_are(network):
+    image = torch.rand(1, 1, 32, 32, 10)
+    settings = {"slab_depth": 4, "every_class": True, "others": "automatic", "spread": True}
+    inferer = SlabInferer(**settings, mirror_axes=[0], cache=EmbeddingCache())
+    found = inferer(image, network, **click(7.0), classes=torch.tensor([1]))
+    torch.testing.assert_close(found[:, 0], inferer(image, network)[:, 0], atol=0, rtol=0)
