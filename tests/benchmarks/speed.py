@@ -26,6 +26,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from medsa_nets import build_medsa, use_backend
+from medsa_nets.embeddings import train_decoder_alone
 from medsa_nets.engines import keep_freed_memory, trainable_parameters
 from medsa_nets.inferers import EmbeddingCache, SlabInferer
 from medsa_nets.layers import linear
@@ -72,6 +74,7 @@ Calls = dict[str, Callable[[], object]]
 BLAS, ONEDNN, BF16 = "float32", "float32, oneDNN's linear", "bfloat16"
 UNCOUNTED = ("MedSA by OpenVINO", "MedSA by OpenVINO, bfloat16")  # not computed by PyTorch
 DEVICE = torch.device("cpu")
+EMBEDDINGS = tempfile.TemporaryDirectory()
 
 
 def amp(call: Callable[[], object]) -> Callable[[], object]:
@@ -167,7 +170,7 @@ def step(network: nn.Module, image: Tensor, label: Tensor) -> Callable[[], objec
 
 
 def training_2d() -> Calls:
-    """A step of training on one image of 256 x 256, one class."""
+    """A step of training on one image of 256 x 256, one class; for the decoder alone, its embedding read from disk."""
     image, label = torch.rand(1, 3, 256, 256), torch.rand(1, 1, 256, 256) > 0.7
     vit, lite = (build_medsa(base, pretrained=False, img_size=256) for base in ("vit_b", "lite_medsam"))
     unet = UNet(2, 3, 1, channels=(32, 64, 128, 256, 512), strides=(2, 2, 2, 2), num_res_units=2)
@@ -176,6 +179,8 @@ def training_2d() -> Calls:
     calls["plain"] = in_plain_form(vit, calls[OURS])
     calls["MedSA on LiteMedSAM"] = step(lite, image, label)
     calls["plain on LiteMedSAM"] = in_plain_form(lite, calls["MedSA on LiteMedSAM"])
+    alone = train_decoder_alone(build_medsa("lite_medsam", pretrained=False, img_size=256), EMBEDDINGS.name)
+    calls["MedSA on LiteMedSAM, decoder alone"] = step(alone, image, label)
     calls |= {"UNet": step(unet, image, label), "SwinUNETR": step(swin, image, label)}
     return {**calls, **{f"{name}, bfloat16": amp(call) for name, call in calls.items()}}
 
@@ -304,7 +309,8 @@ def ratio(times: dict[str, list[float]], other: str, ours: str) -> float:
 def reference(name: str, times: dict[str, list[float]]) -> str:
     """Whom a contender is compared with: the first one of its kind and type."""
     kind = ", bfloat16" if name.endswith("bfloat16") else ""
-    base = " on LiteMedSAM" if name.startswith("plain on") or f"MedSA{kind}" not in times else ""
+    on_lite = name.startswith("plain on") or "decoder alone" in name or f"MedSA{kind}" not in times
+    base = " on LiteMedSAM" if on_lite else ""
     found = f"MedSA{base}{kind}"
     return found if found in times else next(iter(times))
 
