@@ -276,7 +276,7 @@ class SlabInferer(Inferer):
             Mask logits (B, K, H, W, D), single precision.
 
         Raises:
-            ValueError: when the volume has another shape.
+            ValueError: when the volume has another shape, or one that ``masks`` can't be mirrored in.
         """
         medsa: Any = getattr(network, "module", network)
         if not isinstance(medsa, VolumeMedSA) and getattr(medsa, "original_name", "") != VolumeMedSA.__name__:
@@ -305,9 +305,10 @@ class SlabInferer(Inferer):
     @staticmethod
     def _mean(images: list[_Slabs], prompts: dict[str, Tensor], answer: Answer) -> Tensor:
         """Mean over the volume and its mirror images of what ``answer`` makes of each."""
-        logits = images[0].mirror_back(answer(images[0], images[0].mirror_prompts(prompts)))
-        for image in images[1:]:
-            logits = logits + image.mirror_back(answer(image, image.mirror_prompts(prompts)))
+        answers = (image.mirror_back(answer(image, image.mirror_prompts(prompts))) for image in images)
+        logits = next(answers)
+        for other in answers:
+            logits = logits + other
         return logits / len(images) if len(images) > 1 else logits
 
     def _answer(self, images: list[_Slabs], prompts: dict[str, Tensor]) -> Tensor:
@@ -469,7 +470,13 @@ class _Slabs:
 
     def mirror_prompts(self, prompts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Prompts of the volume as this image of it has them."""
-        return mirror_prompts(prompts, self.mirrored, self.volume.shape[2:]) if self.mirrored else prompts
+        size = self.volume.shape[2:]
+        if self.mirrored and "masks" in prompts and (size[0] % self.network.stride or size[1] % self.network.stride):
+            raise ValueError(  # they cover the padding too, which lies at the end of a mirror image as well
+                f"mirror_axes with masks needs rows and columns in multiples of {self.network.stride}, got "
+                f"{tuple(size)}. Pad the volume and its masks, or leave mirror_axes empty."
+            )
+        return mirror_prompts(prompts, self.mirrored, size)
 
     def holding(self, prompts: dict[str, Tensor]) -> list[int]:
         """Groups that hold a click or a part of a box; the first one where none does."""

@@ -401,6 +401,12 @@ def test_axes_that_a_volume_does_not_have_are_refused(axes):
         SlabInferer(mirror_axes=axes)
 
 
+def test_masks_that_cover_padding_are_not_mirrored(network):
+    masks = torch.randn(1, 1, 32, 32, 4)
+    with pytest.raises(ValueError, match=r"multiples of 4, got \(30, 32, 4\). Pad the volume"):
+        SlabInferer(slab_depth=4, mirror_axes=[0])(torch.rand(1, 1, 30, 32, 4), network, masks=masks)
+
+
 def test_the_mean_over_mirror_images_leaves_other_classes_as_they_are(network):
     image = torch.rand(1, 1, 32, 32, 10)
     settings = {"slab_depth": 4, "every_class": True, "others": "automatic", "spread": True}

@@ -129,6 +129,9 @@ def onednn_multiplies_batches(threads: int) -> bool:
     """Whether oneDNN multiplies matrix after matrix faster than BLAS does the whole batch, on this CPU.
 
     It depends on which of them was made for the CPU, so it is measured, once in a process: 460,000 scores.
+
+    Args:
+        threads: that compute; another number is measured anew.
     """
     with torch.inference_mode():
         a, b = torch.ones(12, 196, 64), torch.ones(12, 196, 64)

@@ -330,14 +330,10 @@ def device_name() -> str:
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name(DEVICE)
     cpuinfo = Path("/proc/cpuinfo")
-    known = (
-        dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
-        if cpuinfo.is_file()
-        else {}
-    )
-    known = {name.strip(): value.strip() for name, value in known.items()}
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in known.get("flags", "").split()]
-    model = f"{known['model name']} (family {known['cpu family']}, model {known['model']})" if "model" in known else ""
+    model = f"{known['model name']} (model {known.get('model', '?')})" if "model name" in known else ""
     return " ".join([platform.machine(), model, *flags])
 
 
