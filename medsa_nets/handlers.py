@@ -19,7 +19,7 @@ from monai.utils import CommonKeys as Keys
 from torch import nn
 
 from medsa_nets.data import image_id, save_png, volume_id
-from medsa_nets.data.atomic import temporary_name
+from medsa_nets.data.atomic import remove_leftovers, temporary_name
 from medsa_nets.engines import PreparePromptBatch, plain
 from medsa_nets.errors import WeightsError, describe
 from medsa_nets.prompts import PROMPT_KEYS
@@ -191,6 +191,9 @@ class TrainingCheckpoint:
 
     def restore(self, engine: Engine) -> None:
         """Go on from the state of an unfinished run, if there is one."""
+        if writes_files():
+            for path in (self.best, self.last, self.state):
+                remove_leftovers(path)
         if not self.state.is_file():
             return
         if not self.resume:

@@ -177,11 +177,13 @@ def test_killed_training_resumes_to_the_same_weights(phantoms: Path, tmp_path: P
     time.sleep(random.random())  # some moment of a later epoch, a save among them
     process.send_signal(signal.SIGKILL)
     process.wait()
-    for file in cut.glob("*.pt"):
+    (cut / f".{process.pid}.{state.name}").write_bytes(b"a save that was cut")
+    for file in cut.glob("[!.]*.pt"):
         torch.load(file, weights_only=True)  # whatever is there is whole
     resumed = subprocess.run(arguments(cut), check=True, capture_output=True, text=True, timeout=600)
     if process.returncode == -signal.SIGKILL and not (cut / "model_last.pt").is_file():
         assert "Resuming from" in resumed.stdout + resumed.stderr
+    assert {p.name for p in cut.glob("*.pt")} == {"model.pt", "model_last.pt"}  # and what was cut is gone
     expected, found = (torch.load(f / "model_last.pt", weights_only=True) for f in (whole, cut))
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from medsa_nets.data.atomic import temporary_name
+from medsa_nets.data.atomic import remove_leftovers, temporary_name
 from medsa_nets.errors import MedSAError, OutputError
 from medsa_nets.handlers import save_atomically
 
@@ -37,3 +40,16 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unrelated"), temporary_name(tmp_path / "copy.pt"):
         raise ValueError("unrelated")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "model[1].pt"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / f".{ended.pid}.{path.name}"
+    others = [path, tmp_path / f".{os.getpid()}.{path.name}", tmp_path / f".{ended.pid}.other.pt",
+              tmp_path / f".notes.{path.name}", tmp_path / f"{ended.pid}.{path.name}"]  # fmt: skip
+    for file in (left, *others):
+        file.touch()
+    remove_leftovers(path)
+    assert set(tmp_path.iterdir()) == set(others)
