@@ -1,7 +1,16 @@
 """Layers: adapters and the small parts of the encoders."""
 
 from medsa_nets.layers.adapters import HYPER_PROMPTING_FORMS, Adapter, HyperPromptingAdapter
-from medsa_nets.layers.common import ConvBN, LayerNorm2d, MLPBlock, attend, cut_windows, join_windows, split_windows
+from medsa_nets.layers.common import (
+    ConvBN,
+    LayerNorm2d,
+    MLPBlock,
+    attend,
+    attend_map,
+    cut_windows,
+    join_windows,
+    split_windows,
+)
 from medsa_nets.layers.depth import DepthBranch, DistantPrompt
 from medsa_nets.layers.linear import Linear, multiply_linear, multiply_transposed, remember
 
@@ -16,6 +25,7 @@ __all__ = [
     "Linear",
     "MLPBlock",
     "attend",
+    "attend_map",
     "cut_windows",
     "join_windows",
     "multiply_linear",

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsa_nets.layers.linear import Linear, is_exporting, multiply_linear, multiply_transposed, remember
+from medsa_nets.layers.linear import (
+    Linear,
+    add_product,
+    is_exporting,
+    multiply_linear,
+    multiply_transposed,
+    remember,
+)
 
 
 class LayerNorm2d(nn.Module):
@@ -123,51 +131,119 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor] = None, scale
         return _attend(q, k, v, bias, scale)
 
 
+def attend_map(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, padded: Optional[Tensor] = None, scale: float = 1.0
+) -> Tensor:
+    """Attention over a map whose scores have a bias for each row and one for each column of the keys.
+
+    Either the product of queries and keys computes the bias (its parts are further columns of the queries, and the
+    keys' further columns say in which row and column a key stands), or, where nothing has to be kept for a backward
+    pass, the bias is laid down first, piece by piece in the processor's cache, and the product is added to it. The
+    latter is faster in single precision, and in bfloat16 for large maps (``tests/benchmarks/attention.py --maps``).
+
+    Args:
+        q: queries (B, heads, N, C).
+        k: keys of a map, row by row (B, heads, H * W, C), or with one more that stands for padded ones.
+        v: values, likewise (B, heads, H * W, E).
+        rows: bias of the map's rows (B, heads, N, H).
+        columns: bias of its columns (B, heads, N, W).
+        padded: bias of the additional key (B, heads, N, 1), or none.
+        scale: of the products of queries and keys.
+
+    Returns:
+        (B, heads, N, E).
+    """
+    if torch.jit.is_scripting():
+        return _attend_by_columns(q, k, v, rows, columns, padded, scale)
+    else:  # TorchScript compiles what follows a return
+        return _attend_map(q, k, v, rows, columns, padded, scale)
+
+
+def _attend_by_columns(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, padded: Optional[Tensor], scale: float
+) -> Tensor:
+    height, width = rows.shape[3], columns.shape[3]
+    own_row = torch.eye(height, dtype=q.dtype, device=q.device).repeat_interleave(width, 0)
+    own_column = torch.eye(width, dtype=q.dtype, device=q.device).repeat(height, 1)
+    place = torch.cat([own_row, own_column], dim=1)
+    queries = [q * scale, rows, columns]
+    if padded is not None:
+        queries.append(padded)
+        place = F.pad(place, (0, 1, 0, 1))
+        place[-1, -1] = 1.0
+    keys = torch.cat([k, place.expand(k.shape[0], k.shape[1], -1, -1)], dim=3)
+    return attend(torch.cat(queries, dim=3), keys, v, scale=1.0)
+
+
 CACHED_BYTES = 2**21  # of scores, that stay in a core's cache between the two products
+LARGE_MAP = 1024  # tokens from which bfloat16 gains too
+
+
+@torch.jit.unused
+def _attend_map(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, padded: Tensor | None, scale: float
+) -> Tensor:
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, rows, columns))
+    small = q.dtype != torch.float32 and k.shape[2] < LARGE_MAP
+    if q.device.type != "cpu" or is_exporting() or needs_grad or small:
+        return _attend_by_columns(q, k, v, rows, columns, padded, scale)
+    size = (rows.shape[3], columns.shape[3])
+
+    def bias(part: tuple[slice, slice, slice]) -> Tensor:
+        row, column = rows[part].unsqueeze(4), columns[part].unsqueeze(3)
+        if padded is None:
+            return (row + column).flatten(3)
+        piece = row.new_empty(*row.shape[:3], k.shape[2])
+        torch.add(row, column, out=piece[..., :-1].unflatten(3, size))
+        piece[..., -1:] = padded[part]
+        return piece
+
+    return _attend_pieces(q, k, v, bias, scale)
 
 
 @torch.jit.unused
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
     if q.device.type != "cpu" or is_exporting():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _attend_piece(q, k, v, bias)
-    batch, heads, rows = q.shape[:3]
-    if bias is not None:
-        bias = bias.expand(batch, -1, -1, -1)
+        scores = multiply_transposed((q * scale).flatten(0, 1), k.flatten(0, 1)).unflatten(0, q.shape[:2])
+        weights = torch.softmax(scores if bias is None else scores + bias, dim=-1).to(v.dtype)
+        return multiply_transposed(weights.flatten(0, 1), v.flatten(0, 1).transpose(1, 2)).unflatten(0, q.shape[:2])
+    if bias is None:
+        return _attend_pieces(q, k, v, None, scale)
+    whole = bias.expand(*q.shape[:2], -1, -1)
+    return _attend_pieces(q, k, v, lambda part: whole[part].to(q.dtype, copy=True), scale)
+
+
+def _attend_pieces(
+    q: Tensor, k: Tensor, v: Tensor, bias: Callable[[tuple[slice, slice, slice]], Tensor] | None, scale: float
+) -> Tensor:
+    """Attention without a backward pass, in pieces of ``CACHED_BYTES`` of scores.
+
+    ``bias`` gives a new tensor for a piece of images, heads and queries; the piece's scores are added to it.
+    """
+    batch, heads, tokens = q.shape[:3]
     row = k.shape[2] * q.element_size()
-    if heads * rows * row <= CACHED_BYTES:
-        step = max(1, CACHED_BYTES // (heads * rows * row))
-        pieces = [
-            _attend_piece(
-                q[i : i + step], k[i : i + step], v[i : i + step], None if bias is None else bias[i : i + step]
-            )
-            for i in range(0, batch, step)
-        ]
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-    some = max(1, CACHED_BYTES // (rows * row))  # heads, of some rows each
-    step = max(64, CACHED_BYTES // row)
-    out = v.new_empty(batch, heads, rows, v.shape[3])
-    for i in range(batch):
+    images = max(1, CACHED_BYTES // (heads * tokens * row))
+    some = heads if heads * tokens * row <= CACHED_BYTES else max(1, CACHED_BYTES // (tokens * row))
+    step = tokens if tokens * row <= CACHED_BYTES else max(64, CACHED_BYTES // row)
+    if step < tokens:  # they are used more than once
+        k, v = k.contiguous(), v.contiguous()
+    out = v.new_empty(batch, tokens, heads, v.shape[3]).transpose(1, 2)  # as the caller wants it: by token, then head
+    for i in range(0, batch, images):
         for h in range(0, heads, some):
-            for r in range(0, rows, step):
-                part = None if bias is None else bias[i : i + 1, h : h + some, r : r + step]
-                queries = q[i : i + 1, h : h + some, r : r + step]
-                keys, values = k[i : i + 1, h : h + some], v[i : i + 1, h : h + some]
-                out[i : i + 1, h : h + some, r : r + step] = _attend_piece(queries, keys, values, part)
+            keys, values = (x[i : i + images, h : h + some].flatten(0, 1) for x in (k, v))
+            for r in range(0, tokens, step):
+                part = (slice(i, i + images), slice(h, h + some), slice(r, r + step))
+                queries = q[part].flatten(0, 1)
+                if bias is None:
+                    scores = multiply_transposed(queries if scale == 1.0 else queries * scale, keys)
+                else:
+                    scores = add_product(bias(part).flatten(0, 1), queries, keys, scale)
+                weights = torch.softmax(scores, dim=-1).to(v.dtype)
+                out[part] = multiply_transposed(weights, values.transpose(1, 2)).unflatten(0, out[part].shape[:2])
     return out
-
-
-def _attend_piece(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    shape = q.shape[:3]
-    scores = multiply_transposed(q.flatten(0, 1), k.flatten(0, 1))
-    if bias is not None:
-        own = scores.unflatten(0, shape[:2])
-        needs_grad = torch.is_grad_enabled() and (scores.requires_grad or bias.requires_grad)
-        scores = (own + bias if needs_grad else own.add_(bias)).flatten(0, 1)
-    weights = torch.softmax(scores, dim=-1).to(v.dtype)
-    return multiply_transposed(weights, v.flatten(0, 1).transpose(1, 2)).unflatten(0, shape[:2])
 
 
 def split_windows(height: int, width: int, window_size: int) -> list[tuple[int, int, int, int]]:

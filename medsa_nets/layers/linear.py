@@ -156,6 +156,13 @@ def multiply_transposed(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.transpose(1, 2)
 
 
+def add_product(out: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``out`` (B, N, M) plus ``scale`` times batched ``a @ b.transpose(-1, -2)``, in place, without a backward pass."""
+    if takes_onednn(a, a.shape[1] * b.shape[1] * a.shape[2]) and onednn_multiplies_batches(torch.get_num_threads()):
+        return out.add_(_products(a, b), alpha=scale)
+    return out.baddbmm_(a, b.transpose(1, 2), alpha=scale)
+
+
 def multiply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``: (..., in) to (..., out), by the faster library."""
     if not takes_onednn(x, x.numel() * weight.shape[0]):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsa_nets.layers import (
@@ -15,7 +14,7 @@ from medsa_nets.layers import (
     LayerNorm2d,
     Linear,
     MLPBlock,
-    attend,
+    attend_map,
     cut_windows,
     join_windows,
     remember,
@@ -87,9 +86,6 @@ class Attention(nn.Module):
         here; as a key it takes part, as it did when the base was trained. All of a window's padded keys have one value,
         and their scores, q . b + row bias + column bias, sum up over rectangles: one key stands for all of them.
 
-        The bias is computed by the product of queries and keys itself: its row and column parts are further columns of
-        the queries, and the keys' further columns say in which row and column a key stands.
-
         Args:
             qkv: queries, keys and values (B, h, w, 3 C), h and w the size given at construction or less.
 
@@ -105,20 +101,13 @@ class Attention(nn.Module):
         # bias[query, key] = q . R_h[row distance] + q . R_w[column distance]
         bias_h = torch.einsum("bnhwc,hkc->bnhwk", q_map, rows[:height].to(q.dtype)).flatten(2, 3)
         bias_w = torch.einsum("bnhwc,wkc->bnhwk", q_map, columns[:width].to(q.dtype)).flatten(2, 3)
-        own_row = torch.eye(height, dtype=q.dtype, device=q.device).repeat_interleave(width, 0)
-        own_column = torch.eye(width, dtype=q.dtype, device=q.device).repeat(height, 1)
-        place = torch.cat([own_row, own_column], dim=1).expand(batch, self.num_heads, -1, -1)
-        queries = [q * channels**-0.5, bias_h[..., :height], bias_w[..., :width]]
-        keys = torch.cat([k, place], dim=3)
+        padded: torch.Tensor | None = None
         if height < rows.shape[0] or width < columns.shape[0]:
-            queries.append(self.log_sum(bias_h.float(), bias_w.float(), height, width).to(q.dtype))
+            padded = self.log_sum(bias_h.float(), bias_w.float(), height, width).to(q.dtype)
             nothing = self.qkv.bias.to(q.dtype).reshape(3, self.num_heads, 1, channels)  # of a token of zeros
-            keys = F.pad(keys, (0, 1))
-            padded = F.pad(nothing[1], (0, height + width))
-            padded = torch.cat([padded, torch.ones_like(padded[..., :1])], dim=2)
-            keys = torch.cat([keys, padded.expand(batch, -1, -1, -1)], dim=2)
+            k = torch.cat([k, nothing[1].expand(batch, -1, -1, -1)], dim=2)
             v = torch.cat([v, nothing[2].expand(batch, -1, -1, -1)], dim=2)
-        x = attend(torch.cat(queries, dim=3), keys, v, scale=1.0)
+        x = attend_map(q, k, v, bias_h[..., :height], bias_w[..., :width], padded, channels**-0.5)
         return x.transpose(1, 2).reshape(batch, height, width, features)
 
     def log_sum(self, bias_h: Tensor, bias_w: Tensor, height: int, width: int) -> Tensor:

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from medsa_nets.layers import ConvBN, LayerNorm2d, MLPBlock, attend, cut_windows, join_windows, split_windows
+from medsa_nets.layers import (
+    ConvBN,
+    LayerNorm2d,
+    MLPBlock,
+    attend,
+    attend_map,
+    common,
+    cut_windows,
+    join_windows,
+    split_windows,
+)
 
 
 def test_layer_norm_2d_equals_segment_anything(segment_anything, randomise):
@@ -71,6 +81,33 @@ def test_gradients_of_the_explicit_way_equal_those_of_fused_attention():
     nn.functional.scaled_dot_product_attention(*theirs[:3], attn_mask=theirs[3]).square().sum().backward()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("one_more", [False, True], ids=["map", "map and padded key"])
+@pytest.mark.parametrize("cached", [2**21, 500, 100], ids=["whole", "by head", "by row"])
+def test_attention_over_a_map_follows_the_formula(training, one_more, cached, monkeypatch):
+    monkeypatch.setattr(common, "CACHED_BYTES", cached)
+    height, width, queries = 2, 3, 70  # more queries than a piece has at least
+    keys = height * width + one_more
+    q, k, v = torch.randn(2, 3, queries, 4), torch.randn(2, 3, keys, 4), torch.randn(2, 3, keys, 5)
+    rows, columns, padded = (torch.randn(2, 3, queries, n) for n in (height, width, 1))
+    bias = rows.repeat_interleave(width, 3) + columns.repeat(1, 1, 1, height)
+    if one_more:
+        bias = torch.cat([bias, padded], dim=3)
+    found = attend_map(q.requires_grad_(training), k, v, rows, columns, padded if one_more else None, 0.5)
+    torch.testing.assert_close(found, _attention_by_the_formula(q, k, v, bias), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("large", [1, 1024], ids=["laid down", "by columns"])
+def test_attention_over_a_map_in_bfloat16(large, monkeypatch):
+    monkeypatch.setattr(common, "LARGE_MAP", large)
+    tensors = [torch.randn(1, 2, n, c).bfloat16() for n, c in ((6, 4), (6, 4), (6, 4), (6, 2), (6, 3))]
+    q, k, v, rows, columns = (t.float() for t in tensors)
+    bias = rows.repeat_interleave(3, 3) + columns.repeat(1, 1, 1, 2)
+    found = attend_map(*tensors, None, 0.5)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), _attention_by_the_formula(q, k, v, bias), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("size", [(14, 14), (28, 14), (16, 16), (9, 30), (3, 5)])
