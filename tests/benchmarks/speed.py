@@ -11,7 +11,8 @@ that OUTPUT.json holds already are kept, unless ``--only`` names them.
 
 How far apart two contenders can be depends on the machine: the first section measures what its libraries give for one
 large product of matrices, and beside each contender stand its operations (products and convolutions, counted by PyTorch
-as they are computed, padding included) and which share of that rate it reaches. ``--device cuda`` measures on a GPU.
+as they are computed, padding included) and which share of that rate it reaches; for MedSA also where its time goes.
+``--device cuda`` measures on a GPU.
 """
 
 from __future__ import annotations
@@ -72,6 +73,17 @@ GOALS = [
 ]
 Calls = dict[str, Callable[[], object]]
 BLAS, ONEDNN, BF16 = "float32", "float32, oneDNN's linear", "bfloat16"
+# PyTorch's operators, by what they are for
+PARTS = {
+    "linear maps": ("mkldnn::_linear_pointwise", "aten::addmm", "aten::mm", "aten::linear"),
+    "batches of products (attention)": ("aten::bmm", "aten::baddbmm_", "aten::baddbmm"),
+    "convolutions": ("aten::mkldnn_convolution", "aten::convolution_backward", "aten::_slow_conv2d_forward",
+                     "aten::cudnn_convolution"),
+    "GELU": ("aten::gelu", "aten::gelu_backward"),
+    "softmax": ("aten::_softmax", "aten::_softmax_backward_data"),
+    "copies and changes of type": ("aten::copy_", "aten::cat", "aten::clone"),
+    "sums": ("aten::add", "aten::add_", "aten::sum", "aten::mul", "aten::mul_"),
+}  # fmt: skip
 UNCOUNTED = ("MedSA by OpenVINO",)  # not computed by PyTorch
 DEVICE = torch.device("cpu")
 EMBEDDINGS = tempfile.TemporaryDirectory()
@@ -204,9 +216,12 @@ def space_depth_block() -> Calls:
     tokens = torch.randn(16, 16, 16, 768, requires_grad=True, device=DEVICE)
 
     def run() -> object:
+        tokens.grad = None
+        block.zero_grad()
         out = block(tokens, 16).float().square().mean()
         with torch.autocast(DEVICE.type, enabled=False):
-            return torch.autograd.grad(out, [tokens, *trainable_parameters(block)])
+            out.backward()
+        return tokens.grad
 
     calls = {OURS: run, "plain": in_plain_form(block, run)}
     return {**calls, **{f"{name}, bfloat16": amp(call) for name, call in calls.items()}}
@@ -298,6 +313,16 @@ def count(calls: Calls) -> dict[str, int]:
     return counted
 
 
+def profile(call: Callable[[], object]) -> dict[str, float]:
+    """Share of the time of each of ``PARTS`` in a call."""
+    with torch.profiler.profile(acc_events=True) as found:
+        call()
+    name = "self_device_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
+    spent = {event.key: getattr(event, name) for event in found.key_averages()}
+    whole = sum(spent.values())
+    return {part: sum(spent.get(key, 0.0) for key in keys) / whole for part, keys in PARTS.items()}
+
+
 def measure(calls: Calls, repeats: int) -> dict[str, list[float]]:
     """Seconds of each call in each round, after one round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -378,6 +403,10 @@ def write(report: dict[str, Any], output: Path) -> None:
             best = peak[BF16] if "bfloat16" in name else max(peak[BLAS], peak.get(ONEDNN, 0.0))
             share = f"{work / 1e9:.1f} | {work / seconds / best:.0%}" if work else "|"
             lines.append(f"| {name} | {seconds:.3f} | {beside} | {share} |")
+        for name, shares in report["profiles"].get(section, {}).items():
+            parts = sorted(((v, k) for k, v in shares.items() if v >= 0.01), reverse=True)
+            told = ", ".join(f"{k} {v:.0%}" for v, k in parts)
+            lines += ["", f"Where {name}'s time goes: {told}, the rest {1 - sum(v for v, _ in parts):.0%}."]
     if report.get("memory"):
         lines += ["", "**Peak memory** of a process that takes a step of training, ViT-B, 16 slices of 256 x 256, "
                   "bfloat16 (`tests/benchmarks/memory.py`):", "", "| | GB |", "| --- | --- |"]  # fmt: skip
@@ -414,7 +443,7 @@ def main() -> None:
     torch.manual_seed(0)
     keep_freed_memory()
     state = options.output.with_suffix(".json")
-    report = json.loads(state.read_text()) if state.is_file() else {"sections": {}, "operations": {}}
+    report = json.loads(state.read_text()) if state.is_file() else {"sections": {}, "operations": {}, "profiles": {}}
     packages = ("torch", "monai", "segment-anything", "transformers", "openvino")
     report |= {
         "command": shlex.join(["python", *sys.argv]),
@@ -428,6 +457,7 @@ def main() -> None:
             report["peaks"] = peaks()
             report["sections"][name] = measure(calls, options.repeats)
             report["operations"][name] = count(calls)
+            report["profiles"][name] = {n: profile(calls[n]) for n in (OURS, OURS_BF16) if n in calls}
             write(report, options.output)
             print(name, {k: round(statistics.median(v), 3) for k, v in report["sections"][name].items()}, flush=True)
     memory = "memory" in (options.only or []) or (options.only is None and "memory" not in report)
