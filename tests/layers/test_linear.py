@@ -63,6 +63,15 @@ def test_batched_products_and_their_gradients_equal_pytorch_s(counted, by_onednn
 
 
 @needs_onednn
+def test_a_product_is_added_in_place(counted, by_onednn):
+    out, a, b = torch.randn(5, 70, 80), torch.randn(5, 70, 64), torch.randn(64, 5, 80).permute(1, 2, 0)
+    expected = out.double() + 0.3 * a.double() @ b.double().transpose(1, 2)
+    assert module.add_product(out, a, b, 0.3) is out
+    assert len(counted) == (5 if by_onednn else 0)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_onednn
 def test_the_faster_library_is_measured_once_and_leaves_random_numbers_as_they_are(counted):
     state = torch.get_rng_state()
     module.onednn_multiplies_batches.cache_clear()
