@@ -59,9 +59,9 @@ def use_backend(network: MedSA, backend: str = "eager") -> MedSA:
         ``network``.
 
     Raises:
-        BackendError: when there is no such back end, or a package that it needs is missing; when the network is called:
-            on tensors that are not in the CPU's memory (``onnxruntime``, ``openvino``), or where the encoder can't be
-            converted.
+        BackendError: when there is no such back end, a package that it needs is missing, or the network is another one
+            (which ``eager`` leaves as it is); when the network is called: on tensors that are not in the CPU's memory
+            (``onnxruntime``, ``openvino``), or where the encoder can't be converted.
     """
     if backend not in BACKENDS:
         raise BackendError(f"There is no back end {backend!r}; choose one of {', '.join(BACKENDS)} (--backend).")
@@ -71,7 +71,14 @@ def use_backend(network: MedSA, backend: str = "eager") -> MedSA:
             f"The back end {backend!r} needs {', '.join(missing)}, which is not installed. Install it with: "
             f"pip install 'medsa[{backend}]', or take another back end (--backend eager)."
         )
-    encoder = network.image_encoder
+    encoder = getattr(network, "image_encoder", None)
+    if encoder is None:  # a network of the user's own, in a configuration
+        if backend == "eager":
+            return network
+        raise BackendError(
+            f"A {type(network).__name__} has no image encoder that the back end {backend!r} could compute; take "
+            "--backend eager, which leaves it as it is."
+        )
     encoder.__dict__.pop("forward", None)
     if backend != "eager":
         encoder.forward = _Runner(encoder, backend)

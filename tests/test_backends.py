@@ -241,6 +241,15 @@ def test_unknown_backends_are_named(tiny):
         use_backend(tiny, "tpu")
 
 
+def test_another_network_computes_as_it_is():
+    network = nn.Conv2d(1, 1, 1)
+    assert use_backend(network) is network
+    with pytest.raises(
+        BackendError, match=r"A Conv2d has no image encoder that the back end 'compile' .*--backend eager"
+    ):
+        use_backend(network, "compile")
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_missing_package_names_its_extra(tiny, monkeypatch, backend):
     find = importlib.util.find_spec
