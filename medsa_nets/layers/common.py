@@ -206,7 +206,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float |
     if q.device.type != "cpu" or is_exporting():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)):
         scores = multiply_transposed((q * scale).flatten(0, 1), k.flatten(0, 1)).unflatten(0, q.shape[:2])
         weights = torch.softmax(scores if bias is None else scores + bias, dim=-1).to(v.dtype)
         return multiply_transposed(weights.flatten(0, 1), v.flatten(0, 1).transpose(1, 2)).unflatten(0, q.shape[:2])

@@ -83,6 +83,14 @@ def test_gradients_of_the_explicit_way_equal_those_of_fused_attention():
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
 
 
+def test_a_bias_that_trains_alone_has_its_gradient():
+    q, k, v = (torch.randn(2, 3, 5, 4) for _ in range(3))
+    ours, theirs = (torch.zeros(1, 3, 5, 5, requires_grad=True) for _ in range(2))
+    attend(q, k, v, ours).square().sum().backward()
+    nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=theirs).square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("one_more", [False, True], ids=["map", "map and padded key"])
 @pytest.mark.parametrize("cached", [2**21, 500, 100], ids=["whole", "by head", "by row"])
