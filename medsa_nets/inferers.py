@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from medsa_nets.backends import backend_of
-from medsa_nets.engines import keep_freed_memory, plain
+from medsa_nets.engines import keep_freed_memory, plain, release_freed_memory
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.prompts import mirror_prompts, relative_to_slice
 from medsa_nets.transforms import ABSENT, all_classes, prompts_of
@@ -296,6 +296,8 @@ class SlabInferer(Inferer):
             key = None if image_key is None else f"{image_key} {index}"
             images = [_Slabs(self, inputs[index : index + 1], medsa, key, axes) for axes in self._mirrorings()]
             volumes.append(self._answer(images, own))
+            if any(image.encoded for image in images):
+                release_freed_memory()
         return torch.cat(volumes)
 
     def _mirrorings(self) -> list[tuple[int, ...]]:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -446,3 +448,23 @@ def test_prompts_lie_on_slices_that_are_not_encoded_too(untrained_volumes, slab)
     assert min(depths) < 0 or max(depths) > 1, "some clicks lie outside of what is encoded"
     with pytest.raises(ValueError, match="slab_depth"):
         VolumeIteration(sampler=PromptSampler(), num_classes=3, slab_depth=-1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_memory_is_given_back_after_growth_alone() -> None:
+    code = """
+import torch
+from medsa_nets.engines import _resident_bytes, keep_freed_memory, release_freed_memory
+assert not release_freed_memory(0)  # nothing is kept: nothing to give back
+if keep_freed_memory():
+    held = [torch.ones(2**18) for _ in range(200)]  # 1 MiB each
+    del held[::2]  # holes
+    grown = _resident_bytes()
+    keep_freed_memory()  # said twice, it forgets nothing
+    assert not release_freed_memory(10 * 2**30)
+    assert _resident_bytes() > 0.9 * grown
+    assert release_freed_memory(2**26)
+    assert _resident_bytes() < grown - 80 * 2**20
+    assert not release_freed_memory(2**26)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

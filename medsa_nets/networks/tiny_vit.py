@@ -22,7 +22,10 @@ from medsa_nets.layers import (
     remember,
     split_windows,
 )
+from medsa_nets.layers.linear import is_exporting
 from medsa_nets.networks.checkpointing import run_block
+
+HIDDEN_BYTES = 2**26  # of a hidden map on a CPU, that is computed at once where nothing has to be kept
 
 
 class PatchEmbed(nn.Module):
@@ -81,6 +84,26 @@ class ConvStage(nn.Module):
 
     def forward(self, x: Tensor, depth: int = 1) -> Tensor:
         """Transform ``x`` (B * depth, C, H, W)."""
+        if torch.jit.is_scripting():
+            return self.transform(x)
+        else:  # TorchScript compiles what follows a return
+            return self._in_groups(x)
+
+    @torch.jit.unused
+    def _in_groups(self, x: Tensor) -> Tensor:
+        # its hidden maps are the encoder's largest: a few images at a time, where no backward pass keeps them
+        images = max(1, HIDDEN_BYTES // (4 * x[0].numel() * x.element_size()))
+        if (
+            x.shape[0] <= images
+            or x.device.type != "cpu"
+            or is_exporting()
+            or (torch.is_grad_enabled() and x.requires_grad)
+        ):
+            return self.transform(x)
+        return torch.cat([self.transform(part) for part in x.split(images)])
+
+    def transform(self, x: Tensor) -> Tensor:
+        """:meth:`forward` for all images at once."""
         for block in self.blocks:
             x = block(x)
         return self.downsample(x)
@@ -172,6 +195,21 @@ class TinyViTMLP(nn.Module):
 
     def forward(self, normed: Tensor) -> Tensor:
         """Map normalised tokens (..., C) to (..., C)."""
+        if torch.jit.is_scripting():
+            return self.transform(normed)
+        else:  # TorchScript compiles what follows a return
+            return self._in_groups(normed)
+
+    @torch.jit.unused
+    def _in_groups(self, normed: Tensor) -> Tensor:
+        images = max(1, HIDDEN_BYTES // (4 * normed[0].numel() * normed.element_size()))
+        needs_grad = torch.is_grad_enabled() and normed.requires_grad
+        if normed.shape[0] <= images or normed.device.type != "cpu" or is_exporting() or needs_grad:
+            return self.transform(normed)
+        return torch.cat([self.transform(part) for part in normed.split(images)])
+
+    def transform(self, normed: Tensor) -> Tensor:
+        """:meth:`forward` for all tokens at once."""
         return self.fc2(F.gelu(self.fc1(normed)))
 
 

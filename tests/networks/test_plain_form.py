@@ -10,7 +10,7 @@ from torch import nn
 
 from medsa_nets import build_medsa
 from medsa_nets.layers import DepthBranch
-from medsa_nets.networks import ImageEncoderViT, TinyViTEncoder
+from medsa_nets.networks import ImageEncoderViT, TinyViTEncoder, tiny_vit
 
 from ..conftest import TINY_VIT
 from ..plain import plain_form
@@ -56,6 +56,16 @@ def test_fast_equals_plain_for_maps_that_windows_tile_and_do_not_tile(make, rand
         if isinstance(module, DepthBranch):
             assert module.bias.abs().max() > 0
     compare(encoder, torch.randn(slices, 3, height, width), depth)
+
+
+def test_a_few_images_at_a_time_give_what_all_at_once_give(randomise, monkeypatch):
+    encoder = randomise(tiny(64, 48))
+    image = torch.randn(5, 3, 64, 48)
+    with torch.no_grad():
+        expected = encoder(image, 5)
+        monkeypatch.setattr(tiny_vit, "HIDDEN_BYTES", 1)
+        found = encoder(image, 5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_fast_equals_plain_on_real_weights(perturb_adapters, lite_medsam_file):
