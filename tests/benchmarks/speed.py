@@ -426,8 +426,12 @@ def write(report: dict[str, Any], output: Path) -> None:
         axes.annotate(f" {value:.1f}", (value, name), va="center")
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.set_xlim(0.5, 1.5 * max(*values, *goals))
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"], minor=False)
+    axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("time of others / time of MedSA")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     figure.savefig(output.with_suffix(".png"), dpi=110)
     plt.close(figure)
 
