@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +25,16 @@ from medsa_nets.layers import (
 from medsa_nets.layers.linear import is_exporting
 from medsa_nets.networks.checkpointing import run_block
 
-HIDDEN_BYTES = 2**26  # of a hidden map on a CPU, that is computed at once where nothing has to be kept
+HIDDEN_BYTES = 2**26  # of a hidden map, that is computed at once on a CPU where no backward pass keeps it
+
+
+def in_groups(transform: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``transform`` (B, ...), a few images at a time where its hidden maps, four times as wide, would be large."""
+    images = max(1, HIDDEN_BYTES // (4 * x[0].numel() * x.element_size()))
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    if x.shape[0] <= images or x.device.type != "cpu" or is_exporting() or needs_grad:
+        return transform(x)
+    return torch.cat([transform(part) for part in x.split(images)])
 
 
 class PatchEmbed(nn.Module):
@@ -87,20 +96,7 @@ class ConvStage(nn.Module):
         if torch.jit.is_scripting():
             return self.transform(x)
         else:  # TorchScript compiles what follows a return
-            return self._in_groups(x)
-
-    @torch.jit.unused
-    def _in_groups(self, x: Tensor) -> Tensor:
-        # its hidden maps are the encoder's largest: a few images at a time, where no backward pass keeps them
-        images = max(1, HIDDEN_BYTES // (4 * x[0].numel() * x.element_size()))
-        if (
-            x.shape[0] <= images
-            or x.device.type != "cpu"
-            or is_exporting()
-            or (torch.is_grad_enabled() and x.requires_grad)
-        ):
-            return self.transform(x)
-        return torch.cat([self.transform(part) for part in x.split(images)])
+            return in_groups(self.transform, x)
 
     def transform(self, x: Tensor) -> Tensor:
         """:meth:`forward` for all images at once."""
@@ -198,15 +194,7 @@ class TinyViTMLP(nn.Module):
         if torch.jit.is_scripting():
             return self.transform(normed)
         else:  # TorchScript compiles what follows a return
-            return self._in_groups(normed)
-
-    @torch.jit.unused
-    def _in_groups(self, normed: Tensor) -> Tensor:
-        images = max(1, HIDDEN_BYTES // (4 * normed[0].numel() * normed.element_size()))
-        needs_grad = torch.is_grad_enabled() and normed.requires_grad
-        if normed.shape[0] <= images or normed.device.type != "cpu" or is_exporting() or needs_grad:
-            return self.transform(normed)
-        return torch.cat([self.transform(part) for part in normed.split(images)])
+            return in_groups(self.transform, normed)
 
     def transform(self, normed: Tensor) -> Tensor:
         """:meth:`forward` for all tokens at once."""
