@@ -16,8 +16,15 @@ import pydicom
 import pytest
 import requests
 from PIL import Image
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    ElementNotInteractableException,
+    NoSuchElementException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -29,6 +36,13 @@ pytestmark = pytest.mark.label
 MODEL = "medsa_btcv_ct_3mm_deepedit"
 # colours of OHIF's list of organs
 LIVER, SPLEEN = (221, 130, 101), (157, 108, 162)
+# what a page that is still being drawn answers with, and one whose message lies over what shall be pressed
+NOT_YET = (
+    ElementClickInterceptedException,
+    ElementNotInteractableException,
+    NoSuchElementException,
+    StaleElementReferenceException,
+)
 
 
 class Viewer:
@@ -43,20 +57,26 @@ class Viewer:
         self.driver.get(f"{server.url}/ohif/monai-label?StudyInstanceUIDs={study}")
         self.until(lambda driver: driver.find_elements(By.ID, "monailabelServerURL"))
         self.until(lambda _: self.brightness() > 30, 120)  # the slice is drawn
-        self.find("//button[contains(., 'Confirm and Hide')]").click()
-        self.driver.find_element(By.CSS_SELECTOR, ".settingsTable .actionButton").click()
+        self.press("//button[contains(., 'Confirm and Hide')]")
+        self.press("//*[contains(@class, 'settingsTable')]//*[contains(@class, 'actionButton')]")
         self.find("//label[contains(., 'Auto-Segmentation')]")
 
     def until(self, condition: Callable[[Any], Any], seconds: float = 60) -> Any:
-        return WebDriverWait(self.driver, seconds).until(condition)
+        return WebDriverWait(self.driver, seconds, ignored_exceptions=NOT_YET).until(condition)
 
     def find(self, path: str) -> WebElement:
         return self.until(lambda driver: driver.find_element(By.XPATH, path))
 
-    def press(self, element: WebElement) -> None:
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'nearest'})", element)
-        self.until(lambda _: element.is_displayed())
-        element.click()
+    def press(self, path: str) -> None:
+        """Press what stands at a path, once none of the viewer's passing messages lies over it."""
+
+        def pressed(driver: WebDriver) -> bool:
+            element = driver.find_element(By.XPATH, path)
+            driver.execute_script("arguments[0].scrollIntoView({block: 'nearest'})", element)
+            element.click()
+            return True
+
+        self.until(pressed)
 
     def pixels(self) -> np.ndarray:
         """What the axial view shows: (rows, columns, RGB)."""
@@ -77,7 +97,7 @@ class Viewer:
         return (strength > 15) & (cosine > 0.97)
 
     def segment(self) -> None:
-        self.press(self.find("//button[@title='Run Segmentation']"))
+        self.press("//button[@title='Run Segmentation']")
         self.until(
             lambda d: d.find_elements(By.XPATH, "//*[contains(text(), 'Running Segmentation - Successful')]"), 300
         )
@@ -85,8 +105,8 @@ class Viewer:
     def click(self, organ: str, row: int, column: int) -> None:
         """Choose an organ, click at a place of the axial view, and ask for its mask."""
         if not self.driver.find_element(By.XPATH, "//button[@title='Run PointPrompts']").is_displayed():
-            self.press(self.find("//label[contains(., 'Point Prompts')]"))
-        self.press(self.find(f"//tr[contains(@class, 'clickable-row')][normalize-space(.)='{organ}']"))
+            self.press("//label[contains(., 'Point Prompts')]")
+        self.press(f"//tr[contains(@class, 'clickable-row')][normalize-space(.)='{organ}']")
         canvas = self.driver.find_elements(By.TAG_NAME, "canvas")[0]
         right, down = column - canvas.size["width"] // 2, row - canvas.size["height"] // 2
         for _ in range(5):  # the tool takes a moment to become active
@@ -94,7 +114,7 @@ class Viewer:
             time.sleep(1.0)
             if self.driver.find_elements(By.CSS_SELECTOR, "svg.svg-layer circle, svg.svg-layer path"):
                 break
-        self.press(self.find("//button[@title='Run PointPrompts']"))
+        self.press("//button[@title='Run PointPrompts']")
         self.until(lambda d: d.find_elements(By.XPATH, "//*[contains(text(), 'Point Prompts - Successful')]"), 150)
 
     def shoot(self, name: str) -> None:
