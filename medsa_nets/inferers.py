@@ -27,6 +27,7 @@ from medsa_nets.prompts import mirror_prompts, relative_to_slice
 from medsa_nets.transforms import ABSENT, all_classes, prompts_of
 
 logger = logging.getLogger(__name__)
+AGREEMENT = 0.5  # Dice from which an automatic mask and that of clicks show the same
 Answer: TypeAlias = "Callable[[_Slabs, dict[str, Tensor]], Tensor]"
 
 
@@ -202,7 +203,9 @@ class SlabInferer(Inferer):
             ``automatic``: what they hold without prompts, less the voxels of the classes that were asked for.
         spread: whether prompts are answered from the slabs that hold them outwards, each class as long as its mask
             reaches the last slice of a slab, and not beyond. A click then costs as many slabs as the organ has. The
-            next slab gets a click of its own, in the middle of what the one before it found where the two meet.
+            next slab gets a click of its own, in the middle of what the one before it found where the two meet. With
+            ``others="automatic"``, a mask of clicks on a class goes on only where the automatic mask of that class
+            shows it too (Dice of 0.5 or more where two slabs meet), unless that shows nothing of it at the clicks.
         mirror_axes: axes (0 rows, 1 columns, 2 slices) along which the volume and its prompts are mirrored too; the
             logits are the mean over the volume and its mirror images, one for each combination of axes, and each costs
             what the volume costs. For tasks that train on mirror images.
@@ -356,18 +359,55 @@ class SlabInferer(Inferer):
         return logits
 
     def _spread(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
-        """Decode the slabs that hold prompts, then their neighbours as long as the mask reaches their last slice."""
+        """Decode the slabs that hold prompts, then their neighbours as long as the mask goes on there."""
         waiting = [(g, prompts) for g in slabs.holding(prompts)]
         answers: dict[int, Tensor] = {}
+        automatic: Tensor | None = None
         while waiting:
             g, own = waiting.pop()
             if g in answers:
                 continue
-            answers[g] = logits = self._decode(slabs, g, own)
+            logits = self._decode(slabs, g, own)
+            if not answers:
+                automatic = self._witness(slabs, prompts, logits, g)
+            answers[g] = logits
             for n, edge in ((g - 1, logits[0, ..., 0]), (g + 1, logits[-1, ..., -1])):
-                if 0 <= n < len(slabs.groups) and bool((edge > 0).any()):
+                if not 0 <= n < len(slabs.groups) or not bool((edge > 0).any()):
+                    continue
+                if automatic is None or self._goes_on(slabs, logits, automatic, g, n):
                     waiting.append((n, self._hand_on(slabs, prompts, logits, g, n)))
         return self._blend(slabs, sorted(answers.items()))
+
+    def _witness(self, slabs: _Slabs, prompts: dict[str, Tensor], logits: Tensor, g: int) -> Tensor | None:
+        """Automatic mask (H, W, D) of the class that was clicked; none where it knows nothing of what the clicks show.
+
+        A click that is handed on from slab to slab says that the organ is there; without another opinion, a mask that
+        leaves the organ once would follow whatever it has got into through the whole volume.
+        """
+        if self.others != "automatic" or "boxes" in prompts or not {"classes", "point_coords"} <= prompts.keys():
+            return None
+        index = int(prompts["classes"][0])
+        if index < 0:
+            return None
+        mask = self._automatic(slabs, {})[0, index] > 0
+        own = torch.stack([mask[..., start : start + slabs.depth] for start in slabs.groups[g]])
+        return mask if bool((own & (logits[:, 0] > 0)).any()) else None
+
+    def _goes_on(self, slabs: _Slabs, logits: Tensor, automatic: Tensor, g: int, n: int) -> bool:
+        """Whether the automatic mask shows what slabs ``g`` found where they meet slabs ``n``."""
+        s, here, shared = self._meeting(slabs, g, n)
+        found = logits[s, 0, :, :, shared.start - here : shared.stop - here] > 0
+        return _dice(found, automatic[..., shared.start : shared.stop]) >= AGREEMENT
+
+    @staticmethod
+    def _meeting(slabs: _Slabs, g: int, n: int) -> tuple[int, int, range]:
+        """Slab of ``g`` beside ``n``: its place, its first slice, and its slices where the two overlap, or touch."""
+        s, here = (0, slabs.groups[g][0]) if n < g else (-1, slabs.groups[g][-1])
+        shared = range(max(here, slabs.groups[n][0]), min(here, slabs.groups[n][-1]) + slabs.depth)
+        if not shared:
+            edge = here if n < g else here + slabs.depth - 1
+            shared = range(edge, edge + 1)
+        return s, here, shared
 
     @staticmethod
     def _hand_on(slabs: _Slabs, prompts: dict[str, Tensor], logits: Tensor, g: int, n: int) -> dict[str, Tensor]:
@@ -377,9 +417,8 @@ class SlabInferer(Inferer):
         """
         if "boxes" in prompts or "point_coords" not in prompts:
             return prompts
-        s, here = (0, slabs.groups[g][0]) if n < g else (-1, slabs.groups[g][-1])
-        shared = range(max(here, slabs.groups[n][0]), min(here, slabs.groups[n][-1]) + slabs.depth)
-        z = shared[len(shared) // 2] if len(shared) else (here if n < g else here + slabs.depth - 1)
+        s, here, shared = SlabInferer._meeting(slabs, g, n)
+        z = shared[len(shared) // 2]
         plane = (logits[s, 0, :, :, z - here] > 0).cpu().numpy()
         if not plane.any():
             return prompts
@@ -431,6 +470,11 @@ class SlabInferer(Inferer):
         if name == "point_labels":
             return value.expand(len(starts), -1, -1)
         return torch.cat([relative_to_slice({name: value}, start)[name] for start in starts])
+
+
+def _dice(a: Tensor, b: Tensor) -> float:
+    """Dice of two masks, 0 where both are empty."""
+    return 2.0 * float((a & b).sum()) / max(1.0, float(a.sum() + b.sum()))
 
 
 class _Slabs:

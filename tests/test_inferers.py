@@ -299,6 +299,42 @@ def test_the_next_slab_gets_a_click_in_the_middle_of_the_mask_where_the_two_meet
     assert (found > 0)[0, 0].any(0).any(0).nonzero().flatten().tolist() == list(range(2, 17))
 
 
+@pytest.mark.parametrize(
+    ("automatic", "expected"),
+    [
+        (range(5, 13), range(3, 16)),  # slabs from 3 and 12 meet others where the automatic mask ends
+        (range(23), range(23)),
+        (range(0), range(23)),  # it knows nothing of the class
+        (range(18, 23), range(23)),  # nor of what was clicked
+    ],
+)
+def test_a_mask_that_leaves_its_organ_goes_on_no_further_than_the_automatic_one(automatic, expected):
+    image = (torch.arange(23) / 100).expand(1, 1, 32, 32, 23).contiguous()
+
+    def decode(embedding, point_coords=None, point_labels=None, classes=None):
+        """A click finds rows 4 to 12 in every slice; without one the second class has them in some."""
+        z = (embedding[0, 0, 0, 0] * 100).round().long()
+        mask = torch.full((1, 2 if classes is None else 1, 32, 32, 4), -5.0)
+        known = (
+            torch.isin(z, torch.tensor(list(automatic))) if point_coords is None else torch.ones(4, dtype=torch.bool)
+        )
+        mask[:, -1, 4:13] = torch.where(known, 5.0, -5.0)
+        return mask
+
+    network = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
+    network.encode_image, network.decode = (lambda slab: slab), decode
+    prompts = {**click(8.0), "classes": torch.tensor([1])}
+
+    def slices(**settings):
+        found = SlabInferer(slab_depth=4, overlap=0.25, spread=True, every_class=True, **settings)(
+            image, network, **prompts
+        )
+        return (found[0, 1] > 0).any(0).any(0).nonzero().flatten().tolist()
+
+    assert slices(others="automatic") == list(expected)
+    assert slices(others="absent") == list(range(23))
+
+
 def test_spreading_is_the_whole_answer_where_the_mask_spans_the_volume(network):
     image = torch.rand(1, 1, 32, 32, 11)
     box = {"boxes": torch.tensor([[[0.0, 0, 0, 31, 31, 10]]])}
