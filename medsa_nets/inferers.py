@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from monai.data.utils import compute_importance_map
 from monai.inferers import Inferer, SimpleInferer
+from monai.metrics import compute_dice
 from scipy import ndimage
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -397,7 +398,8 @@ class SlabInferer(Inferer):
         """Whether the automatic mask shows what slabs ``g`` found where they meet slabs ``n``."""
         s, here, shared = self._meeting(slabs, g, n)
         found = logits[s, 0, :, :, shared.start - here : shared.stop - here] > 0
-        return _dice(found, automatic[..., shared.start : shared.stop]) >= AGREEMENT
+        there = automatic[..., shared.start : shared.stop]
+        return float(compute_dice(found[None, None], there[None, None], ignore_empty=False)) >= AGREEMENT
 
     @staticmethod
     def _meeting(slabs: _Slabs, g: int, n: int) -> tuple[int, int, range]:
@@ -470,11 +472,6 @@ class SlabInferer(Inferer):
         if name == "point_labels":
             return value.expand(len(starts), -1, -1)
         return torch.cat([relative_to_slice({name: value}, start)[name] for start in starts])
-
-
-def _dice(a: Tensor, b: Tensor) -> float:
-    """Dice of two masks, 0 where both are empty."""
-    return 2.0 * float((a & b).sum()) / max(1.0, float(a.sum() + b.sum()))
 
 
 class _Slabs:
