@@ -376,6 +376,7 @@ def test_absent_lite_medsam_names_the_package(monkeypatch, folder):
 @pytest.mark.parametrize("value", [None, ""])
 def test_the_folder_of_weights_has_a_default(monkeypatch, tmp_path, value):
     monkeypatch.delenv("MEDSA_WEIGHTS_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if value is not None:
         monkeypatch.setenv("MEDSA_WEIGHTS_DIR", value)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from medsa_nets.bases import BASES, Base, build_medsa, get_base
 from medsa_nets.errors import WeightsError, describe
+from medsa_nets.measurements import cache_dir
 from medsa_nets.networks import MedSA
 
 WEIGHTS_DIR_VARIABLE = "MEDSA_WEIGHTS_DIR"
@@ -31,8 +32,8 @@ _LITE_MEDSAM_MEMBER = "asset/lite_medsam.pth"
 
 
 def weights_dir() -> Path:
-    """Folder that base weights are fetched into: ``$MEDSA_WEIGHTS_DIR``, else ``~/.cache/medsa``."""
-    return Path(os.environ.get(WEIGHTS_DIR_VARIABLE) or Path.home() / ".cache" / "medsa")
+    """Folder that base weights are fetched into: ``$MEDSA_WEIGHTS_DIR``, else the user's cache (``~/.cache/medsa``)."""
+    return Path(os.environ.get(WEIGHTS_DIR_VARIABLE) or cache_dir())
 
 
 def file_sha256(path: str | Path) -> str:
