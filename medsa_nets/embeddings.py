@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 class StoredEmbeddings:
     """Stands for a network's ``encode_image``: computes an embedding once and reads it from disk from then on.
 
-    An embedding is known by what makes it: the values of the preprocessed image, the encoder's weights, and whether it
-    computes in mixed precision. Another window, spacing, augmentation, base or adapter has embeddings of its own.
+    An embedding is known by what makes it: the values of the preprocessed image, the encoder's weights, and the
+    precision that it computes in. Another window, spacing, augmentation, base or adapter has embeddings of its own.
     Several processes may share the folder.
 
     Args:

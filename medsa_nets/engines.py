@@ -17,7 +17,10 @@ from torch.nn import functional
 
 from medsa_nets.data.dataset import stable_seed
 from medsa_nets.networks import MedSA
+from medsa_nets.precision import Amp, Precision, agree, choose_amp, read_amp
 from medsa_nets.prompts import PROMPT_KEYS, PromptSampler, add_correction, class_masks, relative_to_slice
+
+LEAST_SCALE = 2.0**-16  # of gradients: 32 times half of what a scaler begins with, each after an overflow
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
@@ -234,7 +237,8 @@ class PromptedIteration:
         pairs: share of steps that show two images beside each other (:func:`beside_another`): prompts ask for one of
             them, the automatic mode for both. Batches of one image are never paired.
         seed: seed of the prompts.
-        amp: whether to compute in bfloat16 where that is safe (autocast), on a CPU or a GPU.
+        amp: precision, ``auto``, true or false (:func:`~medsa_nets.precision.choose_amp`). Where gradients need a
+            scaler, it is the engine's ``scaler``, as in MONAI's own step; a step whose gradients overflow is left out.
         clip_grad_norm: largest norm of the gradient; 0 leaves it as it is.
     """
 
@@ -245,15 +249,22 @@ class PromptedIteration:
         draws: int = 2,
         pairs: float = 0.0,
         seed: int = 0,
-        amp: bool = True,
+        amp: Amp = "auto",
         clip_grad_norm: float = 1.0,
     ) -> None:
         self.sampler = sampler
         self.draws = draws
         self.pairs = pairs
         self.seed = seed
-        self.amp = amp
+        self.amp = read_amp(amp)
         self.clip_grad_norm = clip_grad_norm
+        self._precision: Precision | None = None
+
+    def precision(self, device: torch.device) -> Precision:
+        """What steps compute in on a device, chosen at the first one; all processes of a run share it."""
+        if self._precision is None:
+            self._precision = agree(choose_amp(self.amp, device))
+        return self._precision
 
     def answer(
         self,
@@ -268,7 +279,7 @@ class PromptedIteration:
         automatic_label = label
         if float(torch.rand(1, generator=kinds)) < self.pairs and len(image) > 1:
             image, label, automatic_label = beside_another(image, label, kinds)
-        with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with self.precision(image.device).autocast(image.device):
             answers = call_through(
                 engine.network, answer_prompts, image, label, automatic_label, self.sampler, self.draws, kinds, places
             )
@@ -300,13 +311,38 @@ class PromptedIteration:
         }
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
-        loss.backward()
+        scaler = self._scaler(engine)
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is not None:
+            scaler.unscale_(engine.optimizer)
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         if self.clip_grad_norm > 0:
             nn.utils.clip_grad_norm_(trainable_parameters(engine.network), self.clip_grad_norm)
-        engine.optimizer.step()
+        if scaler is None:
+            engine.optimizer.step()
+        else:
+            self._step(engine, scaler)
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
+
+    def _scaler(self, engine: SupervisedTrainer) -> torch.amp.GradScaler | None:
+        """The engine's scaler of gradients, a new one where a resumed run has brought none; none where none is due."""
+        if not self.precision(engine.state.device).scale:
+            return None
+        if engine.scaler is None:
+            engine.scaler = torch.amp.GradScaler(engine.state.device.type)
+        return engine.scaler
+
+    @staticmethod
+    def _step(engine: SupervisedTrainer, scaler: torch.amp.GradScaler) -> None:
+        """Step unless gradients overflowed; the scale then halves."""
+        scaler.step(engine.optimizer)
+        scaler.update()
+        if scaler.get_scale() < LEAST_SCALE:
+            raise RuntimeError(
+                f"The gradients are not finite, however small their scale, at iteration {engine.state.iteration}. "
+                "Lower the learning rate (--learning_rate) or switch mixed precision off (--amp false)."
+            )
 
 
 class VolumeIteration(PromptedIteration):
@@ -367,7 +403,7 @@ class VolumeIteration(PromptedIteration):
         annotated = torch.ones(len(image), self.num_classes, dtype=torch.bool, device=image.device)
         if self.annotated_key in batchdata:
             annotated = plain(batchdata[self.annotated_key]).to(image.device).bool()
-        with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with self.precision(image.device).autocast(image.device):
             answers = call_through(engine.network, self._answer, image, label, annotated, kinds, places)
         return image, answers
 

@@ -15,6 +15,10 @@ class DataError(MedSAError, ValueError):
     """A data list, image, mask or prompt that can't be used."""
 
 
+class SettingError(MedSAError, ValueError):
+    """A setting of a configuration that has another value than it may have."""
+
+
 class WeightsError(MedSAError, RuntimeError):
     """Weights that are missing, damaged, of an unknown format, or of another network."""
 

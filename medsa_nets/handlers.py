@@ -184,6 +184,8 @@ class TrainingCheckpoint:
         }
         if self.lr_scheduler is not None:
             state["lr_scheduler"] = self.lr_scheduler.state_dict()
+        if engine.scaler is not None and (scaler := engine.scaler.state_dict()):
+            state["scaler"] = scaler
         if self.evaluator is not None:
             state["best_metric"] = float(self.evaluator.state.best_metric)
             state["best_metric_epoch"] = int(self.evaluator.state.best_metric_epoch)
@@ -221,6 +223,10 @@ class TrainingCheckpoint:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if "scaler" in state:  # of a run in float16
+            if engine.scaler is None:
+                engine.scaler = torch.amp.GradScaler(engine.state.device.type)
+            engine.scaler.load_state_dict(state["scaler"])
         if self.evaluator is not None:
             self.evaluator.state.best_metric = state["best_metric"]
             self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from medsa_nets.backends import backend_of
 from medsa_nets.engines import keep_freed_memory, plain, release_freed_memory
 from medsa_nets.networks import MedSA, VolumeMedSA
+from medsa_nets.precision import Amp, autocast, choose_amp, read_amp
 from medsa_nets.prompts import mirror_prompts, relative_to_slice
 from medsa_nets.transforms import ABSENT, all_classes, prompts_of
 
@@ -147,13 +148,13 @@ class PromptInferer(SimpleInferer):
     """MONAI's simple inferer with prompts, mixed precision and a cache; logits come in single precision.
 
     Args:
-        amp: whether to compute in bfloat16 where that is safe (autocast), on a CPU or a GPU.
+        amp: precision, ``auto``, true or false (:func:`~medsa_nets.precision.choose_amp`).
         cache: keeps embeddings of images that are asked for again; none computes them anew.
     """
 
-    def __init__(self, amp: bool = False, cache: EmbeddingCache | None = None) -> None:
+    def __init__(self, amp: Amp = False, cache: EmbeddingCache | None = None) -> None:
         super().__init__()
-        self.amp = amp
+        self.amp = read_amp(amp)
         self.cache = cache
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -171,12 +172,12 @@ class PromptInferer(SimpleInferer):
         """
         prompts = kwargs or {name: value.to(inputs.device) for name, value in prompts_of(inputs).items()}
         inputs = plain(inputs)
-        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with autocast(self.amp, inputs.device):
             medsa = getattr(network, "module", network)
             if self.cache is None or not isinstance(medsa, MedSA) or medsa.training:  # dropout answers anew each time
                 return network(inputs, *args, **prompts).float()
             name, version = network_name(medsa), adapter_key(medsa)
-            key = f"{tensor_sha256(inputs)} {self.amp} {name} {version}"
+            key = f"{tensor_sha256(inputs)} {choose_amp(self.amp, inputs.device).name} {name} {version}"
             known = self.cache.get(key)
             embedding = medsa.encode_image(inputs) if known is None else known[0].to(inputs.device)
             if known is None:
@@ -195,7 +196,7 @@ class SlabInferer(Inferer):
         slab_depth: slices of a slab.
         overlap: share of a slab that the next one repeats, in [0, 1).
         sw_batch_size: slabs that are encoded and decoded at once.
-        amp: whether to compute in bfloat16 where that is safe (autocast), on a CPU or a GPU.
+        amp: precision, ``auto``, true or false (:func:`~medsa_nets.precision.choose_amp`).
         sw_device: where slabs are computed; none takes the volume's device.
         device: where the result is put together; none takes the volume's device.
         cache: keeps embeddings; none computes them anew.
@@ -221,7 +222,7 @@ class SlabInferer(Inferer):
         slab_depth: int = 16,
         overlap: float = 0.25,
         sw_batch_size: int = 1,
-        amp: bool = False,
+        amp: Amp = False,
         sw_device: str | torch.device | None = None,
         device: str | torch.device | None = None,
         cache: EmbeddingCache | None = None,
@@ -243,7 +244,7 @@ class SlabInferer(Inferer):
         self.slab_depth = slab_depth
         self.overlap = overlap
         self.sw_batch_size = sw_batch_size
-        self.amp = amp
+        self.amp = read_amp(amp)
         self.sw_device = sw_device
         self.device = device
         self.cache = cache
@@ -440,7 +441,7 @@ class SlabInferer(Inferer):
         own = {name: self._for_slabs(name, value, group).to(slabs.place) for name, value in prompts.items()}
         if "masks" in prompts:
             own["masks"] = torch.cat([prompts["masks"][..., s : s + slabs.depth] for s in group]).to(slabs.place)
-        with torch.autocast(slabs.place.type, dtype=torch.bfloat16, enabled=self.amp):
+        with autocast(self.amp, slabs.place):
             logits = slabs.network.decode(embeddings.to(slabs.place), **own)
         height, width = slabs.volume.shape[2:4]
         return logits.float()[:, :, :height, :width].to(slabs.place_out)
@@ -503,7 +504,8 @@ class _Slabs:
         if self.cache is not None:
             self.name, self.version = network_name(network), adapter_key(network)
             name = tensor_sha256(self.volume) if image_key is None else f"{image_key} {mirrored}"
-            self.key = f"{name} {self.depth} {starts} {settings.amp} {self.name} {self.version}"
+            precision = choose_amp(settings.amp, self.place).name
+            self.key = f"{name} {self.depth} {starts} {precision} {self.name} {self.version}"
             self.known = self.cache.get(self.key)
             self.room = self.cache.max_bytes
 
@@ -570,7 +572,7 @@ class _Slabs:
         pad = (0, 0, 0, -slabs.shape[3] % stride, 0, -slabs.shape[2] % stride)
         if any(pad):
             slabs = F.pad(slabs, pad)
-        with torch.autocast(self.place.type, dtype=torch.bfloat16, enabled=self.settings.amp):
+        with autocast(self.settings.amp, self.place):
             return self.network.encode_image(slabs)
 
 
