@@ -28,6 +28,7 @@ from medsa_nets.engines import (
 )
 from medsa_nets.inferers import PromptInferer
 from medsa_nets.losses import AnnotatedDiceCELoss
+from medsa_nets.precision import Precision
 from medsa_nets.prompts import PromptSampler
 
 SIZE = 64
@@ -56,7 +57,14 @@ def batch() -> dict[str, torch.Tensor]:
     }
 
 
-def train(network: nn.Module, batch: dict, epochs: int, loss: nn.Module | None = None, **settings) -> list[float]:
+def train(
+    network: nn.Module,
+    batch: dict,
+    epochs: int,
+    loss: nn.Module | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    **settings,
+) -> list[float]:
     """Losses of a training on one batch, one iteration an epoch."""
     losses = []
     trainer = SupervisedTrainer(
@@ -70,6 +78,7 @@ def train(network: nn.Module, batch: dict, epochs: int, loss: nn.Module | None =
         iteration_update=PromptedIteration(**{"sampler": PromptSampler(), "amp": False, **settings}),
         decollate=False,
     )
+    trainer.add_event_handler(Events.STARTED, lambda engine: setattr(engine, "scaler", scaler))
     trainer.add_event_handler(
         Events.ITERATION_COMPLETED, lambda engine: losses.append(float(engine.state.output["loss"]))
     )
@@ -266,6 +275,52 @@ def test_a_loss_that_is_not_finite_stops_the_training_before_the_weights_change(
     with pytest.raises(RuntimeError, match=r"The loss is (nan|inf|-inf) at iteration 1.*learning rate"):
         train(network, batch, epochs=1, loss=Broken(), draws=1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+FLOAT16 = Precision(torch.float16, scale=True)
+
+
+def trained(network: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainable_parameters(network)]
+
+
+def test_a_training_in_float16_learns_as_one_in_float32(untrained, batch):
+    half, single = (train(copy.deepcopy(untrained), batch, 4, amp=amp) for amp in (FLOAT16, False))
+    assert half != single
+    assert half == pytest.approx(single, abs=0.02)
+    assert half[-1] < half[0] - 0.05
+
+
+def test_gradients_are_clipped_by_their_norm_without_the_scale(untrained, batch):
+    plain_steps, scaled = copy.deepcopy(untrained), copy.deepcopy(untrained)
+    train(plain_steps, batch, 2, clip_grad_norm=1e-4)
+    single = Precision(scale=True)  # float32, so that the scale alone makes a difference
+    train(scaled, batch, 2, clip_grad_norm=1e-4, amp=single, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    for one, other in zip(trained(plain_steps), trained(scaled)):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_whose_gradients_overflow_is_left_out_and_the_scale_halves(network, batch):
+    before, scaler = trained(network), torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    train(network, batch, 1, amp=FLOAT16, scaler=scaler)
+    assert scaler.get_scale() == 2.0**59
+    assert all(torch.equal(one, other) for one, other in zip(before, trained(network)))
+    scaler.update(2.0**10)
+    train(network, batch, 1, amp=FLOAT16, scaler=scaler)
+    assert not all(torch.equal(one, other) for one, other in zip(before, trained(network)))
+
+
+class NoGradient(nn.Module):
+    """A loss of finite value whose gradient is not."""
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (logits * 0).sum().sqrt()
+
+
+def test_gradients_that_are_never_finite_stop_the_training(network, batch):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-15)
+    with pytest.raises(RuntimeError, match=r"not finite, however small their scale, at iteration 2\..*--amp false"):
+        train(network, batch, 9, NoGradient(), amp=FLOAT16, scaler=scaler)
 
 
 def test_gradients_are_clipped_to_their_largest_norm(untrained, batch):

@@ -30,6 +30,7 @@ from medsa_nets.handlers import (
     unwrap,
 )
 from medsa_nets.inferers import PromptInferer
+from medsa_nets.precision import Amp, Precision
 from medsa_nets.prompts import PromptSampler
 
 SIZE, ITEMS, EPOCHS = 64, 4, 3
@@ -79,7 +80,17 @@ class Run:
     """A small training as the bundle sets it up: 2 iterations an epoch, validation by given scores or by none."""
 
     def __init__(
-        self, network, items, folder: Path, *, scores=None, interrupt_at: int = 0, batch_size=2, patience=0, **settings
+        self,
+        network,
+        items,
+        folder: Path,
+        *,
+        scores=None,
+        interrupt_at: int = 0,
+        batch_size=2,
+        patience=0,
+        amp: Amp = False,
+        **settings,
     ):
         self.network = copy.deepcopy(network)
         medsa = isinstance(network, MedSA)
@@ -115,7 +126,7 @@ class Run:
             optimizer=self.optimizer,
             loss_function=DiceCELoss(sigmoid=True),
             # the stand-in network takes MONAI's own step
-            iteration_update=PromptedIteration(sampler=PromptSampler(), draws=1, amp=False) if medsa else None,
+            iteration_update=PromptedIteration(sampler=PromptSampler(), draws=1, amp=amp) if medsa else None,
             train_handlers=handlers,
             decollate=False,
         )
@@ -193,6 +204,30 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(untrained, items, u
     assert resumed.trainer.state.iteration == 2 * EPOCHS
     assert close(weights(tmp_path / "model_last.pt"), weights(uninterrupted / "model_last.pt"))
     assert files_in(tmp_path) == ["model.pt", "model_last.pt"]
+
+
+def test_an_interrupted_training_in_float16_goes_on_with_its_scale_to_the_same_weights(untrained, items, tmp_path):
+    def run(folder: str, **settings) -> Run:
+        one = Run(untrained, items, tmp_path / folder, amp=Precision(torch.float16, scale=True), **settings)
+        # the first steps overflow: without its scale, a resumed run would take steps that the whole one leaves out
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-12)
+        one.trainer.add_event_handler(Events.STARTED, lambda engine: setattr(engine, "scaler", scaler))
+        return one.run()
+
+    whole = run("whole")
+    run("parts", interrupt_at=3)
+    state = torch.load(tmp_path / "parts" / "training_state.pt", weights_only=True)
+    assert state["scaler"]["scale"] == 2.0**36
+    resumed = Run(untrained, items, tmp_path / "parts", amp=Precision(torch.float16, scale=True)).run()
+    assert resumed.trainer.scaler.state_dict() == whole.trainer.scaler.state_dict()
+    assert resumed.trainer.scaler.get_scale() < 2.0**36
+    assert close(weights(tmp_path / "parts" / "model_last.pt"), weights(tmp_path / "whole" / "model_last.pt"))
+
+
+def test_a_run_of_another_precision_is_resumed_without_scaler(untrained, items, tmp_path):
+    Run(untrained, items, tmp_path, amp=Precision(torch.float16, scale=True), interrupt_at=3).run()
+    resumed = Run(untrained, items, tmp_path).run()
+    assert resumed.epochs == [2, 3]
 
 
 def test_a_run_killed_after_its_last_epoch_only_finishes(untrained, items, uninterrupted, tmp_path):
