@@ -24,7 +24,7 @@ PROMPTS = ("none", "point", "box")
 
 def read_metrics(folder: Path) -> dict[str, float]:
     """Read a bundle's ``metrics.csv``."""
-    with open(folder / "metrics.csv", newline="") as file:
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         return {name: float(value) for name, value in csv.reader(file)}
 
 

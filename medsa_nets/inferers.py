@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from medsa_nets.backends import backend_of
 from medsa_nets.engines import keep_freed_memory, plain, release_freed_memory
+from medsa_nets.machine import limit_threads
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.prompts import mirror_prompts, relative_to_slice
 from medsa_nets.transforms import ABSENT, all_classes, prompts_of
@@ -132,10 +133,13 @@ def shared_cache(max_bytes: int) -> EmbeddingCache | None:
     """The cache of this size that all inferers of the process share; none for 0 bytes.
 
     A server holds an automatic and a clicking task for one bundle: what one of them has encoded, the other one needs.
-    Its process also keeps the memory that it frees for the next request (:func:`medsa_nets.engines.keep_freed_memory`).
+    Its process also keeps the memory that it frees for the next request (:func:`medsa_nets.engines.keep_freed_memory`),
+    and computes with as many threads as it has processors (:func:`medsa_nets.machine.limit_threads`): a server does not
+    run what a bundle lists under ``initialize``.
     """
     if not max_bytes:
         return None
+    limit_threads()
     keep_freed_memory()
     with _shared_lock:
         if max_bytes not in _shared:

@@ -31,8 +31,16 @@ _LITE_MEDSAM_MEMBER = "asset/lite_medsam.pth"
 
 
 def weights_dir() -> Path:
-    """Folder that base weights are fetched into: ``$MEDSA_WEIGHTS_DIR``, else ``~/.cache/medsa``."""
-    return Path(os.environ.get(WEIGHTS_DIR_VARIABLE) or Path.home() / ".cache" / "medsa")
+    """Folder that base weights are fetched into: ``$MEDSA_WEIGHTS_DIR``, else ``~/.cache/medsa``.
+
+    Where the user has no home, ``medsa`` in the folder of temporary files stands for the latter.
+    """
+    if named := os.environ.get(WEIGHTS_DIR_VARIABLE):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "medsa"
+    except RuntimeError:  # no HOME, and no entry of this user in the system's list
+        return Path(tempfile.gettempdir()) / "medsa"
 
 
 def file_sha256(path: str | Path) -> str:
