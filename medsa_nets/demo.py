@@ -86,7 +86,7 @@ class Plan:
 PLANS = (
     Plan(image_size=256, steps=48, epochs=2, decoder_alone=False),
     Plan(image_size=160, steps=200, epochs=2, decoder_alone=True),
-    Plan(image_size=128, steps=300, epochs=3, decoder_alone=True),
+    Plan(image_size=128, steps=160, epochs=2, decoder_alone=True),
 )
 
 
@@ -99,12 +99,13 @@ def announce(plan: Plan, speed: Speed, seconds: float) -> str:
     """Say what this machine is going to do, for how long, and whether that is enough."""
     what = "the decoder's adapters, each picture encoded once" if plan.decoder_alone else "all adapters"
     size = f"{plan.image_size} x {plan.image_size}"
+    step, around = plan.step(speed), plan.around(speed)
     text = (
-        f"This machine takes {plan.step(speed):.2f} s a step: about {plan.steps * plan.step(speed) / 60:.1f} minutes for "
-        f"{plan.steps} steps of {BATCH} pictures of {size} ({what}), and {plan.around(speed) / 60:.1f} minutes around them."
+        f"This machine takes {step:.2f} s a step: about {plan.steps * step / 60:.1f} minutes for {plan.steps} steps of "
+        f"{BATCH} pictures of {size} ({what}), and {around / 60:.1f} minutes around them."
     )
     if plan.seconds(speed) > seconds:
-        done = max(0, int((seconds - plan.around(speed)) / plan.step(speed)))
+        done = max(0, int((seconds - around) / step))
         text += (
             f"\nThat is more than the {seconds / 60:.1f} minutes there are: about {done} of {plan.steps} steps will be "
             f"done, and the masks may not be good. --minutes {plan.seconds(speed) / 60 + 1:.0f} is enough for all."

@@ -83,7 +83,7 @@ def test_the_demo_trains_what_was_chosen_in_the_time_that_is_left(bundle, capsys
 
 
 def test_an_untrained_adapter_is_not_left_in_silence(bundle, capsys):
-    calls, dice, arguments = bundle
+    _, dice, arguments = bundle
     dice["after"] = GOOD - 0.01
     assert main(arguments) == 0
     out = capsys.readouterr().out
