@@ -1,8 +1,9 @@
 """The main job in one command: adapt a base to lesions in a few minutes, measure before and after, draw a page.
 
 ``python -m medsa_nets.demo`` generates phantoms; with ``DATASET_DIR=/path/to/ISIC`` in front it uses real images.
-Everything goes through the bundle ``bundles/medsa_isic``, with its own commands and settings. How much is trained, and
-on pictures of which size, depends on how fast the machine is: a few steps are timed first.
+Everything goes through the bundle ``bundles/medsa_isic``, with its own commands and settings. The decoder's adapters
+train alone (``configs/decoder.yaml``): each picture is encoded once, so that minutes are enough on any processor. How
+much is trained, and on pictures of which size, depends on how fast the machine is: a few steps are timed first.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from medsa_nets.visualize import contact_sheet
 PROMPTS = ("none", "point", "box")
 GOOD = 0.85  # mean Dice, in each way of prompting, from which the masks count as good
 IMAGES, VALIDATION, BATCH = 96, 8, 4  # most images that are learned from, images that are measured, images of a step
+EPOCHS = 2  # parts of the training, with a validation after each
 TIMED_SIZE = 128  # of the pictures of the steps that are timed; time goes with the number of pixels
-TIMED_STEPS = 3  # the first also encodes, or begins
+TIMED_STEPS = 3  # the first also encodes
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,12 @@ class Speed:
     """Seconds that this machine takes for pictures of :data:`TIMED_SIZE`.
 
     Args:
-        full: a training step of the whole network.
-        decoder: a training step of the decoder, on embeddings that are there.
+        step: a training step of the decoder, on embeddings that are there.
         encode: the encoding of the images of a step.
         start: to read a configuration and to build the network.
     """
 
-    full: float
-    decoder: float
+    step: float
     encode: float
     start: float
 
@@ -56,38 +56,29 @@ class Plan:
     Args:
         image_size: side of the square that the network sees, in pixels.
         steps: training steps of :data:`BATCH` images.
-        epochs: parts of these steps, with a validation after each.
-        decoder_alone: whether the decoder's adapters train alone, on embeddings that are kept.
     """
 
     image_size: int
     steps: int
-    epochs: int
-    decoder_alone: bool
 
     def step(self, speed: Speed) -> float:
         """Seconds of a step."""
-        return (speed.decoder if self.decoder_alone else speed.full) * (self.image_size / TIMED_SIZE) ** 2
+        return speed.step * (self.image_size / TIMED_SIZE) ** 2
 
     def around(self, speed: Speed) -> float:
         """Seconds of all but the steps: starts, embeddings, validations and measurements before and after."""
-        share = (self.image_size / TIMED_SIZE) ** 2
-        encode, decode = share * speed.encode / BATCH, share * speed.decoder / BATCH  # an image
-        answers = VALIDATION * (2 * len(PROMPTS) + self.epochs)
-        encoded = IMAGES + 2 * VALIDATION if self.decoder_alone else 2 * answers  # full precision takes longer
-        return (2 * len(PROMPTS) + 1) * speed.start + encoded * encode + answers * decode
+        encoded = IMAGES + 2 * VALIDATION  # these twice, for measurements are in full precision
+        decoded = VALIDATION * (2 * len(PROMPTS) + EPOCHS)
+        images = (encoded * speed.encode + decoded * speed.step) / BATCH
+        return (2 * len(PROMPTS) + 1) * speed.start + images * (self.image_size / TIMED_SIZE) ** 2
 
     def seconds(self, speed: Speed) -> float:
         """Seconds of the whole."""
         return self.around(speed) + self.steps * self.step(speed)
 
 
-# The best first, each measured to reach GOOD on phantoms; a machine takes the first that it has the time for.
-PLANS = (
-    Plan(image_size=256, steps=48, epochs=2, decoder_alone=False),
-    Plan(image_size=160, steps=200, epochs=2, decoder_alone=True),
-    Plan(image_size=128, steps=160, epochs=2, decoder_alone=True),
-)
+# The best first; a machine takes the first that it has the time for.
+PLANS = (Plan(image_size=160, steps=200), Plan(image_size=128, steps=160))
 
 
 def choose_plan(speed: Speed, seconds: float) -> Plan:
@@ -97,12 +88,11 @@ def choose_plan(speed: Speed, seconds: float) -> Plan:
 
 def announce(plan: Plan, speed: Speed, seconds: float) -> str:
     """Say what this machine is going to do, for how long, and whether that is enough."""
-    what = "the decoder's adapters, each picture encoded once" if plan.decoder_alone else "all adapters"
     size = f"{plan.image_size} x {plan.image_size}"
     step, around = plan.step(speed), plan.around(speed)
     text = (
         f"This machine takes {step:.2f} s a step: about {plan.steps * step / 60:.1f} minutes for {plan.steps} steps of "
-        f"{BATCH} pictures of {size} ({what}), and {around / 60:.1f} minutes around them."
+        f"{BATCH} pictures of {size}, and {around / 60:.1f} minutes around them."
     )
     if plan.seconds(speed) > seconds:
         done = max(0, int((seconds - around) / step))
@@ -170,21 +160,19 @@ class Demo:
 
     def settings(self, plan: Plan) -> dict[str, Any]:
         """Settings that all commands share."""
-        kept = {"embedding_dir": str(self.output_dir / "embeddings")} if plan.decoder_alone else {}
-        return {**self.common, **kept, "image_size": plan.image_size}
+        return {**self.common, "embedding_dir": str(self.output_dir / "embeddings"), "image_size": plan.image_size}
 
     def time_steps(self) -> Speed:
         """Time a few training steps."""
         start = time.perf_counter()
-        full = self._steps("train.yaml")
-        started = time.perf_counter() - start - sum(full)
-        decoder = self._steps("train.yaml", "decoder.yaml")
-        return Speed(full[-1], decoder[-1], max(0.0, decoder[0] - decoder[-1]), started)
+        steps = self._steps()
+        last = steps[-1]
+        return Speed(last, max(0.0, steps[0] - last), time.perf_counter() - start - sum(steps))
 
-    def _steps(self, *names: str) -> list[float]:
+    def _steps(self) -> list[float]:
         """Take training steps on one batch with a network that is thrown away: the seconds of each."""
         parser = ConfigParser()
-        parser.read_config(self.files(*names))
+        parser.read_config(self.files("train.yaml", "decoder.yaml"))
         seconds = []
         with TemporaryDirectory(prefix="medsa_") as folder:
             places = {"embedding_dir": f"{folder}/embeddings", "output_dir": folder}
@@ -201,21 +189,20 @@ class Demo:
 
     def measure(self, stage: str, plan: Plan, **settings: Any) -> dict[str, float]:
         """Mean Dice of each way of prompting; pictures are written too."""
-        names = ("train.yaml", "evaluate.yaml", *(("decoder.yaml",) if plan.decoder_alone else ()))
+        files = self.files("train.yaml", "evaluate.yaml", "decoder.yaml")
         results = {}
         for prompt in PROMPTS:
             folder = self.output_dir / stage / prompt
-            run("evaluating", config_file=self.files(*names), prompt=prompt, overlays=4, output_dir=str(folder),
+            run("evaluating", config_file=files, prompt=prompt, overlays=4, output_dir=str(folder),
                 **self.settings(plan), **settings)  # fmt: skip
             results[prompt] = read_metrics(folder)["val_mean_dice"]
         return results
 
     def train(self, plan: Plan, seconds: float, start_from: Path | None = None) -> bool:
         """Train for at most so many seconds; returns whether that was too short."""
-        names = ("train.yaml", *(("decoder.yaml",) if plan.decoder_alone else ()))
         start = time.monotonic()
-        run("training", config_file=self.files(*names), output_dir=str(self.output_dir / "training"),
-            max_epochs=plan.epochs, samples_per_epoch=plan.steps // plan.epochs * BATCH, samples_interval=0,
+        run("training", config_file=self.files("train.yaml", "decoder.yaml"), output_dir=str(self.output_dir / "training"),
+            max_epochs=EPOCHS, samples_per_epoch=plan.steps // EPOCHS * BATCH, samples_interval=0,
             warmup_steps=10, time_limit=seconds, start_from=str(start_from) if start_from else None,
             **self.settings(plan))  # fmt: skip
         return time.monotonic() - start >= seconds

@@ -145,7 +145,7 @@ def test_memory_that_torch_can_not_have_ends_in_one_line():
 
 @pytest.mark.parametrize("name", ["print", "error"])
 def test_names_that_the_locale_has_no_characters_for_are_printed_all_the_same(name):
-    action = {"print": "print('M\u00fcller.nii')", "error": "raise DataError('M\u00fcller.nii: damaged.')"}[name]
+    action = {"print": "print('M\\u00fcller.nii')", "error": "raise DataError('M\\u00fcller.nii: damaged.')"}[name]
     code = f"from medsa_nets.errors import DataError, report_plainly; report_plainly()\n{action}"
     result = run(code, **PLAIN_LOCALE)
     assert "M\\xfcller.nii" in result.stdout + result.stderr
