@@ -200,8 +200,8 @@ class Demo:
 
     def train(self, plan: Plan, seconds: float, start_from: Path | None = None) -> bool:
         """Train for at most so many seconds; returns whether that was too short."""
-        start = time.monotonic()
-        run("training", config_file=self.files("train.yaml", "decoder.yaml"), output_dir=str(self.output_dir / "training"),
+        start, files = time.monotonic(), self.files("train.yaml", "decoder.yaml")
+        run("training", config_file=files, output_dir=str(self.output_dir / "training"),
             max_epochs=EPOCHS, samples_per_epoch=plan.steps // EPOCHS * BATCH, samples_interval=0,
             warmup_steps=10, time_limit=seconds, start_from=str(start_from) if start_from else None,
             **self.settings(plan))  # fmt: skip

@@ -295,6 +295,7 @@ class SlabInferer(Inferer):
         prompts = {name: plain(value) for name, value in kwargs.items() if value is not None}
         if not prompts and inputs.dim() == 5 and inputs.shape[0] == 1:
             prompts = {name: value.to(inputs.device) for name, value in prompts_of(inputs).items()}
+        release_freed_memory()  # reading and resampling a large volume takes more than its slabs do
         inputs = plain(inputs)
         if inputs.dim() != 5:
             raise ValueError(f"the volume must have shape (B, C, H, W, D), got {tuple(inputs.shape)}.")

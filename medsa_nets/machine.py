@@ -1,4 +1,4 @@
-"""How many processors this process may use, under the limits of a container."""
+"""How many processors and how much memory this process may use, under the limits of a container."""
 
 from __future__ import annotations
 
@@ -47,33 +47,53 @@ def limit_threads() -> int:
     return torch.get_num_threads()
 
 
+def usable_memory(root: str | Path = "/") -> int:
+    """Bytes of memory that this process may use: at most what the machine has, and what its cgroups allow.
+
+    Args:
+        root: where ``proc`` and ``sys`` lie.
+
+    Returns:
+        Bytes; 8 GiB where the system does not say.
+    """
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows
+        memory = 8 * 2**30
+    for folder, version in _cgroups(Path(root), "memory"):
+        limit = _number(_read(folder / ("memory.max" if version == 2 else "memory.limit_in_bytes")))
+        memory = min(memory, int(limit)) if limit > 0 else memory
+    return memory
+
+
 def _cgroup_limits(root: Path) -> list[float]:
-    """Limits of processors, in processors, of this process's cgroups (version 2 and 1) and of those above them."""
+    """Limits of processors, in processors."""
     limits = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            mounts, read = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], _version_2
-        elif "cpu" in controllers.split(","):
-            mounts, read = [f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu"], _version_1
+    for folder, version in _cgroups(root, "cpu"):
+        if version == 2:
+            quota, _, period = _read(folder / "cpu.max").partition(" ")  # "200000 100000", or "max 100000"
         else:
-            continue
-        # a container's own view may show its cgroup as the root of the mount, whatever its path on the host
-        places = {PurePosixPath("/"), PurePosixPath(path), *PurePosixPath(path).parents}
-        for folder in {root / mount / str(place).lstrip("/") for mount in mounts for place in places}:
-            quota, period = read(folder)
-            if quota > 0 and period > 0:
-                limits.append(quota / period)
+            quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")  # -1: no limit
+        if _number(quota) > 0 and _number(period) > 0:
+            limits.append(_number(quota) / _number(period))
     return limits
 
 
-def _version_2(folder: Path) -> tuple[float, float]:
-    quota, _, period = _read(folder / "cpu.max").partition(" ")  # "200000 100000", or "max 100000"
-    return _number(quota), _number(period)
-
-
-def _version_1(folder: Path) -> tuple[float, float]:
-    return _number(_read(folder / "cpu.cfs_quota_us")), _number(_read(folder / "cpu.cfs_period_us"))  # -1: no limit
+def _cgroups(root: Path, controller: str) -> list[tuple[Path, int]]:
+    """Folders of this process's cgroups and of those above them, with their version, 1 or 2."""
+    found = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            version, mounts = 2, ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
+        elif controller in controllers.split(","):
+            version, mounts = 1, [f"sys/fs/cgroup/{controllers}", f"sys/fs/cgroup/{controller}"]
+        else:
+            continue
+        # a container's own view may show its cgroup as the root of the mount, whatever its path on the host
+        places = {"/", path, *map(str, PurePosixPath(path).parents)}
+        found += [(folder, version) for folder in {root / m / p.lstrip("/") for m in mounts for p in places}]
+    return found
 
 
 def _number(text: str) -> float:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from medsa_nets import machine
-from medsa_nets.machine import limit_threads, usable_cpus
+from medsa_nets.machine import limit_threads, usable_cpus, usable_memory
 from medsa_nets.weights import weights_dir
 
 PACKAGE = Path(machine.__file__).parent
@@ -47,6 +47,18 @@ def host(monkeypatch):
 )  # fmt: skip
 def test_processors_follow_the_limit_of_a_container(host, tmp_path, files, expected):
     assert usable_cpus(write(tmp_path, files)) == expected
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/memory.max": "1000000", "sys/fs/cgroup/a/b/memory.max": "max"},
+        {"proc/self/cgroup": "4:memory:/a", "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "1000000"},
+    ],
+)
+def test_memory_follows_the_limit_of_a_container(tmp_path, files):
+    assert usable_memory(tmp_path) > 1000000
+    assert usable_memory(write(tmp_path, files)) == 1000000
 
 
 def test_processors_follow_the_affinity(monkeypatch, tmp_path):
