@@ -79,11 +79,18 @@ import sys, torch
 from monai.bundle import ConfigParser
 parser = ConfigParser()
 parser.read_config(sys.argv[1] + "/configs/inference.yaml")
-parser.update({"bundle_root": sys.argv[1], "use_click": True, "handlers": []})
-parser["dataset#data"] = [{"image": sys.argv[2], "liver": [[256 + i, 256, 150]], "label": "liver"} for i in range(3)]
+parser.update({"bundle_root": sys.argv[1], "use_click": True})
 parser["postprocessing#transforms"] = [t for t in parser["postprocessing#transforms"] if t["_target_"] != "SaveImaged"]
 parser.get_parsed_content("initialize")
-parser.get_parsed_content("evaluator").run()
+before, inferer, network, after = (
+    parser.get_parsed_content(name) for name in ("preprocessing", "inferer", "network", "postprocessing")
+)
+network.eval()
+for i in range(3):
+    data = before({"image": sys.argv[2], "liver": [[256 + i, 256, 150]], "label": "liver"})
+    with torch.no_grad():
+        data["pred"] = inferer(data["image"][None], network)[0]
+    after(data)
 """
 
 
