@@ -67,11 +67,11 @@ def copy_bundle(
 def _describe(target: Path, config: dict[str, Any]) -> None:
     """Name the classes of a configuration in the copy's metadata, from which servers take their labels."""
     path = target / "configs" / "metadata.json"
-    metadata = json.loads(path.read_text())
+    metadata = json.loads(path.read_text(encoding="utf-8"))
     if "classes" in config:
         classes = ["background", *config["classes"]]
         pred = metadata["network_data_format"]["outputs"]["pred"]
         pred["channel_def"] = {str(i): name for i, name in enumerate(classes)}
         pred["num_channels"] = len(classes) - 1
     with temporary_name(path) as part:
-        part.write_text(json.dumps(metadata, indent=4) + "\n")
+        part.write_text(json.dumps(metadata, indent=4) + "\n", encoding="utf-8")

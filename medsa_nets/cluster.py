@@ -119,7 +119,7 @@ def segment_study(
             row["seconds"] = round(time.perf_counter() - start, 2)
             record.parent.mkdir(exist_ok=True)
             with temporary_name(record) as part:
-                part.write_text(json.dumps({**row, "files": files}))
+                part.write_text(json.dumps({**row, "files": files}), encoding="utf-8")
         except Exception as error:  # of any library: one study must not stop the others
             _bundles.clear()  # an engine that an error has stopped does not start again
             row["seconds"] = round(time.perf_counter() - start, 2)
@@ -138,7 +138,7 @@ def _record(job: str, entry: dict[str, Any], output_dir: str) -> Path:
 
 def _read_record(record: Path, output_dir: str) -> dict[str, Any] | None:
     try:
-        known = json.loads(record.read_text())
+        known = json.loads(record.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
     there = all((Path(output_dir) / file).is_file() for file in known.pop("files"))
@@ -238,7 +238,7 @@ def segment_all(
     for name, value in {**settings, "dataset_dir": os.path.abspath(Path(dataset_dir).expanduser())}.items():
         parser[name] = value  # a name may be a path, as network_def#dropout
     meta_path = Path(meta_file) if meta_file else first.parent / "metadata.json"
-    meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}
+    meta = json.loads(meta_path.read_text(encoding="utf-8")) if meta_path.is_file() else {}
     config = dict(parser.get())
     out = Path(output_dir).expanduser().resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -298,7 +298,7 @@ def _failure(study: str, error: BaseException) -> dict[str, Any]:
 
 
 def _write_summary(rows: list[dict[str, Any]], path: Path) -> None:
-    with temporary_name(path) as part, open(part, "w", newline="") as file:
+    with temporary_name(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)

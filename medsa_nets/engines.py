@@ -54,7 +54,7 @@ _resident_after_release: list[int | None] = [None]  # none: freed memory is not 
 
 def _resident_bytes() -> int | None:
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):  # no Linux
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from types import TracebackType
@@ -35,16 +36,60 @@ class ClusterError(MedSAError, RuntimeError):
     """A cluster of workers that can't be started or reached."""
 
 
+class LowMemoryError(MedSAError, MemoryError):
+    """More memory was asked for than there is."""
+
+
+# what torch (CPU, Windows, GPU), numpy, ITK and C++ say where memory can't be had
+_NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "failed to allocate",
+    "bad_alloc",
+    "is killed by signal: killed",
+)  # the last: of a DataLoader's worker, by the system
+_LESS_MEMORY = (
+    "In training, lower --batch_size (pictures), --patches_per_volume, the last number of --roi_size or "
+    "--train_slab_depth (volumes), --prompt_draws or --image_size, pass --num_workers 0 and, for volumes, "
+    "--checkpointing true and --cache disk. In inference, lower --slab_depth, --class_chunk or --cache_bytes, and take "
+    "a coarser --pixdim only if the adapter was trained on it."
+)
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be allocated, on a CPU or a GPU."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
+    )
+
+
 def find_cause(error: BaseException | None) -> MedSAError | None:
-    """The error of this package that another error was raised from, or none."""
-    while error is not None and not isinstance(error, MedSAError):
+    """The error of this package that another error was raised from, or none.
+
+    A lack of memory, which libraries report in many ways, and which looks like a damaged file to what reads one, gives
+    a :class:`LowMemoryError` that says what to lower.
+    """
+    found: MedSAError | None = None
+    while error is not None:
+        if isinstance(error, MedSAError):
+            found = found or error
+        elif is_lack_of_memory(error):
+            return LowMemoryError(f"There is not enough memory ({describe(error)}). {_LESS_MEMORY}")
         error = error.__cause__ or error.__context__
-    return error
+    return found
 
 
 def describe(error: BaseException) -> str:
     """Kind of an error and the first line of what it says, to be quoted in another error's line."""
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])  # some have no text
+
+
+def print_anything() -> None:
+    """Let standard output and error take every character, escaped where the locale (``LC_ALL=C``) has none for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def report_plainly() -> None:
@@ -53,6 +98,7 @@ def report_plainly() -> None:
     The engine around a bundle wraps errors in errors; users need the one that names their file. Every other error is
     shown in full, and so is every one where the environment variable ``MONAI_DEBUG`` is set.
     """
+    print_anything()
     previous = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from medsa_nets.backends import backend_of
 from medsa_nets.engines import keep_freed_memory, plain, release_freed_memory
+from medsa_nets.machine import limit_threads
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import Amp, autocast, choose_amp, read_amp
 from medsa_nets.prompts import mirror_prompts, relative_to_slice
@@ -133,10 +134,13 @@ def shared_cache(max_bytes: int) -> EmbeddingCache | None:
     """The cache of this size that all inferers of the process share; none for 0 bytes.
 
     A server holds an automatic and a clicking task for one bundle: what one of them has encoded, the other one needs.
-    Its process also keeps the memory that it frees for the next request (:func:`medsa_nets.engines.keep_freed_memory`).
+    Its process also keeps the memory that it frees for the next request (:func:`medsa_nets.engines.keep_freed_memory`),
+    and computes with as many threads as it has processors (:func:`medsa_nets.machine.limit_threads`): a server does not
+    run what a bundle lists under ``initialize``.
     """
     if not max_bytes:
         return None
+    limit_threads()
     keep_freed_memory()
     with _shared_lock:
         if max_bytes not in _shared:
@@ -292,6 +296,7 @@ class SlabInferer(Inferer):
         prompts = {name: plain(value) for name, value in kwargs.items() if value is not None}
         if not prompts and inputs.dim() == 5 and inputs.shape[0] == 1:
             prompts = {name: value.to(inputs.device) for name, value in prompts_of(inputs).items()}
+        release_freed_memory()  # reading and resampling a large volume takes more than its slabs do
         inputs = plain(inputs)
         if inputs.dim() != 5:
             raise ValueError(f"the volume must have shape (B, C, H, W, D), got {tuple(inputs.shape)}.")

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from medsa_nets.errors import BackendError, DataError, MedSAError, WeightsError, find_cause
+from medsa_nets.errors import BackendError, DataError, LowMemoryError, MedSAError, WeightsError, find_cause
 
 ENGINE = """
 from medsa_nets.errors import DataError, WeightsError, report_plainly
@@ -33,6 +34,7 @@ report_plainly()
 load = Compose([LoadImaged("image", reader=PhotographReader())])
 list(DataLoader(SeededDataset([{{"image": "{path}"}}], load), batch_size=1, num_workers={workers}))
 """
+PLAIN_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -101,3 +103,50 @@ def test_the_cause_is_found_however_deep_it_lies():
 def test_errors_are_caught_by_their_general_kind_too(kind, base):
     assert issubclass(kind, MedSAError)
     assert issubclass(kind, base)
+
+
+def raised(error: Exception, cause: BaseException) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("Failed to allocate memory for image."),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+    ],
+    ids=lambda error: str(error)[:20] or type(error).__name__,
+)
+def test_a_lack_of_memory_says_what_to_lower(error):
+    for shown in (error, raised(RuntimeError("applying transform"), error), raised(DataError("not readable"), error)):
+        cause = find_cause(shown)
+        assert isinstance(cause, LowMemoryError)
+        assert "--slab_depth" in str(cause)
+        assert "--batch_size" in str(cause)
+    assert find_cause(RuntimeError("shapes differ")) is None
+
+
+def test_memory_that_torch_can_not_have_ends_in_one_line():
+    pytest.importorskip("resource")
+    code = (
+        "import resource, torch; from medsa_nets.errors import report_plainly; report_plainly()\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30,) * 2)\n"
+        "torch.zeros(2 * 2**30, dtype=torch.float64)"
+    )
+    result = run(code)
+    assert result.returncode == 1
+    assert len(lines(result.stderr)) == 1
+    assert "not enough memory" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["print", "error"])
+def test_names_that_the_locale_has_no_characters_for_are_printed_all_the_same(name):
+    action = {"print": "print('M\\u00fcller.nii')", "error": "raise DataError('M\\u00fcller.nii: damaged.')"}[name]
+    code = f"from medsa_nets.errors import DataError, report_plainly; report_plainly()\n{action}"
+    result = run(code, **PLAIN_LOCALE)
+    assert "M\\xfcller.nii" in result.stdout + result.stderr
+    assert "UnicodeEncodeError" not in result.stderr

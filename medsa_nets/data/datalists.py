@@ -148,7 +148,7 @@ def read_datalist(path: Path, root: Path) -> dict[str, list[dict[str, Any]]]:
     if not path.is_file():
         raise DataError(f"datalist {path}: there is no such file. Expected a Decathlon JSON (--datalist).")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"datalist {path}: not JSON ({error}).") from error
     present = [name for name in SPLITS if isinstance(content, dict) and content.get(name)]

@@ -12,6 +12,9 @@ from monai.utils import get_seed
 from torch.utils.data import Sampler
 
 from medsa_nets.errors import find_cause
+from medsa_nets.machine import usable_cpus
+
+CACHE_THREADS = 2
 
 
 class _Seeded(Dataset):
@@ -116,7 +119,8 @@ def make_dataset(
         ValueError: when ``cache`` is something else.
     """
     if cache == "memory":
-        return SeededCacheDataset(data, transform, seed=seed, num_workers=None)
+        # MONAI's own default is a thread for each processor of the host; each holds a few copies of a volume
+        return SeededCacheDataset(data, transform, seed=seed, num_workers=min(CACHE_THREADS, usable_cpus()))
     if cache == "disk":
         return SeededPersistentDataset(data, transform, cache_dir=cache_dir, seed=seed)
     if cache == "none":

@@ -145,9 +145,9 @@ def _write_app(folder: Path, tag: str) -> None:
     app.mkdir()
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(Path(medsa_nets.__file__).parent, app / "medsa_nets", ignore=ignored)
-    (app / "app.py").write_text(ENTRY)
+    (app / "app.py").write_text(ENTRY, encoding="utf-8")
     requirements = [f"{name}=={version(name)}" for name in PINNED if version(name)]
-    (app / "requirements.txt").write_text("\n".join(requirements) + "\n")
+    (app / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
     kind = "DICOM CT or MR series" if settings.rules.volumes else "DICOM photographs, JPEG, PNG"
     described: dict[str, dict[str, Any]] = {
         "application": {
@@ -159,9 +159,9 @@ def _write_app(folder: Path, tag: str) -> None:
         },
         "resources": {"cpu": 2, "gpu": 0, "memory": "8Gi", "gpu-memory": "0Gi"},
     }
-    (app / "app.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+    (app / "app.yaml").write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    (folder / "Dockerfile").write_text(DOCKERFILE.format(tag=tag, python=python))
+    (folder / "Dockerfile").write_text(DOCKERFILE.format(tag=tag, python=python), encoding="utf-8")
     formats = described["application"]
     places = {
         "input": {"path": "/var/holoscan/input", "formats": formats["input-formats"]},
@@ -192,7 +192,7 @@ def _write_app(folder: Path, tag: str) -> None:
         },
     }
     for name, content in manifests.items():
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def version(package: str) -> str:
@@ -217,15 +217,15 @@ def check(folder: Path) -> None:
         if not (folder / name).exists():
             raise DataError(f"{folder / name}: missing. Write the folder again (python -m medsa_nets.deploy package).")
     try:
-        described = yaml.safe_load((folder / "app" / "app.yaml").read_text())["application"]
-        manifests = [json.loads((folder / name).read_text()) for name in ("app.json", "pkg.json")]
+        described = yaml.safe_load((folder / "app" / "app.yaml").read_text(encoding="utf-8"))["application"]
+        manifests = [json.loads((folder / name).read_text(encoding="utf-8")) for name in ("app.json", "pkg.json")]
         asked = set(described["pip-packages"])
         described["input-formats"], described["output-formats"], manifests[0]["command"]
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise DataError(
             f"{folder}: app.yaml, app.json or pkg.json is damaged ({error!r}). Write the folder again."
         ) from error
-    listed = set((folder / "app" / "requirements.txt").read_text().split())
+    listed = set((folder / "app" / "requirements.txt").read_text(encoding="utf-8").split())
     if asked != listed or not any(line.startswith("torch==") for line in listed):
         raise DataError(
             f"{folder / 'app' / 'requirements.txt'}: it differs from pip-packages of app.yaml, or lacks torch."

@@ -156,7 +156,7 @@ def write_report(
     """Write ``measurements.json``, the pictures (PNG) and ``report.html``, which holds them all in one file."""
     data = describe_source(source, settings, measurements)
     with temporary_name(folder / "measurements.json") as part:
-        part.write_text(json.dumps(data, indent=1) + "\n")
+        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     embedded = []
     for name, picture in pictures.items():
         buffer = io.BytesIO()
@@ -179,4 +179,4 @@ def write_report(
         f"<table>{''.join(rows)}</table>{'</figure>'.join(embedded)}</figure>\n"
     )
     with temporary_name(folder / "report.html") as part:
-        part.write_text(page)
+        part.write_text(page, encoding="utf-8")

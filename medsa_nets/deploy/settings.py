@@ -118,7 +118,7 @@ def _from_folder(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"bundle {bundle}: there is no {path.relative_to(bundle)}. Expected the folder of a bundle."
             )
     config: dict[str, Any] = ConfigParser.load_config_file(str(paths[0]))
-    return config, json.loads(paths[1].read_text())
+    return config, json.loads(paths[1].read_text(encoding="utf-8"))
 
 
 def _from_torchscript(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:

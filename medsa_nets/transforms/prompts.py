@@ -86,7 +86,7 @@ def read_prompt_table(path: str | Path | None) -> dict[str, Any]:
     if not path:
         return {}
     try:
-        table = json.loads(Path(path).read_text())
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"prompts {path}: not readable as JSON ({error}).") from error
     if not isinstance(table, dict):
