@@ -117,7 +117,8 @@ class _Linear(torch.autograd.Function):
 
 def multiply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``: (..., in) to (..., out), by the faster library."""
-    if not takes_onednn(x, x.numel() * weight.shape[0]):
+    # autocast has yet to change the type of a weight that trains
+    if x.dtype != weight.dtype or not takes_onednn(x, x.numel() * weight.shape[0]):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     needs_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

@@ -125,9 +125,10 @@ def test_what_was_remembered_in_inference_mode_serves_training():
     assert x.grad is not None
 
 
-def test_a_trained_layer_gets_gradients_under_autocast():
+def test_a_trained_layer_gets_gradients_under_autocast_whatever_the_type_of_its_input(counted):
     layer = Linear(32, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(torch.randn(4, 32)).float().sum().backward()
+        layer(torch.randn(4, 32).bfloat16()).float().sum().backward()
     assert layer.weight.grad is not None
     assert layer not in module._remembered
