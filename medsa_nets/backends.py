@@ -423,12 +423,9 @@ def _openvino(encoder: nn.Module, image: Tensor, amp: bool, folder: Path) -> Enc
         "SNIPPETS_MODE": "DISABLE",
     }
     compiled: Any = None
-    if converted.is_kept(folder):
+    if converted.is_kept(folder) and converted.is_intact(folder):
         converted.use(folder)
-        try:
-            compiled = core.compile_model(core.read_model(folder / IR), "CPU", {**settings, "CACHE_DIR": str(folder)})
-        except RuntimeError as error:  # damaged on the disk
-            logger.debug("%s: not loadable (%s)", folder, describe(error))
+        compiled = core.compile_model(core.read_model(folder / IR), "CPU", {**settings, "CACHE_DIR": str(folder)})
     if compiled is None:
         with _onnx_file(encoder, image) as file:
             model = core.read_model(file)

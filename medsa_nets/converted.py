@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -16,7 +17,7 @@ from medsa_nets.measurements import cache_dir
 
 logger = logging.getLogger(__name__)
 MAX_BYTES = 4 * 2**30  # of all kept models; those that were not used for longest go first
-WHOLE = "whole"  # name of the file that is written last
+WHOLE = "sha256.json"  # of the file that is written last, with the others' checksums
 
 
 def models_dir() -> Path:
@@ -44,6 +45,26 @@ def is_kept(folder: Path) -> bool:
     return (folder / WHOLE).is_file()
 
 
+def is_intact(folder: Path) -> bool:
+    """Whether a kept model's files are as they were written; a folder of a damaged one is removed."""
+    try:
+        sums = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
+        if all(_sha256(folder / name) == found for name, found in sums.items()):
+            return True
+    except (OSError, ValueError, AttributeError):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def keep(folder: Path, write: Callable[[Path], None]) -> bool:
     """Let ``write`` fill a folder beside ``folder``, then give it that name: a kept model is whole or absent.
 
@@ -62,7 +83,7 @@ def keep(folder: Path, write: Callable[[Path], None]) -> bool:
         return False
     try:
         write(part)
-        (part / WHOLE).touch()
+        (part / WHOLE).write_text(json.dumps({file.name: _sha256(file) for file in part.iterdir()}), encoding="utf-8")
         if folder.exists() and not is_kept(folder):
             shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)

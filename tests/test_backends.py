@@ -369,11 +369,11 @@ def test_auto_counts_the_slabs_of_a_volume_and_the_share_of_a_shape(tiny, monkey
         expect_encodings(network, 10)
         network.encode_image(torch.rand(1, 1, 32, 32, 2))  # 1000 encodings
         assert fake.conversions == 1
-        network.encode_image(torch.rand(1, 1, 48, 32, 2))  # half of them
+        network.encode_image(torch.rand(1, 1, 32, 32, 3))  # half of them
         assert fake.conversions == 2
         for _ in range(20):
             network.encode_image(torch.rand(1, 1, 32, 32, 2))
-        network.encode_image(torch.rand(1, 1, 32, 48, 2))  # a rare one
+        network.encode_image(torch.rand(1, 1, 32, 32, 4))  # a rare one
         assert fake.conversions == 2
 
 

@@ -51,13 +51,13 @@ def test_the_model_of_a_faster_process_stays():
 
 
 def test_those_not_used_for_longest_make_room(monkeypatch):
-    monkeypatch.setattr(converted, "MAX_BYTES", 250)
+    monkeypatch.setattr(converted, "MAX_BYTES", 2500)
     old, used, new = (converted.folder_of((name,)) for name in ("old", "used", "new"))
     for age, folder in ((3, used), (2, old)):
-        converted.keep(folder, writer(100))
+        converted.keep(folder, writer(1000))
         os.utime(folder / converted.WHOLE, (1e9 - age, 1e9 - age))
     converted.use(used)
-    converted.keep(new, writer(100))
+    converted.keep(new, writer(1000))
     assert [converted.is_kept(folder) for folder in (old, used, new)] == [False, True, True]
 
 
@@ -67,3 +67,13 @@ def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, own_cache):
     folder = converted.folder_of(("weights",))
     assert not converted.keep(folder, writer(1))
     assert not converted.is_kept(folder)
+
+
+def test_a_damaged_model_is_removed():
+    folder = converted.folder_of(("weights",))
+    converted.keep(folder, writer(10))
+    assert converted.is_intact(folder)
+    (folder / "model").write_bytes(bytes(9) + b"1")
+    assert not converted.is_intact(folder)
+    assert not folder.exists()
+    assert not converted.is_intact(folder)
