@@ -13,13 +13,17 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from medsa_nets import converted
 from medsa_nets.errors import BackendError, describe
+from medsa_nets.layers.linear import is_exporting
+from medsa_nets.measurements import machine, measured
 from medsa_nets.networks import MedSA
 from medsa_nets.weights import base_fingerprint
 
@@ -28,12 +32,18 @@ logger = logging.getLogger(__name__)
 # Name of a back end and the packages that it needs beyond torch.
 BACKENDS: dict[str, tuple[str, ...]] = {
     "eager": (),
+    "auto": (),
     "compile": (),
     "torchscript": (),
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
     "openvino": ("openvino", "onnx", "onnxscript"),
 }
+IR = "encoder.xml"  # of a kept model, in OpenVINO's intermediate representation
 MAX_SHAPES = 4  # each holds a copy of the encoder's weights
+CONVERSION_SECONDS = 70.0  # of OpenVINO for LiteMedSAM at 256 x 256 (docs/scaling.md), until this machine has its own
+LOADING_SECONDS = 5.0  # of a kept model, with reserve
+TRIAL = 0.1  # share of a run that may be spent on finding out whether OpenVINO is faster here
+GAIN = 1.1  # how much faster eager has to end up, to be left: what is estimated is not exact
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -53,7 +63,8 @@ def use_backend(network: MedSA, backend: str = "eager") -> MedSA:
         network: a :class:`~medsa_nets.networks.MedSA` or :class:`~medsa_nets.networks.VolumeMedSA`; it is changed in
             place, and a second call changes its back end.
         backend: ``eager``, ``compile`` (``torch.compile``), ``torchscript`` (traced and frozen), ``onnxruntime`` or
-            ``openvino`` (on a CPU).
+            ``openvino`` (on a CPU); or ``auto``: ``openvino`` where :func:`expect_images` has said that enough images
+            follow for its conversion to pay, else ``eager``.
 
     Returns:
         ``network``.
@@ -81,8 +92,32 @@ def use_backend(network: MedSA, backend: str = "eager") -> MedSA:
         )
     encoder.__dict__.pop("forward", None)
     if backend != "eager":
-        encoder.forward = _Runner(encoder, backend)
+        encoder.forward = _Chooser(encoder) if backend == "auto" else _Runner(encoder, backend)
     return network
+
+
+def expect_images(network: nn.Module, images: int) -> None:
+    """Say how many images or volumes a run is going to segment; the back end ``auto`` chooses by it, others ignore it.
+
+    Args:
+        network: as :func:`use_backend` gave it.
+        images: how many follow, the next one included.
+    """
+    chooser = _chooser_of(network)
+    if chooser is not None:
+        chooser.expect(images)
+
+
+def expect_encodings(network: nn.Module, encodings: int) -> None:
+    """Say how many calls of the encoder the image takes that is now begun; the slabs of a volume, for instance."""
+    chooser = _chooser_of(network)
+    if chooser is not None:
+        chooser.per_image = encodings
+
+
+def _chooser_of(network: nn.Module) -> _Chooser | None:
+    runner = getattr(network, "image_encoder", network).__dict__.get("forward")
+    return runner if isinstance(runner, _Chooser) else None
 
 
 def backend_of(network: nn.Module) -> str:
@@ -146,6 +181,7 @@ class _Runner:
         self._converted: OrderedDict[tuple[Any, ...], Encode] = OrderedDict()
         self._versions: tuple[tuple[int, int], ...] = ()
         self._weights = ""
+        self.seconds = 0.0  # of the last conversion
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,8 +192,7 @@ class _Runner:
 
     def __call__(self, image: Tensor, depth: int = 1) -> Tensor:
         """Encode normalised slices, as the encoder does."""
-        exporting = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        if exporting or any(module.training for module in self.encoder.modules()):  # dropout too: it is sampled
+        if is_exporting() or any(module.training for module in self.encoder.modules()):  # dropout too: it is sampled
             return type(self.encoder).forward(self.encoder, image, depth)
         if self.backend in ("onnxruntime", "openvino") and image.device.type != "cpu":
             raise BackendError(
@@ -193,15 +228,142 @@ class _Runner:
         try:
             with warnings.catch_warnings():  # tracers warn of sizes that become constants, as they should
                 warnings.simplefilter("ignore")
-                encode = _CONVERTERS[self.backend](_Slices(self.encoder, depth).eval(), image, amp)
+                slices = _Slices(self.encoder, depth).eval()
+                if self.backend == "openvino":
+                    encode = _openvino(slices, image, amp, self._folder(image, depth, amp))
+                else:
+                    encode = _CONVERTERS[self.backend](slices, image, amp)
         except Exception as error:  # exporters and compilers raise errors of their own
             raise BackendError(
                 f"The back end {self.backend!r} can't convert the image encoder for an input of {tuple(image.shape)} "
                 f"({describe(error)}). Take another back end (--backend eager)."
             ) from error
-        seconds = time.perf_counter() - start
+        self.seconds = seconds = time.perf_counter() - start
         logger.info("converted the image encoder for %s, %s, in %.1f s", self.backend, tuple(image.shape), seconds)
         return encode
+
+    def _folder(self, image: Tensor, depth: int, amp: bool) -> Path:
+        """Where a converted encoder is kept: named after all that it depends on."""
+        names = ("torch", "openvino", "onnx", "onnxscript")
+        weights = self._weights or base_fingerprint(self._tensors())
+        made = (type(self.encoder).__qualname__, tuple(image.shape), depth, amp, machine())
+        return converted.folder_of((weights, *made, *(version(name) for name in names)))
+
+
+class _Chooser(_Runner):
+    """The back end ``auto``: eager, or OpenVINO where the images that follow repay its conversion.
+
+    It is decided for each input shape once, before its first embedding is given out, so that all masks of one image
+    size come from one back end: a change in the midst of a run would depend on what else the machine does. Eager's time
+    is measured on that image. How long a conversion takes and how much faster OpenVINO then is, is known from earlier
+    runs on this machine; where it is not, OpenVINO is tried only if its conversion takes less than ``TRIAL`` of the
+    run, and left again if it turns out to be slower.
+    """
+
+    def __init__(self, encoder: nn.Module, backend: str = "auto") -> None:
+        super().__init__(encoder, backend)
+        self._openvino = _Runner(encoder, "openvino")
+        self.per_image = 1
+        self._images = 0
+        self._calls: dict[tuple[Any, ...], int] = {}
+        self._chosen: dict[tuple[Any, ...], str] = {}
+        self._deciding = threading.Lock()
+
+    def expect(self, images: int) -> None:
+        """Begin a run of so many images."""
+        with self._deciding:
+            self._images = images
+            self._calls.clear()
+            self._chosen.clear()
+        missing = [name for name in BACKENDS["openvino"] if importlib.util.find_spec(name) is None]
+        if missing:
+            logger.info("auto: eager, since %s is not installed (pip install 'medsa[openvino]')", missing[0])
+            self._images = 0
+
+    def __call__(self, image: Tensor, depth: int = 1) -> Tensor:
+        """Encode normalised slices, as the encoder does."""
+        training = any(module.training for module in self.encoder.modules())
+        if not self._images or is_exporting() or training or image.device.type != "cpu":
+            return self._eagerly(image, depth)
+        amp = torch.is_autocast_enabled("cpu")
+        key = (tuple(image.shape), depth, amp)
+        with self._deciding:
+            if key not in self._chosen:
+                self._chosen[key] = self._choose(image, depth, key)
+            self._calls[key] = self._calls.get(key, 0) + 1
+        return self._openvino(image, depth) if self._chosen[key] == "openvino" else self._eagerly(image, depth)
+
+    def _eagerly(self, image: Tensor, depth: int) -> Tensor:
+        return type(self.encoder).forward(self.encoder, image, depth)
+
+    def _left(self, key: tuple[Any, ...]) -> float:
+        """Encodings of a shape that may follow: its share of those so far, of all that are left."""
+        done = sum(self._calls.values())
+        share = (self._calls.get(key, 0) + 1) / (done + 1)
+        return max(1.0, share * (self._images * self.per_image - done))
+
+    def _choose(self, image: Tensor, depth: int, key: tuple[Any, ...]) -> str:
+        with torch.no_grad():
+            eager = _seconds(lambda: self._eagerly(image, depth))
+            left, shape = self._left(key), tuple(image.shape)
+            parameters = sum(p.numel() for p in self.encoder.parameters())
+            name = f"openvino, {type(self.encoder).__name__} of {parameters} parameters, {key}"
+            known = _kept(name)
+            known = {"conversion": CONVERSION_SECONDS} if known is None else known
+            folder = self._openvino._folder(image, depth, key[2])
+            was_kept = converted.is_kept(folder)
+            cost = LOADING_SECONDS if was_kept else known["conversion"]
+            if not _pays(known.get("ratio"), eager, left, cost):
+                logger.info("auto: eager for %s, %.2f s each, about %.0f left: OpenVINO takes %.0f s to prepare%s",
+                            shape, eager, left, cost, _told(known.get("ratio")))  # fmt: skip
+                return "eager"
+            try:
+                self._openvino(image, depth)
+            except BackendError as error:
+                logger.warning("auto: eager, since OpenVINO fails here: %s", describe(error))
+                return "eager"
+            eager = min(eager, _seconds(lambda: self._eagerly(image, depth)))  # the first one was not warm
+            ratio = eager / min(_seconds(lambda: self._openvino(image, depth)) for _ in range(2))
+            if not was_kept:
+                found = {"conversion": self._openvino.seconds, "ratio": ratio}
+                measured(name, lambda: found)
+        if ratio < 1.0:
+            logger.info("auto: eager for %s: OpenVINO was tried and is slower here (%.2f times as fast)",
+                        shape, ratio)  # fmt: skip
+            return "eager"
+        logger.info("auto: openvino for %s, about %.0f left: %.2f times as fast as eager, %.0f s to prepare. A "
+                    "few pixels may differ from eager's; --backend eager takes that for all",
+                    shape, left, ratio, self._openvino.seconds)  # fmt: skip
+        return "openvino"
+
+
+def _pays(ratio: float | None, eager: float, left: float, cost: float) -> bool:
+    """Whether ``left`` encodings of ``eager`` seconds take longer than OpenVINO with its preparation of ``cost``."""
+    if ratio is None:
+        return cost < TRIAL * eager * left
+    return GAIN * (cost + eager * left / ratio) < eager * left
+
+
+def _told(ratio: float | None) -> str:
+    return "" if ratio is None else f" and is {ratio:.2f} times as fast"
+
+
+def _kept(name: str) -> dict[str, float] | None:
+    """What an earlier run has measured, if one has."""
+
+    def unknown() -> dict[str, float]:
+        raise LookupError(name)
+
+    try:
+        return measured(name, unknown)
+    except LookupError:
+        return None
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 class _Slices(nn.Module):
@@ -249,21 +411,32 @@ def _onnxruntime(encoder: nn.Module, image: Tensor, amp: bool) -> Encode:
     return lambda x: torch.from_numpy(session.run(None, {"image": x.float().contiguous().numpy()})[0])
 
 
-def _openvino(encoder: nn.Module, image: Tensor, amp: bool) -> Encode:
-    core = _import_openvino().Core()
-    with _onnx_file(encoder, image) as file:
-        compiled = core.compile_model(
-            core.read_model(file),
-            "CPU",
-            {
-                "INFERENCE_PRECISION_HINT": "bf16" if amp else "f32",
-                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-                "PERFORMANCE_HINT": "LATENCY",
-                # OpenVINO 2026.4's generated attention (its snippets) is wrong for windows of 8 x 8 tokens and a padded
-                # key, on AMD EPYC with AVX-512: 2 % off in a corner of the embedding. Its libraries' is right.
-                "SNIPPETS_MODE": "DISABLE",
-            },
-        )
+def _openvino(encoder: nn.Module, image: Tensor, amp: bool, folder: Path) -> Encode:
+    openvino = _import_openvino()
+    core = openvino.Core()
+    settings = {
+        "INFERENCE_PRECISION_HINT": "bf16" if amp else "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        # OpenVINO 2026.4's generated attention (its snippets) is wrong for windows of 8 x 8 tokens and a padded
+        # key, on AMD EPYC with AVX-512: 2 % off in a corner of the embedding. Its libraries' is right.
+        "SNIPPETS_MODE": "DISABLE",
+    }
+    compiled: Any = None
+    if converted.is_kept(folder) and converted.is_intact(folder):
+        converted.use(folder)
+        compiled = core.compile_model(core.read_model(folder / IR), "CPU", {**settings, "CACHE_DIR": str(folder)})
+    if compiled is None:
+        with _onnx_file(encoder, image) as file:
+            model = core.read_model(file)
+
+            def write(part: Path) -> None:
+                openvino.save_model(model, part / IR, compress_to_fp16=False)
+
+            if converted.keep(folder, write):  # what it compiles to joins it there
+                model = core.read_model(folder / IR)
+                settings["CACHE_DIR"] = str(folder)
+            compiled = core.compile_model(model, "CPU", settings)
 
     def encode(x: Tensor) -> Tensor:
         request = compiled.create_infer_request()  # a thread's own
@@ -290,5 +463,4 @@ _CONVERTERS: dict[str, Callable[[nn.Module, Tensor, bool], Encode]] = {
     "compile": _compile,
     "torchscript": _torchscript,
     "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
 }

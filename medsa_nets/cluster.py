@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -31,9 +32,11 @@ from monai.bundle import ConfigParser
 from monai.data.utils import create_file_basename
 from tqdm import tqdm
 
+from medsa_nets.backends import expect_images
 from medsa_nets.data.atomic import temporary_name
 from medsa_nets.errors import ClusterError, DataError, MedSAError, OutputError, describe, find_cause
 
+SHARE = "studies_of_a_worker"  # beside the bundle's own settings: how many a worker is going to segment
 COLUMNS = ("study", "worker", "seconds", "status", "message")
 RECORDS = ".medsa_done"  # in the output folder: a file for each study that is done
 PARTS = ".medsa_part_"  # in the output folder: what a worker is writing
@@ -61,6 +64,7 @@ class _Bundle:
             parser.get_parsed_content("initialize")
         self.evaluator = parser.get_parsed_content("evaluator")
         self.dataset = parser.get_parsed_content("dataset")
+        expect_images(self.evaluator.network, config.get(SHARE, 0))
         for index in range(len(loaders)):
             loader = parser.get_parsed_content(f"adapter_loaders#{index}")
             if loader is not None:  # none where it is disabled
@@ -268,6 +272,7 @@ def _run(
     scheduler: str | None,
 ) -> list[dict[str, Any]]:
     client, cluster = _connect(min(workers, len(waiting)), scheduler)
+    config = {**config, SHARE: math.ceil(len(waiting) / workers)}
     from distributed import as_completed
 
     rows = []

@@ -21,7 +21,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from medsa_nets.backends import backend_of
+from medsa_nets.backends import backend_of, expect_encodings
 from medsa_nets.engines import keep_freed_memory, plain, release_freed_memory
 from medsa_nets.machine import limit_threads
 from medsa_nets.networks import MedSA, VolumeMedSA
@@ -305,6 +305,7 @@ class SlabInferer(Inferer):
             own = {name: value if name == "classes" else value[index : index + 1] for name, value in prompts.items()}
             key = None if image_key is None else f"{image_key} {index}"
             images = [_Slabs(self, inputs[index : index + 1], medsa, key, axes) for axes in self._mirrorings()]
+            expect_encodings(medsa, sum(len(image.groups) for image in images))
             volumes.append(self._answer(images, own))
             if any(image.encoded for image in images):
                 release_freed_memory()

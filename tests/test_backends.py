@@ -22,8 +22,8 @@ from monai.bundle import ConfigParser, run
 from PIL import Image
 from torch import nn
 
-from medsa_nets import BackendError, build_medsa, use_backend
-from medsa_nets.backends import BACKENDS, MAX_SHAPES, backend_of
+from medsa_nets import BackendError, backends, build_medsa, converted, measurements, use_backend
+from medsa_nets.backends import BACKENDS, MAX_SHAPES, backend_of, expect_encodings, expect_images
 from medsa_nets.errors import find_cause
 from medsa_nets.inferers import EmbeddingCache, PromptInferer, SlabInferer
 
@@ -40,7 +40,7 @@ def needed(backend: str) -> pytest.ParameterSet:
     return pytest.param(backend, marks=marks)
 
 
-OTHERS = [needed(backend) for backend in BACKENDS if backend != "eager"]
+OTHERS = [needed(backend) for backend in BACKENDS if backend not in ("eager", "auto")]
 # Converting the whole of LiteMedSAM takes 5 to 60 s: each day the fastest, the others with -m slow.
 SLOW = ("compile", "torchscript", "onnxruntime")
 
@@ -281,6 +281,136 @@ assert "openvino_telemetry" not in sys.modules
     environment = {**os.environ, "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert not (tmp_path / "intel").exists(), "OpenVINO's telemetry keeps an identifier there"
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measurements.forget()
+    yield tmp_path
+    measurements.forget()
+
+
+class FakeOpenVINO:
+    """Stands for the conversion: gives a marked embedding after ``seconds`` of work."""
+
+    def __init__(self, monkeypatch, speed: float) -> None:
+        self.conversions = 0
+        self.speed = speed
+        monkeypatch.setattr(backends, "_openvino", self.convert)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr(backends, "version", lambda name: "1")
+        monkeypatch.setattr(backends, "_seconds", self.seconds)
+        self.last = ""
+
+    def convert(self, encoder, image, amp, folder):
+        self.conversions += 1
+
+        def encode(x: torch.Tensor) -> torch.Tensor:
+            self.last = "openvino"
+            return encoder(x) + 1.0
+
+        return encode
+
+    def seconds(self, call) -> float:
+        """Two seconds by eager, of which OpenVINO takes a share."""
+        self.last = "eager"
+        call()
+        return 2.0 / self.speed if self.last == "openvino" else 2.0
+
+
+@pytest.mark.parametrize(
+    ("images", "speed", "conversions", "chosen"),
+    [
+        (0, 3.0, 0, "eager"),  # nobody said that any follow
+        (100, 3.0, 0, "eager"),  # a conversion of more than a tenth of the run is no trial
+        (1000, 3.0, 1, "openvino"),
+        (1000, 0.5, 1, "eager"),  # tried, and slower
+    ],
+)
+def test_auto_tries_openvino_where_enough_images_follow(
+    tiny, monkeypatch, own_cache, caplog, images, speed, conversions, chosen
+):
+    fake = FakeOpenVINO(monkeypatch, speed)
+    image = torch.rand(1, 1, 32, 32, 2)
+    with torch.no_grad(), caplog.at_level(logging.INFO, "medsa_nets"):
+        eager = tiny.encode_image(image)
+        network = use_backend(tiny, "auto")
+        expect_images(network, images)
+        embeddings = [network.encode_image(image) for _ in range(3)]
+    assert fake.conversions == conversions
+    for embedding in embeddings:  # the first one too: masks of one run come from one back end
+        torch.testing.assert_close(embedding, eager + (chosen == "openvino"))
+    assert not images or f"auto: {chosen} for (2, 3, 32, 32)" in caplog.text
+    assert ("--backend eager" in caplog.text) == (chosen == "openvino")
+
+
+@pytest.mark.parametrize(("speed", "images", "chosen"), [(4.0, 100, "openvino"), (1.05, 10_000, "eager")])
+def test_auto_knows_from_an_earlier_run_what_openvino_gains(tiny, monkeypatch, own_cache, speed, images, chosen):
+    monkeypatch.setattr(backends._Runner, "seconds", 20.0, raising=False)
+    fake, image = FakeOpenVINO(monkeypatch, speed), torch.rand(1, 1, 32, 32, 2)
+    with torch.no_grad():
+        eager = tiny.encode_image(image)
+        first, second = (use_backend(copy.deepcopy(tiny), "auto") for _ in range(2))
+        expect_images(first, 1000)
+        first.encode_image(image)
+        measurements.forget()  # as a new process
+        expect_images(second, images)
+        found = second.encode_image(image)
+    torch.testing.assert_close(found, eager + (chosen == "openvino"))
+    assert fake.conversions == (2 if chosen == "openvino" else 1)
+
+
+def test_auto_counts_the_slabs_of_a_volume_and_the_share_of_a_shape(tiny, monkeypatch, own_cache):
+    fake = FakeOpenVINO(monkeypatch, 3.0)
+    network = use_backend(tiny, "auto")
+    expect_images(network, 100)
+    with torch.no_grad():
+        expect_encodings(network, 10)
+        network.encode_image(torch.rand(1, 1, 32, 32, 2))  # 1000 encodings
+        assert fake.conversions == 1
+        network.encode_image(torch.rand(1, 1, 32, 32, 3))  # half of them
+        assert fake.conversions == 2
+        for _ in range(20):
+            network.encode_image(torch.rand(1, 1, 32, 32, 2))
+        network.encode_image(torch.rand(1, 1, 32, 32, 4))  # a rare one
+        assert fake.conversions == 2
+
+
+def test_auto_says_that_openvino_is_missing(tiny, monkeypatch, own_cache, caplog):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with torch.no_grad(), caplog.at_level(logging.INFO, "medsa_nets"):
+        network = use_backend(tiny, "auto")
+        expect_images(network, 10_000)
+        network.encode_image(torch.rand(1, 1, 32, 32, 2))
+    assert "auto: eager, since openvino is not installed (pip install 'medsa[openvino]')" in caplog.text
+
+
+def test_a_volume_tells_auto_how_many_slabs_it_has(tiny, monkeypatch):
+    network = use_backend(tiny, "auto")
+    with torch.no_grad():
+        SlabInferer(slab_depth=2, overlap=0.0)(torch.rand(1, 1, 32, 32, 6), network)
+    assert backends._chooser_of(network).per_image == 3
+
+
+@pytest.mark.parametrize("backend", [needed("openvino")])
+def test_a_converted_encoder_is_kept_for_the_next_process(tiny, monkeypatch, own_cache, backend):
+    image, exports = torch.rand(1, 1, 32, 32, 2), []
+    export = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: exports.append(1) or export(*args, **kwargs))
+    with torch.no_grad():
+        first = use_backend(copy.deepcopy(tiny), backend).encode_image(image)
+        again = use_backend(copy.deepcopy(tiny), backend).encode_image(image)
+        assert len(exports) == 1
+        torch.testing.assert_close(again, first)
+        for file in converted.models_dir().glob("*/*"):
+            if file.name != converted.WHOLE:
+                file.write_bytes(b"damaged")
+        damaged = use_backend(copy.deepcopy(tiny), backend).encode_image(image)
+        torch.testing.assert_close(damaged, first)
+        tiny.image_encoder.neck[0].weight.mul_(2.0)
+        use_backend(tiny, backend).encode_image(image)
+    assert len(exports) == 3  # anew where the kept one is damaged, and for other weights
 
 
 @pytest.mark.parametrize("backend", [needed("openvino")])

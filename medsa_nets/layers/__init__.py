@@ -12,7 +12,7 @@ from medsa_nets.layers.common import (
     split_windows,
 )
 from medsa_nets.layers.depth import DepthBranch, DistantPrompt
-from medsa_nets.layers.linear import Linear, multiply_linear, multiply_transposed, remember
+from medsa_nets.layers.linear import Linear, multiply_linear, remember
 
 __all__ = [
     "HYPER_PROMPTING_FORMS",
@@ -29,7 +29,6 @@ __all__ = [
     "cut_windows",
     "join_windows",
     "multiply_linear",
-    "multiply_transposed",
     "remember",
     "split_windows",
 ]

@@ -9,14 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsa_nets.layers.linear import (
-    Linear,
-    add_product,
-    is_exporting,
-    multiply_linear,
-    multiply_transposed,
-    remember,
-)
+from medsa_nets.layers.choices import Choice, Ways
+from medsa_nets.layers.linear import Linear, is_exporting, multiply_linear, remember
 
 
 class LayerNorm2d(nn.Module):
@@ -91,7 +85,7 @@ class ConvBN(nn.Module):
         weight = remember(self, f"weight {dtype}", sources, lambda: self.folded_weight().to(dtype))  # type: ignore[arg-type]
         bias = remember(self, f"bias {dtype}", sources, lambda: self.folded_bias().to(dtype))  # type: ignore[arg-type]
         if self.pointwise and not is_exporting():
-            return multiply_linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+            return multiply_linear(x.permute(0, 2, 3, 1).to(dtype), weight.flatten(1), bias).permute(0, 3, 1, 2)
         return F.conv2d(x, weight, bias, stride=self.stride, padding=self.padding, groups=self.groups)
 
     def folded_weight(self) -> Tensor:
@@ -109,11 +103,11 @@ class ConvBN(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor] = None, scale: Optional[float] = None) -> Tensor:
-    """Scaled dot-product attention, by the fastest of equal ways (``tests/benchmarks/attention.py``).
+    """Scaled dot-product attention, by the fastest of equal ways (``tests/benchmarks/pairs.py``).
 
-    On a CPU, PyTorch's fused attention multiplies single precision by BLAS, is slower than plain products in bfloat16,
-    and its backward pass is slow for many small windows: there, scores are computed explicitly, in pieces that fit the
-    processor's cache where nothing has to be kept for a backward pass.
+    One is PyTorch's fused attention. The other computes scores explicitly, in pieces that fit the processor's cache
+    where nothing has to be kept for a backward pass; on a CPU in bfloat16 it is often the faster. Where the bias trains
+    or values have another width than keys, PyTorch has no fused form.
 
     Args:
         q: queries (B, heads, N, C).
@@ -138,8 +132,8 @@ def attend_map(
 
     Either the product of queries and keys computes the bias (its parts are further columns of the queries, and the
     keys' further columns say in which row and column a key stands), or, where nothing has to be kept for a backward
-    pass, the bias is laid down first, piece by piece in the processor's cache, and the product is added to it. The
-    latter is faster in single precision, and in bfloat16 for large maps (``tests/benchmarks/attention.py --maps``).
+    pass, the bias is laid down first, piece by piece in the processor's cache, and the product is added to it. Which is
+    faster depends on type, size and processor (``tests/benchmarks/pairs.py``).
 
     Args:
         q: queries (B, heads, N, C).
@@ -176,7 +170,10 @@ def _attend_by_columns(
 
 
 CACHED_BYTES = 2**21  # of scores, that stay in a core's cache between the two products
-LARGE_MAP = 1024  # tokens from which bfloat16 gains too
+LARGE_MAP = 1024  # tokens from which a map is measured as a large one
+FEW = 16  # keys up to which attention is measured as one of few
+FUSED, EXPLICIT = "fused", "explicit"
+LAID, COLUMNS = "laid down", "by columns"
 
 
 @torch.jit.unused
@@ -184,9 +181,16 @@ def _attend_map(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, padded: Tensor | None, scale: float
 ) -> Tensor:
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, rows, columns))
-    small = q.dtype != torch.float32 and k.shape[2] < LARGE_MAP
-    if q.device.type != "cpu" or is_exporting() or needs_grad or small:
+    if q.device.type != "cpu" or is_exporting() or needs_grad:
         return _attend_by_columns(q, k, v, rows, columns, padded, scale)
+    if map_way(f"{q.dtype}, {'large' if k.shape[2] >= LARGE_MAP else 'small'}") == COLUMNS:
+        return _attend_by_columns(q, k, v, rows, columns, padded, scale)
+    return _attend_laid_down(q, k, v, rows, columns, padded, scale)
+
+
+def _attend_laid_down(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, padded: Tensor | None, scale: float
+) -> Tensor:
     size = (rows.shape[3], columns.shape[3])
 
     def bias(part: tuple[slice, slice, slice]) -> Tensor:
@@ -201,19 +205,71 @@ def _attend_map(
     return _attend_pieces(q, k, v, bias, scale)
 
 
+def _map_examples(kind: str) -> Ways:
+    """Four windows of ViT-B, or a third of its heads on a map of 32 x 32."""
+    dtype, size = kind.removeprefix("torch.").split(", ")
+    images, heads, side = (1, 4, 32) if size == "large" else (4, 12, 14)
+    q, k, v = (torch.ones(images, side**2, heads, 64, dtype=getattr(torch, dtype)).transpose(1, 2) for _ in range(3))
+    rows = columns = torch.ones(images, heads, side**2, side, dtype=q.dtype)
+
+    @torch.no_grad()
+    def by_columns() -> Tensor:
+        with attention_way.force(EXPLICIT):
+            return _attend_by_columns(q, k, v, rows, columns, None, 0.125)
+
+    laid_down = torch.no_grad()(lambda: _attend_laid_down(q, k, v, rows, columns, None, 0.125))
+    return {LAID: laid_down, COLUMNS: by_columns}
+
+
+map_way = Choice("attention over a map", _map_examples)
+
+
 @torch.jit.unused
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
     if q.device.type != "cpu" or is_exporting():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
+    has_fused = q.shape[3] == v.shape[3] and (bias is None or not (needs_grad and bias.requires_grad))
+    kind = f"{q.dtype}, {'training' if needs_grad else 'inference'}, {'few' if k.shape[2] <= FEW else 'many'}"
+    if has_fused and attention_way(kind) == FUSED:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)):
-        scores = multiply_transposed((q * scale).flatten(0, 1), k.flatten(0, 1)).unflatten(0, q.shape[:2])
-        weights = torch.softmax(scores if bias is None else scores + bias, dim=-1).to(v.dtype)
-        return multiply_transposed(weights.flatten(0, 1), v.flatten(0, 1).transpose(1, 2)).unflatten(0, q.shape[:2])
+    return _attend_explicitly(q, k, v, bias, scale, needs_grad)
+
+
+def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, needs_grad: bool) -> Tensor:
+    if needs_grad:
+        scores = (q * scale) @ k.transpose(2, 3)
+        return torch.softmax(scores if bias is None else scores + bias, dim=-1).to(v.dtype) @ v
     if bias is None:
         return _attend_pieces(q, k, v, None, scale)
     whole = bias.expand(*q.shape[:2], -1, -1)
     return _attend_pieces(q, k, v, lambda part: whole[part].to(q.dtype, copy=True), scale)
+
+
+def _attention_examples(kind: str) -> Ways:
+    """Windows of TinyViT's second stage; for few keys, a slab's columns."""
+    dtype, use, keys = kind.removeprefix("torch.").split(", ")
+    windows, tokens = (512, 8) if keys == "few" else (8, 196)
+    training = use == "training"
+    q, k, v = (
+        torch.ones(windows, tokens, 5, 32, dtype=getattr(torch, dtype)).transpose(1, 2).requires_grad_(training)
+        for _ in range(3)
+    )
+    bias = torch.ones(1, 5, tokens, tokens, dtype=q.dtype)
+
+    def by(attend: Callable[[], Tensor]) -> Callable[[], object]:
+        if training:
+            return lambda: torch.autograd.grad(attend().sum(), (q, k, v))
+        return torch.no_grad()(attend)
+
+    return {
+        FUSED: by(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias)),
+        EXPLICIT: by(lambda: _attend_explicitly(q, k, v, bias, 32**-0.5, training)),
+    }
+
+
+attention_way = Choice("attention", _attention_examples)
 
 
 def _attend_pieces(
@@ -238,11 +294,11 @@ def _attend_pieces(
                 part = (slice(i, i + images), slice(h, h + some), slice(r, r + step))
                 queries = q[part].flatten(0, 1)
                 if bias is None:
-                    scores = multiply_transposed(queries if scale == 1.0 else queries * scale, keys)
+                    scores = (queries if scale == 1.0 else queries * scale) @ keys.mT
                 else:
-                    scores = add_product(bias(part).flatten(0, 1), queries, keys, scale)
+                    scores = bias(part).flatten(0, 1).baddbmm_(queries, keys.mT, alpha=scale)
                 weights = torch.softmax(scores, dim=-1).to(v.dtype)
-                out[part] = multiply_transposed(weights, values.transpose(1, 2)).unflatten(0, out[part].shape[:2])
+                out[part] = (weights @ values).unflatten(0, out[part].shape[:2])
     return out
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import platform
-import time
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# PyTorch multiplies single-precision matrices by BLAS; oneDNN, which it uses for convolutions, is faster on CPUs that
-# the BLAS was not made for, and reaches its speed on weights as they are (tests/benchmarks/speed.py).
+from medsa_nets.layers.choices import Choice, Ways
+
+# PyTorch multiplies single-precision matrices by BLAS. oneDNN, which it uses for convolutions, is faster on many CPUs,
+# adds the bias as it multiplies, and reaches its speed on weights as they are (tests/benchmarks/pairs.py).
 _ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and platform.machine().lower() in ("x86_64", "amd64")
-SMALL = 2**18  # multiplications below which the call itself costs more than it saves
+SMALL = 2**25  # multiplications below which it saves nothing, or less than its call costs
+ONEDNN, TORCH = "onednn", "torch"
 
 _remembered: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Tensor]]] = WeakKeyDictionary()
 
@@ -52,16 +53,33 @@ def remember(module: nn.Module, name: str, sources: tuple[Tensor, ...], compute:
 
 
 def takes_onednn(x: Tensor, size: int) -> bool:
-    """Whether oneDNN multiplies: single precision on a CPU, ``size`` multiplications or more than a call costs."""
+    """Whether oneDNN multiplies: on a CPU where it is faster, ``size`` multiplications or more than a call costs."""
     return (
         _ONEDNN
-        and bool(torch.backends.mkldnn.enabled)
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
         and size >= SMALL
-        and not torch.is_autocast_enabled("cpu")
+        and x.device.type == "cpu"
+        and bool(torch.backends.mkldnn.enabled)
         and not is_exporting()
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+        # autocast has yet to change the type of the others
+        and (not torch.is_autocast_enabled("cpu") or x.dtype == torch.get_autocast_dtype("cpu"))
+        and linear_library(str(x.dtype)) == ONEDNN
     )
+
+
+def _linear_examples(kind: str) -> Ways:
+    """Maps as TinyViT's first and last stage and ViT-B's MLP have them, 1.2 G multiplications."""
+    dtype = getattr(torch, kind.removeprefix("torch."))
+    shapes = ((8192, 64, 256), (8192, 256, 64), (1024, 320, 1280), (64, 768, 3072), (64, 3072, 768))
+    sides = [tuple(torch.ones(n, dtype=dtype) for n in ((m, i), (o, i), (o,))) for m, i, o in shapes]
+
+    def by(multiply: Callable[..., Tensor]) -> Callable[[], object]:
+        return torch.no_grad()(lambda: [multiply(*side) for side in sides])
+
+    return {ONEDNN: by(_onednn), TORCH: by(F.linear)}
+
+
+linear_library = Choice("linear", _linear_examples)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -97,76 +115,10 @@ class _Linear(torch.autograd.Function):
         )
 
 
-class _Product(torch.autograd.Function):
-    """Batched a @ b^T, (B, N, C) and (B, M, C) to (B, N, M), by oneDNN, in both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return _products(a, b)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        a, b = ctx.saved_tensors
-        to_a, to_b = ctx.needs_input_grad
-        return (
-            _products(grad, b.transpose(1, 2)) if to_a else None,
-            _products(grad.transpose(1, 2), a.transpose(1, 2)) if to_b else None,
-        )
-
-
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    b = _dense(b)
-    out = a.new_empty(a.shape[0], a.shape[1], b.shape[1])
-    for i in range(a.shape[0]):
-        out[i] = _onednn(a[i], b[i])
-    return out
-
-
-@functools.cache
-def onednn_multiplies_batches(threads: int) -> bool:
-    """Whether oneDNN multiplies matrix after matrix a quarter faster than BLAS does the whole batch, on this CPU.
-
-    It depends on which of them was made for the CPU, so it is measured, once in a process: 460,000 scores. Below a
-    quarter BLAS stays, so that chance does not choose: two processes of one machine then round alike.
-
-    Args:
-        threads: that compute; another number is measured anew.
-    """
-    with torch.inference_mode():
-        a, b = torch.ones(12, 196, 64), torch.ones(12, 196, 64)
-        best = []
-        for multiply in (_products, lambda a, b: torch.bmm(a, b.transpose(1, 2))):
-            multiply(a, b)
-            seconds = []
-            for _ in range(5):
-                start = time.perf_counter()
-                multiply(a, b)
-                seconds.append(time.perf_counter() - start)
-            best.append(min(seconds))
-    return 1.25 * best[0] < best[1]
-
-
-def multiply_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """Batched ``a @ b.transpose(-1, -2)``: (B, N, C) and (B, M, C) to (B, N, M), by the faster library."""
-    if takes_onednn(a, a.shape[1] * b.shape[1] * a.shape[2]) and onednn_multiplies_batches(torch.get_num_threads()):
-        if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-            return _Product.apply(a, b)
-        return _products(a, b)
-    return a @ b.transpose(1, 2)
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``out`` (B, N, M) plus ``scale`` times batched ``a @ b.transpose(-1, -2)``, in place, without a backward pass."""
-    if takes_onednn(a, a.shape[1] * b.shape[1] * a.shape[2]) and onednn_multiplies_batches(torch.get_num_threads()):
-        return out.add_(_products(a, b), alpha=scale)
-    return out.baddbmm_(a, b.transpose(1, 2), alpha=scale)
-
-
 def multiply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``: (..., in) to (..., out), by the faster library."""
-    if not takes_onednn(x, x.numel() * weight.shape[0]):
+    # autocast has yet to change the type of a weight that trains
+    if x.dtype != weight.dtype or not takes_onednn(x, x.numel() * weight.shape[0]):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     needs_grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -193,5 +145,6 @@ class Linear(nn.Linear):
         dtype = torch.get_autocast_dtype(device)
         weight = remember(self, f"weight {dtype}", (self.weight,), lambda: self.weight.to(dtype))
         if self.bias is None:
-            return F.linear(x, weight)
-        return F.linear(x, weight, remember(self, f"bias {dtype}", (self.bias,), lambda: self.bias.to(dtype)))
+            return multiply_linear(x.to(dtype), weight)
+        bias = remember(self, f"bias {dtype}", (self.bias,), lambda: self.bias.to(dtype))
+        return multiply_linear(x.to(dtype), weight, bias)

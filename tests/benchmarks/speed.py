@@ -13,6 +13,12 @@ How far apart two contenders can be depends on the machine: the first section me
 large product of matrices, and beside each contender stand its operations (products and convolutions, counted by PyTorch
 as they are computed, padding included) and which share of that rate it reaches; for MedSA also where its time goes.
 ``--device cuda`` measures on a GPU.
+
+    python tests/benchmarks/speed.py --output speed --isa native,avx512,avx2
+
+measures on other kinds of processor, as far as this one can be held back to them (``pairs.py``): short runs of the
+sections in ``REDUCED`` in a process for each kind, without OpenVINO; bfloat16 on the processor as it is alone. It adds
+a table of ratios, a column for each kind, to OUTPUT.md and OUTPUT.json, and measures nothing else.
 """
 
 from __future__ import annotations
@@ -56,6 +62,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from backends import own_code  # noqa: E402
 from conftest import _stand_in_torchvision  # noqa: E402
+from pairs import ENVIRONMENTS, limited  # noqa: E402
 from plain import plain_form  # noqa: E402
 
 OURS, OURS_BF16 = "MedSA", "MedSA, bfloat16"
@@ -280,6 +287,56 @@ SECTIONS: dict[str, Callable[[], Calls]] = {
 }
 
 
+# what a run on several kinds of processor measures
+REDUCED = ("encoder 256", "LiteMedSAM encoder 256", "training 2D", "space-depth block")
+REDUCED_REPEATS = 3
+
+
+def measure_reduced(isa: str) -> dict[str, dict[str, list[float]]]:
+    """Seconds of the contenders of ``REDUCED`` in this process, whose processor is held back to ``isa``."""
+    found = {}
+    for name in REDUCED:
+        calls = {
+            contender: call
+            for contender, call in SECTIONS[name]().items()
+            if "OpenVINO" not in contender and (isa == "native" or not contender.endswith("bfloat16"))
+        }
+        found[name] = measure(calls, REDUCED_REPEATS)
+    return found
+
+
+def measure_kinds(names: list[str], threads: int) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """:func:`measure_reduced` in a process for each kind of processor."""
+    found = {}
+    for isa in names:
+        command = [sys.executable, str(HERE / "speed.py"), "--here", isa, "--threads", str(threads)]
+        result = subprocess.run(command, env=limited(isa), stdout=subprocess.PIPE, text=True)
+        result.check_returncode()
+        found[isa] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def kinds_table(kinds: dict[str, dict[str, dict[str, list[float]]]]) -> list[str]:
+    """Rows of the table of ratios, a column for each kind of processor."""
+    lines = ["", "**Kinds of processor.** time of others / time of MedSA on this machine, held back by "
+             "`ONEDNN_MAX_CPU_ISA` and `ATEN_CPU_CAPABILITY`; for MedSA itself, its seconds:", "",
+             f"| | {' | '.join(kinds)} |", "| --- " * (len(kinds) + 1) + "|"]  # fmt: skip
+    for section in REDUCED:
+        names = dict.fromkeys(name for found in kinds.values() for name in found.get(section, {}))
+        for name in names:
+            cells = []
+            for found in kinds.values():
+                times = found.get(section, {})
+                if name not in times:
+                    cells.append("")
+                elif reference(name, times) == name:
+                    cells.append(f"{statistics.median(times[name]):.3f} s")
+                else:
+                    cells.append(f"{ratio(times, name, reference(name, times)):.2f}")
+            lines.append(f"| {section}: {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def peaks() -> dict[str, float]:
     """Operations a second in one product of 4096 x 768 and 768 x 3072, and bytes a second of a copy: best of ten."""
     a, b = torch.rand(4096, 768, device=DEVICE), torch.rand(3072, 768, device=DEVICE)
@@ -389,7 +446,9 @@ def write(report: dict[str, Any], output: Path) -> None:
             value = ratio(times, other, ours)
             bars.append((f"{section}: {other} / {ours}", value, goal))
             lines.append(f"| {section}: {other} / {ours} | {value:.2f} | {goal:g} |")
-    peak = report["peaks"]
+    if report.get("kinds"):
+        lines += kinds_table(report["kinds"])
+    peak = report.get("peaks", {})
     lines += ["", "**The machine.** One product of 4096 x 768 and 768 x 3072, and a copy of 256 MiB:", "",
               "| | |", "| --- | --- |"]  # fmt: skip
     lines += [f"| {n} | {v / 1e9:.0f} {'GB/s' if n == 'copy' else 'GFLOP/s'} |" for n, v in peak.items()]
@@ -444,21 +503,34 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS, "memory"], help="sections to measure anew")
     parser.add_argument("--device", type=torch.device, default=DEVICE, help="cpu or cuda")
+    parser.add_argument("--isa", help=f"kinds of processor to measure, comma-separated, of {', '.join(ENVIRONMENTS)}")
+    parser.add_argument("--here", help=argparse.SUPPRESS)  # the kind of this process, which prints JSON
     options = parser.parse_args()
+    kinds = options.isa.split(",") if options.isa else []
+    if unknown := set(kinds) - set(ENVIRONMENTS):
+        parser.error(f"--isa: {', '.join(unknown)} is none of {', '.join(ENVIRONMENTS)}")
     DEVICE = options.device
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     keep_freed_memory()
+    if options.here:
+        print(json.dumps(measure_reduced(options.here)))
+        return
     state = options.output.with_suffix(".json")
     report = json.loads(state.read_text()) if state.is_file() else {"sections": {}, "operations": {}, "profiles": {}}
     packages = ("torch", "monai", "segment-anything", "transformers", "openvino")
     command = shlex.join(["python", *sys.argv])
     report |= {
-        "command": f"{report['command']}; {command}" if options.only and "command" in report else command,
+        "command": f"{report['command']}; {command}" if (options.only or kinds) and "command" in report else command,
         "machine": f"{device_name()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "threads": options.threads,
         "versions": {name: version(name) for name in packages},
     }
+    if kinds:
+        report["kinds"] = measure_kinds(kinds, options.threads)
+        write(report, options.output)
+        print("\n".join(kinds_table(report["kinds"])))
+        return
     for name, make in SECTIONS.items():
         if name in (options.only or []) or (options.only is None and name not in report["sections"]):
             calls = make()
