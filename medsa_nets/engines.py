@@ -55,7 +55,7 @@ _resident_after_release: list[int | None] = [None]  # none: freed memory is not 
 def _resident_bytes() -> int | None:
     try:
         return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):  # no Linux
+    except (AttributeError, OSError, ValueError, IndexError):  # no Linux
         return None
 
 
@@ -74,7 +74,7 @@ def release_freed_memory(growth: int = 2 * 2**30) -> bool:
     before, now = _resident_after_release[0], _resident_bytes()
     if before is None or now is None or now - before < growth:
         return False
-    ctypes.CDLL(None).malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)  # portable: where mallopt took the setting, malloc_trim is there
     _resident_after_release[0] = _resident_bytes()
     return True
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,7 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     models = ",".join(sorted(p.name for p in (options.app / "model").iterdir() if (p / "configs").is_dir()))
     command = ["monailabel", "start_server", "--app", str(options.app), "--studies", options.studies,
                "--conf", "models", models, "--conf", "zoo_source", "local", "--conf", "sam2", "false"]  # fmt: skip
-    print("\nStart the server:\n  " + shlex.join(command))
+    quoted = subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+    print(f"\nStart the server:\n  {quoted}")
     return 0
 
 

@@ -32,8 +32,8 @@ def temporary_name(path: str | Path) -> Iterator[Path]:
         if error.errno not in NO_ROOM or error.filename not in (None, str(part), str(path)):
             raise
         raise OutputError(
-            f"{path}: it can't be written ({error.strerror}). Make room in {path.parent}, or name another folder; what "
-            "stood there before is unchanged."
+            f"{path}: it can't be written ({error.strerror}). Make room in {path.parent}, close what has it open, "
+            "or name another folder; what stood there before is unchanged."
         ) from error
     finally:
         part.unlink(missing_ok=True)

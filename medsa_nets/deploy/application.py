@@ -189,7 +189,7 @@ class ResultOperator(DICOMSegmentationWriterOperator):
             logger.warning("%s: nothing was found; the segmentation is empty.", job.source.name)
         try:
             part = Path(tempfile.mkdtemp(prefix=".part-", dir=self.output_folder))
-            part.chmod(0o755)
+            part.chmod(0o755)  # portable: nothing is to be done on Windows
         except OSError as error:
             raise OutputError(
                 f"{self.output_folder}: it can't be written ({error.strerror}). Name another (-o)."
@@ -225,7 +225,7 @@ class ResultOperator(DICOMSegmentationWriterOperator):
         frames = mask.transpose(2, 1, 0) if source.volume else mask.T[None]
         self.create_dicom_seg(frames.astype(np.uint8), series, folder)
         written = next(folder.glob("*.dcm"))
-        path = written.rename(folder / "segmentation.dcm")
+        path = written.replace(folder / "segmentation.dcm")
         segmentation = hd.seg.segread(path)
         if not source.volume and "PatientOrientation" not in segmentation:
             # required where no position is given, empty where it is not known; MONAI Deploy's writer leaves it out
@@ -253,7 +253,7 @@ class ResultOperator(DICOMSegmentationWriterOperator):
         for number in range(1, 10**6):
             target = self.output_folder / (name if number == 1 else f"{name}_{number}")
             if not target.exists():
-                part.rename(target)
+                part.replace(target)
                 return target
         raise OutputError(f"{self.output_folder / name}: too many results of that name. Name another folder (-o).")
 

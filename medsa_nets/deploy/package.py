@@ -113,7 +113,7 @@ def write(model: Path, folder: Path, overlays: Sequence[str] = (), *, tag: str =
     folder.rmdir()
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        part.chmod(0o755)
+        part.chmod(0o755)  # portable: nothing is to be done on Windows
         (part / "model").mkdir()
         source, file = find_model(model), part / "model" / "model.ts"
         if source.is_dir():
@@ -124,7 +124,7 @@ def write(model: Path, folder: Path, overlays: Sequence[str] = (), *, tag: str =
             shutil.copyfile(source, file)
         _write_app(part, tag)
         check(part)
-        part.rename(folder)
+        part.replace(folder)
     except OSError as error:
         if isinstance(error, OutputError):
             raise

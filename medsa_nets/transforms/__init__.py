@@ -19,6 +19,7 @@ from medsa_nets.transforms.volumes import (
     MatchOrientationd,
     ReadClassPromptsd,
     SampleClassPromptsd,
+    SpacingBesidePathsd,
     all_classes,
 )
 
@@ -39,6 +40,7 @@ __all__ = [
     "SamplePromptsd",
     "SaveOverlayd",
     "SaveVolumeOverlayd",
+    "SpacingBesidePathsd",
     "all_classes",
     "prompts_of",
     "to_source_grid",

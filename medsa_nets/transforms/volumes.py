@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Orientation, SpatialResample
+from monai.transforms import MapTransform, Orientation, Spacingd, SpatialResample
 from nibabel.orientations import aff2axcodes
 from torch import Tensor
 
@@ -52,6 +52,23 @@ class LoadImageVolumed(MapTransform):
         for key in self.key_iterator(out):
             out[key] = read_volume(out[key])
         return out
+
+
+class SpacingBesidePathsd(Spacingd):
+    """MONAI's ``Spacingd`` for data in which an entry ``<key>_…`` may be something other than metadata.
+
+    From MONAI 1.6 on, ``Spacingd`` updates each entry whose name begins with that of the volume and ``_`` as if it were
+    a dictionary of metadata, and fails on MONAI Label's ``image_path``. The arguments are those of ``Spacingd``.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+        """Resample."""
+        beside = {
+            name: value
+            for name, value in data.items()
+            if not isinstance(value, Mapping) and any(str(name).startswith(f"{key}_") for key in self.keys)
+        }
+        return {**super().__call__({k: v for k, v in data.items() if k not in beside}, lazy), **beside}
 
 
 class MatchOrientationd(MapTransform):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -71,6 +70,8 @@ def peak_bytes() -> int:
     for line in status.read_text().splitlines() if status.is_file() else ():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
+    import resource  # macOS, which has no /proc
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from medsa_nets.handlers import save_atomically
 @pytest.fixture
 def small_disk():
     """No file may grow beyond 64 KiB."""
+    resource = pytest.importorskip("resource", reason="Windows has no limit for the size of files")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
     yield

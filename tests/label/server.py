@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -46,6 +45,8 @@ def stop(process: subprocess.Popen) -> None:
 
 def limit_files(size: int) -> None:
     """Let no file of this process grow beyond a size in bytes."""
+    import resource  # POSIX alone
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error when writing, not the end of the process
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from medsa_nets.transforms import (
     MatchOrientationd,
     PromptsToNetworkd,
     SampleClassPromptsd,
+    SpacingBesidePathsd,
     all_classes,
 )
 
@@ -144,3 +147,23 @@ def test_masks_become_one_label_and_some_classes_all():
     assert torch.equal(spread[0, 2], logits[0])
     assert torch.equal(spread[0, 0], logits[1])
     assert (spread[0, [1, 3]] == -20).all()
+
+
+def test_volumes_are_respaced_beside_entries_that_are_no_metadata(tmp_path: Path) -> None:
+    """A server puts the path of the file beside the image."""
+    path = tmp_path / "study.nii.gz"
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(6, 5, 4)), np.diag([2.0, 2.0, 2.0, 1.0])), path)
+    image = LoadImageVolumed("image")({"image": str(path)})["image"]
+    request = {"image": image, "image_path": str(path), "label": "spleen"}
+    out = SpacingBesidePathsd("image", pixdim=(1.0, 2.0, 4.0), mode="bilinear")(request)
+    assert (out["image_path"], out["label"]) == (str(path), "spleen")
+    expected = Spacingd("image", pixdim=(1.0, 2.0, 4.0), mode="bilinear")({"image": image})["image"]
+    torch.testing.assert_close(out["image"].as_tensor(), expected.as_tensor())
+    assert torch.equal(out["image"].affine, expected.affine)
+    transforms = Compose(
+        [LoadImageVolumed("image"), SpacingBesidePathsd("image", pixdim=(1.0, 2.0, 4.0), mode="nearest")]
+    )
+    moved = transforms({"image": str(path), "image_path": str(path)})
+    back = Invertd("image", transforms, nearest_interp=True, to_tensor=True)(moved)["image"]
+    assert back.shape == image.shape
+    assert torch.equal(back.affine, image.affine)
