@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 
 # Back ends bring thread pools of their own, which do not belong into the process of all other tests.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --ignore=tests/test_backends.py
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --ignore=tests/test_backends.py
 	$(BIN)/python -m pytest tests/test_backends.py
 
 # MONAI Label pins older packages: an environment of its own.

@@ -31,10 +31,11 @@ BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_isic"
 TRAIN, EVALUATE, INFERENCE = (str(BUNDLE / "configs" / f"{n}.yaml") for n in ("train", "evaluate", "inference"))
 META = str(BUNDLE / "configs" / "metadata.json")
 COMMON = {"bundle_root": str(BUNDLE), "meta_file": META, "num_workers": 0, "amp": False}
-# small pictures: LiteMedSAM takes any size, and these runs test wiring, not accuracy
-SMALL = {"image_size": 64, "batch_size": 2, "warmup_steps": 1, "samples_interval": 0}
+# a base of narrow layers, small pictures: these runs test wiring, not accuracy
+SMALL = {"base": "small", "image_size": 64, "batch_size": 2, "warmup_steps": 1, "samples_interval": 0}
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+pytestmark = pytest.mark.usefixtures("small_base")
 
 try:
     find_base_file(get_base("lite_medsam"))
@@ -334,7 +335,7 @@ def test_training_starts_from_an_adapter(phantoms: Path, tmp_path: Path) -> None
     model = BUNDLE / "models" / "model.pt"
     still = {"start_from": str(model), "learning_rate": 0.0, "weight_decay": 0.0, "max_epochs": 1}
     run("training", config_file=TRAIN, dataset_dir=str(phantoms), ckpt_dir=str(tmp_path), output_dir=str(tmp_path),
-        **COMMON, **SMALL, **still)  # fmt: skip
+        **{**COMMON, **SMALL, **still, "base": "lite_medsam"})  # fmt: skip
     expected, found = (torch.load(f, weights_only=True) for f in (model, tmp_path / "model_last.pt"))
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
@@ -344,7 +345,7 @@ def test_a_training_of_one_step_is_not_spent_on_warming_up(phantoms: Path, tmp_p
     model = BUNDLE / "models" / "model.pt"
     run("training", config_file=TRAIN, dataset_dir=str(phantoms), ckpt_dir=str(tmp_path), output_dir=str(tmp_path),
         start_from=str(model), train_limit=1, **{"train#trainer#max_epochs": 1},  # as MONAI Label asks for epochs
-        **COMMON, **{**SMALL, "warmup_steps": 50})  # fmt: skip
+        **COMMON, **{**SMALL, "base": "lite_medsam", "warmup_steps": 50})  # fmt: skip
     expected, found = (torch.load(f, weights_only=True) for f in (model, tmp_path / "model_last.pt"))
     assert any(not torch.equal(found[name], expected[name]) for name in expected)
 
