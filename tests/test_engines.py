@@ -31,13 +31,14 @@ from medsa_nets.losses import AnnotatedDiceCELoss
 from medsa_nets.precision import Precision
 from medsa_nets.prompts import PromptSampler
 
+pytestmark = pytest.mark.usefixtures("small_base")
 SIZE = 64
 
 
 @pytest.fixture(scope="module")
 def untrained() -> nn.Module:
     torch.manual_seed(0)
-    return build_medsa("lite_medsam", pretrained=False)
+    return build_medsa("small", pretrained=False)
 
 
 @pytest.fixture
@@ -386,7 +387,7 @@ def test_the_inferer_hands_prompts_on_and_gives_single_precision(network, batch,
 @pytest.fixture(scope="module")
 def untrained_volumes() -> nn.Module:
     torch.manual_seed(0)
-    return build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=3, adapter_dim=8)
+    return build_medsa("small", pretrained=False, spatial_dims=3, num_classes=3, adapter_dim=8)
 
 
 @pytest.fixture(scope="module")

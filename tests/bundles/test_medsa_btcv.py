@@ -260,11 +260,23 @@ def test_two_processes_measure_what_one_does(adapted: Path, tmp_path: Path, cli:
     assert names[0] == names[1] == ["img0001.nii.gz", "img0002.nii.gz", "img0003.nii.gz"]
 
 
-@pytest.mark.parametrize("prompt", ["none", "point", "point_per_slice", "points3", "box50", "box75", "box"])
-def test_every_protocol_gives_metrics_by_class_and_case(
-    volumes: Path, adapted: Path, tmp_path: Path, prompt: str
-) -> None:
-    run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(volumes), prompt=prompt, overlays=1,
+@pytest.mark.parametrize(
+    ("prompt", "keys"),
+    [
+        ("none", set()),
+        *((points, {"point_coords", "point_labels"}) for points in ("point", "point_per_slice", "points3")),
+        *((box, {"boxes"}) for box in ("box50", "box75", "box")),
+    ],
+)
+def test_every_protocol_gives_its_prompts_to_the_validation(volumes: Path, prompt: str, keys: set[str]) -> None:
+    parser = ConfigParser(ConfigParser.load_config_files([TRAIN, EVALUATE]))
+    parser.update({**COMMON, **SMALL, "dataset_dir": str(volumes), "prompt": prompt})
+    item = parser.get_parsed_content("validate#dataset")[0]
+    assert {"point_coords", "point_labels", "boxes"} & item.keys() == keys
+
+
+def test_an_evaluation_gives_metrics_by_class_and_case(volumes: Path, adapted: Path, tmp_path: Path) -> None:
+    run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(volumes), prompt="point_per_slice", overlays=1,
         ckpt_dir=str(adapted), output_dir=str(tmp_path), **COMMON, **SMALL)  # fmt: skip
     assert set(read_metrics(tmp_path)) == {"val_mean_dice", "val_hd95", "val_nsd"}
     for name in ("val_mean_dice", "val_hd95", "val_nsd"):

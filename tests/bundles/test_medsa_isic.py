@@ -219,9 +219,24 @@ def test_evaluation_agrees_with_the_official_scorer(phantoms: Path, tmp_path: Pa
     assert ours["val_mean_iou"] == pytest.approx(official["jaccard"], abs=1e-5)
 
 
-@pytest.mark.parametrize("prompt", ["point", "points3", "box50", "box75", "box"])
-def test_every_protocol_gives_all_metrics_and_raw_values(phantoms: Path, tmp_path: Path, prompt: str) -> None:
-    run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(phantoms), prompt=prompt, image_size=64,
+@pytest.mark.parametrize(
+    ("prompt", "keys"),
+    [
+        ("none", set()),
+        ("point", {"point_coords", "point_labels"}),
+        ("points3", {"point_coords", "point_labels"}),
+        *((box, {"boxes"}) for box in ("box50", "box75", "box")),
+    ],
+)
+def test_every_protocol_gives_its_prompts_to_the_validation(phantoms: Path, prompt: str, keys: set[str]) -> None:
+    parser = ConfigParser(ConfigParser.load_config_files([TRAIN, EVALUATE]))
+    parser.update({**COMMON, "dataset_dir": str(phantoms), "prompt": prompt, "image_size": 64})
+    item = parser.get_parsed_content("validate#dataset")[0]
+    assert {"point_coords", "point_labels", "boxes"} & item.keys() == keys
+
+
+def test_an_evaluation_gives_all_metrics_and_raw_values(phantoms: Path, tmp_path: Path) -> None:
+    run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(phantoms), prompt="box50", image_size=64,
         overlays=1, output_dir=str(tmp_path), **COMMON)  # fmt: skip
     assert set(read_metrics(tmp_path)) == {"val_mean_dice", "val_mean_iou", "val_hd95"}
     assert len((tmp_path / "val_mean_dice_raw.csv").read_text().splitlines()) == 3  # a head and two images
