@@ -14,6 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+
+# torch.compile imports it. A look for the package pip anywhere before that would give it another distutils than it
+# expects, and it would stop there.
+import setuptools  # noqa: F401
 import torch
 from torch import nn
 
