@@ -203,9 +203,8 @@ def test_onnx_export_equals_eager(tmp_path: Path) -> None:
         np.testing.assert_allclose(out, network(image).numpy(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_training_lowers_the_loss_and_draws_samples_in_three_planes(volumes: Path, tmp_path: Path, cache: str) -> None:
-    options = {**COMMON, **SMALL, **TRAINING, "cache": cache, "samples_interval": 5, "val_interval": 5}
+def test_training_lowers_the_loss_and_draws_samples_in_three_planes(volumes: Path, tmp_path: Path) -> None:
+    options = {**COMMON, **SMALL, **TRAINING, "cache": "disk", "samples_interval": 5, "val_interval": 5}
     run("training", config_file=TRAIN, dataset_dir=str(volumes), ckpt_dir=str(tmp_path / "models"),
         output_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), max_epochs=10, learning_rate=0.003,
         prompt="point", **options)  # fmt: skip
@@ -218,7 +217,7 @@ def test_training_lowers_the_loss_and_draws_samples_in_three_planes(volumes: Pat
     losses = [float(line.rsplit("train_loss:", 1)[1].split()[0]) for line in log.splitlines() if "train_loss:" in line]
     assert len(losses) == 10
     assert sum(losses[-3:]) < sum(losses[:3])
-    assert (tmp_path / "cache").exists() == (cache == "disk")
+    assert any((tmp_path / "cache").iterdir())
 
 
 def test_the_decoder_alone_trains_on_slabs_that_are_encoded_once(volumes: Path, tmp_path: Path) -> None:
@@ -250,8 +249,8 @@ def test_two_processes_measure_what_one_does(adapted: Path, tmp_path: Path, cli:
     result = cli("run", "evaluating", processes=2, config_file=f"['{TRAIN}','{EVALUATE}','{overlay}']",
                  output_dir=tmp_path / "two", **common)  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    result = cli("run", "evaluating", config_file=f"['{TRAIN}','{EVALUATE}']", output_dir=tmp_path / "one", **common)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run("evaluating", config_file=[TRAIN, EVALUATE], output_dir=str(tmp_path / "one"),
+        **{**common, "dataset_dir": str(volumes), "ckpt_dir": str(adapted)})  # fmt: skip
     assert read_metrics(tmp_path / "two") == pytest.approx(read_metrics(tmp_path / "one"), rel=1e-4, nan_ok=True)
     names = []
     for folder in ("one", "two"):
@@ -435,7 +434,7 @@ def test_the_adapter_of_the_hippocampus_segments_volumes_it_has_not_seen(shared_
         pytest.skip(f"the real volumes are absent: no folder {volumes}")
     for prompt in ("none", "point"):
         run("evaluating", config_file=[TRAIN, HIPPOCAMPUS, EVALUATE], dataset_dir=str(volumes), prompt=prompt,
-            val_limit=2, output_dir=str(tmp_path / prompt), **{**COMMON, "base": "lite_medsam"})  # fmt: skip
+            val_limit=1, output_dir=str(tmp_path / prompt), **{**COMMON, "base": "lite_medsam"})  # fmt: skip
         assert read_metrics(tmp_path / prompt)["val_mean_dice"] > 0.75
 
 

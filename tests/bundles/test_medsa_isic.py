@@ -100,29 +100,37 @@ def test_overlays_are_a_few_lines_that_build(overlay: str) -> None:
     assert network(torch.rand(1, 3, 64, 64)).shape == (1, 1, 64, 64)
 
 
-def test_torchscript_export_holds_base_and_adapter(tmp_path: Path, adapter: torch.nn.Module) -> None:
+@pytest.fixture
+def exported(small_base: str, tmp_path: Path, perturb_adapters) -> torch.nn.Module:
+    """A network whose adapter lies in ``model.pt``."""
+    network = perturb_adapters(build_medsa(small_base)).eval()
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    return network
+
+
+def test_torchscript_export_holds_base_and_adapter(tmp_path: Path, exported: torch.nn.Module) -> None:
     file = tmp_path / "model.ts"
-    ckpt_export(net_id="network_def", filepath=str(file), ckpt_file=str(BUNDLE / "models" / "model.pt"),
-                meta_file=META, config_file=INFERENCE)  # fmt: skip
+    ckpt_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "model.pt"), meta_file=META,
+                config_file=INFERENCE, base="small")  # fmt: skip
     scripted = torch.jit.load(file)
     image = torch.rand(1, 3, 256, 256)
     point, label = torch.tensor([[[[100.0, 140.0]]]]), torch.ones(1, 1, 1)
     with torch.no_grad():
-        torch.testing.assert_close(scripted(image), adapter(image), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(scripted(image, point, label), adapter(image, point, label), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(scripted(image), exported(image), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(scripted(image, point, label), exported(image, point, label), atol=1e-4, rtol=1e-4)
 
 
-def test_onnx_export_equals_eager(tmp_path: Path, adapter: torch.nn.Module) -> None:
+def test_onnx_export_equals_eager(tmp_path: Path, exported: torch.nn.Module) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     file = tmp_path / "model.onnx"
-    onnx_export(net_id="network_def", filepath=str(file), ckpt_file=str(BUNDLE / "models" / "model.pt"),
-                meta_file=META, config_file=INFERENCE)  # fmt: skip
+    onnx_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "model.pt"), meta_file=META,
+                config_file=INFERENCE, base="small")  # fmt: skip
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     image = torch.rand(1, 3, 256, 256)
     (out,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
     with torch.no_grad():
-        np.testing.assert_allclose(out, adapter(image).numpy(), atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(out, exported(image).numpy(), atol=1e-4, rtol=1e-4)
 
 
 def test_training_from_another_folder_lowers_the_loss_and_writes_whole_files(
@@ -161,15 +169,18 @@ def test_the_decoder_alone_trains_on_embeddings_that_are_computed_once(phantoms:
 
 
 def test_killed_training_resumes_to_the_same_weights(phantoms: Path, tmp_path: Path) -> None:
+    def options_of(folder: Path) -> dict[str, object]:
+        return {**COMMON, **SMALL, "config_file": TRAIN, "dataset_dir": str(phantoms), "ckpt_dir": str(folder),
+                "output_dir": str(folder), "max_epochs": 4, "val_interval": 2}  # fmt: skip
+
     def arguments(folder: Path) -> list[str]:
-        options = {**COMMON, **SMALL, "config_file": TRAIN, "dataset_dir": phantoms, "ckpt_dir": folder,
-                   "output_dir": folder, "max_epochs": 4, "val_interval": 2}  # fmt: skip
+        options = options_of(folder)
         return [sys.executable, "-m", "monai.bundle", "run", "training"] + [
             text for name, value in options.items() for text in (f"--{name}", str(value))
         ]
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run(arguments(whole), check=True, capture_output=True, timeout=600)
+    run("training", **options_of(whole))
     process = subprocess.Popen(arguments(cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = cut / "training_state.pt"
     deadline = time.monotonic() + 300
