@@ -26,7 +26,10 @@ ENVIRONMENTS = {
 }
 # Back ends bring thread pools of their own, which do not belong into the process of all other tests.
 TESTS = {
-    "test": (["--ignore=tests/test_backends.py"], ["tests/test_backends.py"]),
+    "test": (
+        ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal", "--ignore=tests/test_backends.py"],
+        ["tests/test_backends.py"],
+    ),
     "test-label": (["-m", "label", "tests/label"],),
     "test-deploy": (["-m", "deploy", "tests/deploy"],),
 }

@@ -404,7 +404,7 @@ class VolumeIteration(PromptedIteration):
         if self.annotated_key in batchdata:
             annotated = plain(batchdata[self.annotated_key]).to(image.device).bool()
         with self.precision(image.device).autocast(image.device):
-            answers = call_through(engine.network, self._answer, image, label, annotated, kinds, places)
+            answers = call_through(engine.network, self.answer_slab, image, label, annotated, kinds, places)
         return image, answers
 
     def choose_classes(self, label: Tensor, annotated: Tensor, places: torch.Generator) -> Tensor:
@@ -430,7 +430,7 @@ class VolumeIteration(PromptedIteration):
         start = int(torch.randint(first, last + 1, (1,), generator=kinds))
         return slice(start, start + self.slab_depth)
 
-    def _answer(
+    def answer_slab(
         self,
         network: MedSA,
         image: Tensor,
@@ -439,6 +439,19 @@ class VolumeIteration(PromptedIteration):
         kinds: torch.Generator,
         places: torch.Generator | Sequence[torch.Generator],
     ) -> list[tuple[Tensor, ...]]:
+        """Answers of a network, before anything is learned from them.
+
+        Args:
+            network: the network, not wrapped.
+            image: slabs (B, C, H, W, D).
+            label: their labels (B, 1, H, W, D).
+            annotated: which classes are annotated (B, classes).
+            kinds: draws which prompts there are, and the slices that are encoded.
+            places: draws where prompts lie, one for all slabs or one for each.
+
+        Returns:
+            For each answer logits (B, K, H, W, D), masks of that shape, and which of them are annotated (B, K).
+        """
         slab = self._choose_slab(image.shape[-1], kinds)
         embedding = network.encode_image(image[..., slab])
         answers: list[tuple[Tensor, ...]] = []

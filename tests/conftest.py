@@ -14,12 +14,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+
+# torch.compile imports it. A look for the package pip anywhere before that would give it another distutils than it
+# expects, and it would stop there.
+import setuptools  # noqa: F401
 import torch
 from torch import nn
 
-from medsa_nets import bases
+from medsa_nets import bases, build_medsa
 from medsa_nets.layers import Adapter, HyperPromptingAdapter
 from medsa_nets.networks import ImageEncoderViT
+from medsa_nets.weights import WEIGHTS_DIR_VARIABLE, weights_dir
 
 # What segment-anything imports from torchvision. Its networks call none of it.
 _TORCHVISION = {
@@ -53,10 +58,12 @@ def _stand_in_torchvision() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """The networks here are small: more threads cost more than they bring."""
+    """The networks here are small: more threads cost more than they bring, in processes that tests start too."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(before)
 
 
@@ -187,6 +194,31 @@ def tiny_file(tiny_sam: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> 
     path = tmp_path_factory.mktemp("weights") / "tiny.pth"
     torch.save(tiny_sam.state_dict(), path)
     return path
+
+
+STAND_INS = Path(__file__).parent / "stand_ins"
+
+
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Name of a base for tests of wiring that this process and those it starts know: ``small``, with random weights."""
+    specification = importlib.util.spec_from_file_location("small_base", STAND_INS / "sitecustomize.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    folder = tmp_path_factory.mktemp("weights")
+    known = weights_dir()
+    for file in known.iterdir() if known.is_dir() else ():
+        (folder / file.name).symlink_to(file)
+    paths = [str(STAND_INS), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        specification.loader.exec_module(module)
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        patch.setenv(WEIGHTS_DIR_VARIABLE, str(folder))
+        network = randomise_weights(build_medsa(module.SMALL.name, pretrained=False))
+        torch.save(network.base_state_dict(), folder / module.SMALL.filename)
+        yield module.SMALL.name
+    del bases.BASES[module.SMALL.name]
 
 
 @pytest.fixture(scope="session")

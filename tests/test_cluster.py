@@ -12,15 +12,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from monai.bundle import run
 from PIL import Image
 
-from medsa_nets.cluster import COLUMNS, PARTS, RECORDS, _failure, segment_all, segment_study
+from medsa_nets import build_medsa
+from medsa_nets.cluster import COLUMNS, PARTS, RECORDS, segment_all
 from medsa_nets.data.phantoms import phantom
 from medsa_nets.errors import ClusterError, DataError
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "medsa_isic"
 CONFIG = BUNDLE / "configs" / "inference.yaml"
+
+
+@pytest.fixture(scope="module")
+def adapted(small_base: str, tmp_path_factory: pytest.TempPathFactory, perturb_adapters) -> Path:
+    """A folder with an adapter of the small base, whose masks are not empty."""
+    folder = tmp_path_factory.mktemp("adapted")
+    torch.save(perturb_adapters(build_medsa(small_base)).state_dict(), folder / "model.pt")
+    return folder
+
+
+def settings_of(adapted: Path) -> dict[str, object]:
+    return {"base": "small", "ckpt_dir": str(adapted), "image_size": 64}
 
 
 def photographs(folder: Path, count: int) -> Path:
@@ -48,13 +62,12 @@ def masks(folder: Path) -> dict[str, np.ndarray]:
     return {file.name: np.asarray(Image.open(file)) for file in folder.glob("*_segmentation.png")}
 
 
-@pytest.mark.usefixtures("lite_medsam_file")
-def test_each_study_is_segmented_once_and_damaged_ones_are_reported(tmp_path):
+def test_each_study_is_segmented_once_and_damaged_ones_are_reported(tmp_path, adapted):
     distributed = pytest.importorskip("distributed")
     studies, out = photographs(tmp_path / "studies", 5), tmp_path / "out"
     whole = (studies / "study_3.png").read_bytes()
     (studies / "study_3.png").write_bytes(whole[: len(whole) // 2])
-    first = subprocess.run(command(studies, out), capture_output=True, text=True, timeout=300)
+    first = subprocess.run(command(studies, out, **settings_of(adapted)), capture_output=True, text=True, timeout=300)
     assert first.returncode == 1, first.stderr[-3000:]
     rows = summary(out)
     assert tuple(next(iter(rows.values()))) == COLUMNS
@@ -72,7 +85,7 @@ def test_each_study_is_segmented_once_and_damaged_ones_are_reported(tmp_path):
     (studies / "study_3.png").write_bytes(whole)
     # again, with the worker of a cluster that is there already
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
-        again = command(studies, out, scheduler=cluster.scheduler_address)
+        again = command(studies, out, scheduler=cluster.scheduler_address, **settings_of(adapted))
         second = subprocess.run(again, capture_output=True, text=True, timeout=300)
     assert second.returncode == 0, second.stderr[-3000:]
     assert "1 done, 4 skipped, 0 failed" in second.stdout
@@ -81,19 +94,24 @@ def test_each_study_is_segmented_once_and_damaged_ones_are_reported(tmp_path):
     assert {path.name for path in out.iterdir() if path.suffix != ".png"} == {RECORDS, "summary.csv"}
 
     run("inferring", config_file=str(CONFIG), bundle_root=str(BUNDLE), dataset_dir=str(studies),
-        meta_file=str(BUNDLE / "configs" / "metadata.json"), output_dir=str(tmp_path / "alone"))  # fmt: skip
+        meta_file=str(BUNDLE / "configs" / "metadata.json"), output_dir=str(tmp_path / "alone"),
+        **settings_of(adapted))  # fmt: skip
     alone, shared = masks(tmp_path / "alone"), masks(out)
     assert alone.keys() == shared.keys()
     assert len(alone) == 5
+    assert any(0 < (mask > 0).mean() < 1 for mask in alone.values())
     assert all((alone[name] != shared[name]).mean() < 1e-4 for name in alone)
 
 
-@pytest.mark.usefixtures("lite_medsam_file")
-def test_the_studies_of_a_killed_worker_are_done_again(tmp_path):
+def test_the_studies_of_a_killed_worker_are_done_again(tmp_path, adapted):
     pytest.importorskip("distributed")
     studies, out = photographs(tmp_path / "studies", 10), tmp_path / "out"
     process = subprocess.Popen(
-        command(studies, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command(studies, out, **settings_of(adapted)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     try:
         killed = 0
@@ -118,29 +136,36 @@ def test_the_studies_of_a_killed_worker_are_done_again(tmp_path):
     assert not list(out.glob(f"{PARTS}*"))
 
 
-def test_a_finished_study_is_not_done_again_and_other_settings_do_it_anew(tmp_path, lite_medsam_file):
-    pytest.importorskip("fire")
+@pytest.fixture
+def clusters(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Workers are threads of this process; the number of each cluster's workers is noted."""
+    distributed = pytest.importorskip("distributed")
+    made: list[int] = []
+    original = distributed.LocalCluster
+
+    def in_threads(n_workers: int, **settings: object) -> object:
+        made.append(n_workers)
+        return original(n_workers=n_workers, **{**settings, "processes": False})
+
+    monkeypatch.setattr(distributed, "LocalCluster", in_threads)
+    return made
+
+
+def test_a_finished_study_is_not_done_again_and_other_settings_do_it_anew(tmp_path, adapted, clusters):
     (tmp_path / "studies").mkdir()  # a link to a study, which keeps its own name
     (tmp_path / "studies" / "linked.png").symlink_to(photographs(tmp_path / "elsewhere", 1) / "study_0.png")
     studies = tmp_path / "studies"
-    calls = []
 
     def once(threshold: float) -> str:
-        def local(job, config, meta, waiting, out, workers, scheduler):
-            calls.append(len(waiting))
-            return [segment_study(job, config, meta, entry, out) for entry in waiting]
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("medsa_nets.cluster._run", local)
-            settings = {"image_size": 64, "postprocessing#transforms#3#threshold": threshold}
-            (row,) = segment_all(config_file=str(CONFIG), dataset_dir=str(studies), output_dir=str(tmp_path / "out"),
-                                 **settings)  # fmt: skip
+        settings = {**settings_of(adapted), "postprocessing#transforms#3#threshold": threshold}
+        (row,) = segment_all(config_file=str(CONFIG), dataset_dir=str(studies), output_dir=str(tmp_path / "out"),
+                             **settings)  # fmt: skip
         return row["status"]
 
     assert [once(0.5), once(0.5), once(0.4)] == ["done", "skipped", "done"]
     (tmp_path / "out" / "linked_segmentation.png").unlink()
     assert once(0.4) == "done"
-    assert calls == [1, 1, 1]
+    assert clusters == [1, 1, 1]
 
 
 def test_studies_of_one_name_are_refused(tmp_path):
@@ -162,7 +187,14 @@ def test_what_stands_in_the_way_is_said(tmp_path, monkeypatch):
         segment_all(**common)
 
 
-def test_a_study_that_kills_its_workers_is_a_row_of_the_summary():
-    row = _failure("a.nii.gz", RuntimeError("KilledWorker"))
+def test_a_study_that_kills_its_workers_is_a_row_of_the_summary(tmp_path, monkeypatch, clusters):
+    def kill(job, config, meta, entry, out):
+        raise RuntimeError("KilledWorker")
+
+    monkeypatch.setattr("medsa_nets.cluster.segment_study", kill)
+    studies = photographs(tmp_path / "studies", 1)
+    (row,) = segment_all(config_file=str(CONFIG), dataset_dir=str(studies), output_dir=str(tmp_path / "out"))
     assert tuple(row) == COLUMNS
     assert row["status"] == "failed"
+    assert "its worker was lost each time it was tried" in row["message"]
+    assert summary(tmp_path / "out")["study_0"]["message"] == row["message"]

@@ -12,10 +12,12 @@ from medsa_nets.embeddings import StoredEmbeddings, train_decoder_alone
 from medsa_nets.engines import trainable_parameters
 from medsa_nets.inferers import PromptInferer, SlabInferer
 
+pytestmark = pytest.mark.usefixtures("small_base")
+
 
 @pytest.fixture
 def network(perturb_adapters) -> nn.Module:
-    return perturb_adapters(build_medsa("lite_medsam", pretrained=False))
+    return perturb_adapters(build_medsa("small", pretrained=False))
 
 
 def stored(network: nn.Module) -> StoredEmbeddings:
@@ -74,7 +76,7 @@ def test_the_decoder_trains_and_the_encoder_does_not(network, tmp_path):
     image, label = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
     label[..., 20:40, 10:50] = 1
     losses = []
-    for _ in range(15):
+    for _ in range(25):
         optimizer.zero_grad()
         loss = nn.functional.binary_cross_entropy_with_logits(network.train()(image), label)
         loss.backward()
@@ -89,7 +91,7 @@ def test_the_decoder_trains_and_the_encoder_does_not(network, tmp_path):
 
 
 def test_volumes_keep_each_slab(tmp_path):
-    network = train_decoder_alone(build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=2), tmp_path)
+    network = train_decoder_alone(build_medsa("small", pretrained=False, spatial_dims=3, num_classes=2), tmp_path)
     volume = torch.rand(1, 1, 32, 32, 10)
     with torch.no_grad():
         first = SlabInferer(slab_depth=4, overlap=0.0)(volume, network.eval())

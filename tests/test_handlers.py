@@ -33,6 +33,8 @@ from medsa_nets.inferers import PromptInferer
 from medsa_nets.precision import Amp, Precision
 from medsa_nets.prompts import PromptSampler
 
+pytestmark = pytest.mark.usefixtures("small_base")
+
 SIZE, ITEMS, EPOCHS = 64, 4, 3
 
 
@@ -46,7 +48,7 @@ class CopyTensorsd(MapTransform):
 @pytest.fixture(scope="module")
 def untrained() -> nn.Module:
     torch.manual_seed(0)
-    return build_medsa("lite_medsam", pretrained=False)
+    return build_medsa("small", pretrained=False)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,13 @@ from medsa_nets.bases import build_medsa
 from medsa_nets.inferers import EmbeddingCache, SlabInferer, shared_cache, tensor_sha256
 from medsa_nets.prompts import mirror_prompts
 
+pytestmark = pytest.mark.usefixtures("small_base")
+
 
 @pytest.fixture(scope="module")
 def network(perturb_adapters):
     torch.manual_seed(0)
-    network = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
+    network = build_medsa("small", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
     return perturb_adapters(network, std=0.05)
 
 
@@ -23,7 +25,7 @@ def network(perturb_adapters):
 def flat():
     """A network whose slices don't see each other: slabs change nothing."""
     torch.manual_seed(0)
-    return build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
+    return build_medsa("small", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +202,7 @@ def two_clicks() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def three(perturb_adapters):
     torch.manual_seed(1)
-    network = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=3, adapter_dim=8).eval()
+    network = build_medsa("small", pretrained=False, spatial_dims=3, num_classes=3, adapter_dim=8).eval()
     return perturb_adapters(network, std=0.05)
 
 
@@ -252,7 +254,7 @@ def test_a_prompt_spreads_from_its_slab_as_far_as_its_mask():
         z = torch.arange(4) + first
         return torch.where((z >= 5) & (z <= 12), 5.0, -5.0).expand(1, 1, 32, 32, 4)
 
-    network = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
+    network = build_medsa("small", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
     network.decode = decode
     inferer = SlabInferer(slab_depth=4, overlap=0.25, spread=True)
     assert inferer.starts(23) == [0, 3, 6, 9, 12, 15, 18, 19]
@@ -279,7 +281,7 @@ def test_the_next_slab_gets_a_click_in_the_middle_of_the_mask_where_the_two_meet
         mask[:, :, 4:13, 10:21] = torch.where((z >= 2) & (z <= 16), 5.0, -5.0)
         return mask
 
-    network = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
+    network = build_medsa("small", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
     network.decode = decode
     inferer = SlabInferer(slab_depth=4, overlap=overlap, spread=True)
     found = inferer(image, network, **click(8.0))
@@ -321,7 +323,7 @@ def test_a_mask_that_leaves_its_organ_goes_on_no_further_than_the_automatic_one(
         mask[:, -1, 4:13] = torch.where(known, 5.0, -5.0)
         return mask
 
-    network = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
+    network = build_medsa("small", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
     network.encode_image, network.decode = (lambda slab: slab), decode
     prompts = {**click(8.0), "classes": torch.tensor([1])}
 
@@ -363,7 +365,7 @@ def test_what_an_older_adapter_computed_is_dropped(three, perturb_adapters):
     inferer(image * 0.5, three)
     assert len(cache) == 2
     torch.manual_seed(2)
-    newer = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=3, adapter_dim=8).eval()
+    newer = build_medsa("small", pretrained=False, spatial_dims=3, num_classes=3, adapter_dim=8).eval()
     newer.load_state_dict(three.state_dict())
     perturb_adapters(newer, std=0.1)
     inferer(image, newer)

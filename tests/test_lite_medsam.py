@@ -19,19 +19,20 @@ from torch import nn
 from medsa_nets import WeightsError, build_medsa
 from medsa_nets.weights import find_base_file, get_base
 
-# Dice of exact boxes on each slice, without adaptation (TotalSegmentator's label of each structure)
+# TotalSegmentator's label of each structure, and the Dice of exact boxes on each slice, without adaptation: of all slices
+# of the test, and of every sixth one
 EXPECTED = {
-    "spleen": (1, 0.949),
-    "right kidney": (2, 0.903),
-    "left kidney": (3, 0.928),
-    "gallbladder": (4, 0.908),
-    "liver": (5, 0.895),
-    "stomach": (6, 0.906),
-    "pancreas": (7, 0.607),
-    "right adrenal gland": (8, 0.549),
-    "aorta": (52, 0.932),
-    "inferior vena cava": (63, 0.884),
-    "portal and splenic vein": (64, 0.235),
+    "spleen": (1, 0.949, 0.961),
+    "right kidney": (2, 0.903, 0.897),
+    "left kidney": (3, 0.928, 0.918),
+    "gallbladder": (4, 0.908, 0.866),
+    "liver": (5, 0.895, 0.879),
+    "stomach": (6, 0.906, 0.917),
+    "pancreas": (7, 0.607, 0.472),
+    "right adrenal gland": (8, 0.549, 0.711),
+    "aorta": (52, 0.932, 0.945),
+    "inferior vena cava": (63, 0.884, 0.898),
+    "portal and splenic vein": (64, 0.235, 0.400),
 }
 
 try:
@@ -96,7 +97,12 @@ def test_the_base_gives_the_numbers_of_its_own_code(network: nn.Module, original
     torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
 
 
-def test_exact_boxes_on_a_ct_give_the_known_agreement(network: nn.Module, shared_data: Path) -> None:
+@pytest.mark.parametrize(
+    ("step", "column"), [(6, 2), pytest.param(1, 1, marks=pytest.mark.accuracy)], ids=["few slices", "all slices"]
+)
+def test_exact_boxes_on_a_ct_give_the_known_agreement(
+    network: nn.Module, shared_data: Path, step: int, column: int
+) -> None:
     """Slices 82 to 111 in RAS order; window of -160 to 240 HU; cubic zoom of the longer side to 256, zeros beside it.
 
     Boxes are those of the labels zoomed alike, from the first voxel's edge to the last one's; masks go back to the
@@ -106,7 +112,7 @@ def test_exact_boxes_on_a_ct_give_the_known_agreement(network: nn.Module, shared
     volume = np.asarray(nib.load(folder / "ct_a.nii.gz").dataobj, dtype=np.float32)
     labels = np.asarray(nib.load(folder / "ct_a_totalsegmentator.nii.gz").dataobj)
     counts = {name: np.zeros(2) for name in EXPECTED}
-    for z in range(82, 112):
+    for z in range(82, 112, step):
         source, label = np.clip((volume[:, :, z] + 160) / 400, 0, 1), labels[:, :, z]
         factors = tuple(round(side * 256 / max(source.shape)) / side for side in source.shape)
         options = {"mode": "nearest", "grid_mode": True}
@@ -115,7 +121,7 @@ def test_exact_boxes_on_a_ct_give_the_known_agreement(network: nn.Module, shared
         height, width = image.shape
         padded = torch.zeros(1, 1, 256, 256)
         padded[..., :height, :width] = torch.from_numpy((image - image.min()) / (image.max() - image.min()))
-        names = [name for name, (value, _) in EXPECTED.items() if (label == value).any()]
+        names = [name for name, (value, *_) in EXPECTED.items() if (label == value).any()]
         boxes = []
         for name in names:
             voxels = np.argwhere(zoomed == EXPECTED[name][0])
@@ -127,4 +133,4 @@ def test_exact_boxes_on_a_ct_give_the_known_agreement(network: nn.Module, shared
             found, target = ndimage.zoom(mask.numpy().astype(np.uint8), back, order=0) > 0, label == EXPECTED[name][0]
             counts[name] += 2 * (found & target).sum(), found.sum() + target.sum()
     dice = {name: overlap / total for name, (overlap, total) in counts.items()}
-    assert dice == pytest.approx({name: value for name, (_, value) in EXPECTED.items()}, abs=0.011)
+    assert dice == pytest.approx({name: entry[column] for name, entry in EXPECTED.items()}, abs=0.011)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import http.server
+import os
 import re
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from medsa_nets import weights
 from medsa_nets.bases import BASES, build_medsa
 from medsa_nets.errors import WeightsError
 from medsa_nets.networks import ImageEncoderViT
@@ -316,6 +318,22 @@ def test_wrong_checksum_is_refused_with_both_figures(tmp_path):
         WeightsError, match=f"{re.escape(str(path))}: sha256 is {_sha256(b'abc')}, expected {64 * '0'}.*fetch NAME"
     ):
         check_sha256(path, 64 * "0")
+
+
+def test_a_checksum_is_computed_once_until_the_file_changes(tmp_path, monkeypatch):
+    path, read = tmp_path / "a.pth", []
+    compute = weights.file_sha256
+    monkeypatch.setattr(weights, "file_sha256", lambda path: read.append(path) or compute(path))
+    path.write_bytes(b"abc")
+    for _ in range(3):
+        check_sha256(path, _sha256(b"abc"))
+    assert len(read) == 1
+    path.write_bytes(b"abd")  # as long as before
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(WeightsError, match="sha256 is"):
+        check_sha256(path, _sha256(b"abc"))
+    check_sha256(path, _sha256(b"abd"))
+    assert len(read) == 2
 
 
 # ---------------------------------------------------------------- finding

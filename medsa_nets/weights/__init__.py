@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -45,13 +46,23 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+@functools.lru_cache(maxsize=64)
+def _sha256_of_state(path: Path, size: int, mtime_ns: int) -> str:
+    return file_sha256(path)
+
+
 def check_sha256(path: Path, expected: str | None) -> None:
     """Compare a file with its published checksum.
+
+    A process computes a file's checksum once, and anew when its size or its time of change is another.
 
     Raises:
         WeightsError: when they differ.
     """
-    if expected is not None and (found := file_sha256(path)) != expected:
+    if expected is None:
+        return
+    state = path.stat()
+    if (found := _sha256_of_state(path.resolve(), state.st_size, state.st_mtime_ns)) != expected:
         raise WeightsError(
             f"{path}: sha256 is {found}, expected {expected}. The file is damaged or another one; delete it and fetch "
             "it again (python -m medsa_nets.weights fetch NAME), or pass a file of your own as sam_checkpoint."

@@ -21,7 +21,7 @@ EPOCHS = 6
 # A process pairs images of its own batch, and a correcting click falls on an error as rounding leaves it.
 COMPARABLE = {"prompt_pairs": 0, "prompt_correction": 0}
 
-pytestmark = pytest.mark.usefixtures("lite_medsam_file")
+pytestmark = pytest.mark.usefixtures("small_base")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,7 @@ def command(data: Path, folder: Path, processes: int, *launcher: str) -> list[st
         **COMPARABLE,
         "config_file": f"['{TRAIN}','{OVERLAY}']" if processes > 1 else TRAIN,
         "bundle_root": BUNDLE, "dataset_dir": data, "ckpt_dir": folder, "output_dir": folder, "image_size": 64,
+        "base": "small",
         "batch_size": 4 // processes, "max_epochs": EPOCHS, "val_interval": EPOCHS, "warmup_steps": 1, "amp": False,
         "num_workers": 0, "samples_interval": 0, "learning_rate": 0.002,
     }  # fmt: skip
@@ -76,7 +77,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def alone(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(small_base: str, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, not interrupted."""
     folder = tmp_path_factory.mktemp("alone")
     end(begin(command(phantoms, folder, 1)))

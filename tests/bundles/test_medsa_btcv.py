@@ -33,8 +33,8 @@ TRAIN, EVALUATE, INFERENCE, HIPPOCAMPUS = (
     str(CONFIGS / f"{n}.yaml") for n in ("train", "evaluate", "inference", "hippocampus")
 )
 META = str(CONFIGS / "metadata.json")
-COMMON = {"bundle_root": str(BUNDLE), "meta_file": META, "num_workers": 0, "amp": False}
-# small volumes of three classes: these runs test wiring, not accuracy
+COMMON = {"bundle_root": str(BUNDLE), "meta_file": META, "num_workers": 0, "amp": False, "base": "small"}
+# a base of narrow layers, small volumes of three classes: these runs test wiring, not accuracy
 CLASSES = ["spleen", "right kidney", "left kidney"]
 SMALL = {"classes": CLASSES, "pixdim": [2.0, 2.0, 3.0], "slab_depth": 4, "class_chunk": 0}
 TRAINING = {"roi_size": [32, 32, 4], "patches_per_volume": 1, "warmup_steps": 1, "samples_interval": 0}
@@ -56,6 +56,7 @@ SIDES = {
 }
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+pytestmark = pytest.mark.usefixtures("small_base")
 
 try:
     find_base_file(get_base("lite_medsam"))
@@ -95,7 +96,7 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapted(small_base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an adapter of three classes whose values are random, so that masks are not empty."""
     folder = tmp_path_factory.mktemp("adapted")
     torch.save(random_adapter(3).state_dict(), folder / "model.pt")
@@ -103,7 +104,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def random_adapter(num_classes: int, class_chunk: int = 0) -> torch.nn.Module:
-    network = build_medsa("lite_medsam", spatial_dims=3, num_classes=num_classes, class_chunk=class_chunk).eval()
+    network = build_medsa("small", spatial_dims=3, num_classes=num_classes, class_chunk=class_chunk).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -116,7 +117,7 @@ def random_adapter(num_classes: int, class_chunk: int = 0) -> torch.nn.Module:
 def strong_adapter() -> torch.nn.Module:
     """An adapter that segments something everywhere, whatever it is."""
     torch.manual_seed(1)
-    network = build_medsa("lite_medsam", spatial_dims=3, num_classes=3).eval()
+    network = build_medsa("small", spatial_dims=3, num_classes=3).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.requires_grad:
@@ -179,7 +180,7 @@ def test_torchscript_export_holds_base_and_adapter(tmp_path: Path) -> None:
     torch.save(network.state_dict(), tmp_path / "model.pt")
     file = tmp_path / "model.ts"
     ckpt_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "model.pt"), meta_file=META,
-                config_file=INFERENCE)  # fmt: skip
+                config_file=INFERENCE, base="small")  # fmt: skip
     scripted = torch.jit.load(file)
     image = torch.rand(1, 1, 48, 64, 5)
     click, label = torch.tensor([[[[30.0, 20.0, 2.0]]]]), torch.ones(1, 1, 1)
@@ -195,16 +196,15 @@ def test_onnx_export_equals_eager(tmp_path: Path) -> None:
     torch.save(network.state_dict(), tmp_path / "model.pt")
     file, image = tmp_path / "model.onnx", torch.rand(1, 1, 48, 64, 3)
     onnx_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "model.pt"), meta_file=META,
-                config_file=[INFERENCE, HIPPOCAMPUS], input_shape=list(image.shape))  # fmt: skip
+                config_file=[INFERENCE, HIPPOCAMPUS], base="small", input_shape=list(image.shape))  # fmt: skip
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (out,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
     with torch.no_grad():
         np.testing.assert_allclose(out, network(image).numpy(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_training_lowers_the_loss_and_draws_samples_in_three_planes(volumes: Path, tmp_path: Path, cache: str) -> None:
-    options = {**COMMON, **SMALL, **TRAINING, "cache": cache, "samples_interval": 5, "val_interval": 5}
+def test_training_lowers_the_loss_and_draws_samples_in_three_planes(volumes: Path, tmp_path: Path) -> None:
+    options = {**COMMON, **SMALL, **TRAINING, "cache": "disk", "samples_interval": 5, "val_interval": 5}
     run("training", config_file=TRAIN, dataset_dir=str(volumes), ckpt_dir=str(tmp_path / "models"),
         output_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), max_epochs=10, learning_rate=0.003,
         prompt="point", **options)  # fmt: skip
@@ -217,7 +217,7 @@ def test_training_lowers_the_loss_and_draws_samples_in_three_planes(volumes: Pat
     losses = [float(line.rsplit("train_loss:", 1)[1].split()[0]) for line in log.splitlines() if "train_loss:" in line]
     assert len(losses) == 10
     assert sum(losses[-3:]) < sum(losses[:3])
-    assert (tmp_path / "cache").exists() == (cache == "disk")
+    assert any((tmp_path / "cache").iterdir())
 
 
 def test_the_decoder_alone_trains_on_slabs_that_are_encoded_once(volumes: Path, tmp_path: Path) -> None:
@@ -249,8 +249,8 @@ def test_two_processes_measure_what_one_does(adapted: Path, tmp_path: Path, cli:
     result = cli("run", "evaluating", processes=2, config_file=f"['{TRAIN}','{EVALUATE}','{overlay}']",
                  output_dir=tmp_path / "two", **common)  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    result = cli("run", "evaluating", config_file=f"['{TRAIN}','{EVALUATE}']", output_dir=tmp_path / "one", **common)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run("evaluating", config_file=[TRAIN, EVALUATE], output_dir=str(tmp_path / "one"),
+        **{**common, "dataset_dir": str(volumes), "ckpt_dir": str(adapted)})  # fmt: skip
     assert read_metrics(tmp_path / "two") == pytest.approx(read_metrics(tmp_path / "one"), rel=1e-4, nan_ok=True)
     names = []
     for folder in ("one", "two"):
@@ -259,11 +259,23 @@ def test_two_processes_measure_what_one_does(adapted: Path, tmp_path: Path, cli:
     assert names[0] == names[1] == ["img0001.nii.gz", "img0002.nii.gz", "img0003.nii.gz"]
 
 
-@pytest.mark.parametrize("prompt", ["none", "point", "point_per_slice", "points3", "box50", "box75", "box"])
-def test_every_protocol_gives_metrics_by_class_and_case(
-    volumes: Path, adapted: Path, tmp_path: Path, prompt: str
-) -> None:
-    run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(volumes), prompt=prompt, overlays=1,
+@pytest.mark.parametrize(
+    ("prompt", "keys"),
+    [
+        ("none", set()),
+        *((points, {"point_coords", "point_labels"}) for points in ("point", "point_per_slice", "points3")),
+        *((box, {"boxes"}) for box in ("box50", "box75", "box")),
+    ],
+)
+def test_every_protocol_gives_its_prompts_to_the_validation(volumes: Path, prompt: str, keys: set[str]) -> None:
+    parser = ConfigParser(ConfigParser.load_config_files([TRAIN, EVALUATE]))
+    parser.update({**COMMON, **SMALL, "dataset_dir": str(volumes), "prompt": prompt})
+    item = parser.get_parsed_content("validate#dataset")[0]
+    assert {"point_coords", "point_labels", "boxes"} & item.keys() == keys
+
+
+def test_an_evaluation_gives_metrics_by_class_and_case(volumes: Path, adapted: Path, tmp_path: Path) -> None:
+    run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(volumes), prompt="point_per_slice", overlays=1,
         ckpt_dir=str(adapted), output_dir=str(tmp_path), **COMMON, **SMALL)  # fmt: skip
     assert set(read_metrics(tmp_path)) == {"val_mean_dice", "val_hd95", "val_nsd"}
     for name in ("val_mean_dice", "val_hd95", "val_nsd"):
@@ -365,7 +377,7 @@ def test_classes_that_are_not_annotated_do_not_train(volumes: Path, tmp_path: Pa
         ckpt_dir=str(tmp_path), output_dir=str(tmp_path), max_epochs=1, prompt_none=1.0, prompt_points=0.0,
         prompt_boxes=0.0, prompt_correction=0.0, weight_decay=0.0, val_interval=100,
         **COMMON, **SMALL, **TRAINING)  # fmt: skip
-    fresh = build_medsa("lite_medsam", spatial_dims=3, num_classes=3).state_dict()["class_embeddings"]
+    fresh = build_medsa("small", spatial_dims=3, num_classes=3).state_dict()["class_embeddings"]
     trained = torch.load(tmp_path / "model_last.pt", weights_only=True)["class_embeddings"]
     moved = (trained - fresh).abs().amax(dim=1)
     assert moved[0] > 0
@@ -422,7 +434,7 @@ def test_the_adapter_of_the_hippocampus_segments_volumes_it_has_not_seen(shared_
         pytest.skip(f"the real volumes are absent: no folder {volumes}")
     for prompt in ("none", "point"):
         run("evaluating", config_file=[TRAIN, HIPPOCAMPUS, EVALUATE], dataset_dir=str(volumes), prompt=prompt,
-            val_limit=2, output_dir=str(tmp_path / prompt), **COMMON)  # fmt: skip
+            val_limit=1, output_dir=str(tmp_path / prompt), **{**COMMON, "base": "lite_medsam"})  # fmt: skip
         assert read_metrics(tmp_path / prompt)["val_mean_dice"] > 0.75
 
 
@@ -433,7 +445,7 @@ def test_training_goes_on_from_the_adapter_with_the_cases_that_a_server_hands_ov
     data = data_set(tmp_path / "data", 2, 0)
     cases = [{"image": str(data / "imagesTr" / f"img000{i}.nii.gz"),
               "label": str(data / "labelsTr" / f"label000{i}.nii.gz")} for i in range(2)]  # fmt: skip
-    network = build_medsa("lite_medsam", spatial_dims=3, num_classes=13)
+    network = build_medsa("small", spatial_dims=3, num_classes=13)
     torch.nn.init.constant_(network.class_embeddings, 0.25)
     model = bundle / "models" / "model.pt"
     save_atomically(network.state_dict(), model)
@@ -445,7 +457,7 @@ def test_training_goes_on_from_the_adapter_with_the_cases_that_a_server_hands_ov
     overrides = {"bundle_root": str(bundle), "train#trainer#max_epochs": 1, "train#dataset#data": cases,
                  "device": "cpu", "train#handlers": [loader, *handlers], "validate#dataset#data": []}  # fmt: skip
     run("run", config_file=str(bundle / "configs" / "train.yaml"), meta_file=str(bundle / "configs" / "metadata.json"),
-        roi_size=[32, 32, 4], learning_rate=1e-6, num_workers=0, **overrides)  # fmt: skip
+        base="small", roi_size=[32, 32, 4], learning_rate=1e-6, num_workers=0, **overrides)  # fmt: skip
     assert {p.name for p in model.parent.iterdir()} == {"model.pt", "model_last.pt"}
     trained = torch.load(model, weights_only=True)
     torch.testing.assert_close(trained["class_embeddings"], torch.full((13, 256), 0.25), atol=1e-4, rtol=0)
@@ -458,7 +470,7 @@ class Server:
     def __init__(self, use_click: bool, checkpoint: Path) -> None:
         self.config = ConfigParser()
         self.config.read_config(INFERENCE)
-        self.config.config.update({"bundle_root": str(BUNDLE), **SMALL, "use_click": use_click})
+        self.config.config.update({"bundle_root": str(BUNDLE), "base": "small", **SMALL, "use_click": use_click})
         self.network = self.config.get_parsed_content("network_def").eval()
         self.network.load_state_dict(torch.load(checkpoint, weights_only=True), strict=False)
 

@@ -31,10 +31,11 @@ BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_isic"
 TRAIN, EVALUATE, INFERENCE = (str(BUNDLE / "configs" / f"{n}.yaml") for n in ("train", "evaluate", "inference"))
 META = str(BUNDLE / "configs" / "metadata.json")
 COMMON = {"bundle_root": str(BUNDLE), "meta_file": META, "num_workers": 0, "amp": False}
-# small pictures: LiteMedSAM takes any size, and these runs test wiring, not accuracy
-SMALL = {"image_size": 64, "batch_size": 2, "warmup_steps": 1, "samples_interval": 0}
+# a base of narrow layers, small pictures: these runs test wiring, not accuracy
+SMALL = {"base": "small", "image_size": 64, "batch_size": 2, "warmup_steps": 1, "samples_interval": 0}
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+pytestmark = pytest.mark.usefixtures("small_base")
 
 try:
     find_base_file(get_base("lite_medsam"))
@@ -99,29 +100,37 @@ def test_overlays_are_a_few_lines_that_build(overlay: str) -> None:
     assert network(torch.rand(1, 3, 64, 64)).shape == (1, 1, 64, 64)
 
 
-def test_torchscript_export_holds_base_and_adapter(tmp_path: Path, adapter: torch.nn.Module) -> None:
+@pytest.fixture
+def exported(small_base: str, tmp_path: Path, perturb_adapters) -> torch.nn.Module:
+    """A network whose adapter lies in ``model.pt``."""
+    network = perturb_adapters(build_medsa(small_base)).eval()
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    return network
+
+
+def test_torchscript_export_holds_base_and_adapter(tmp_path: Path, exported: torch.nn.Module) -> None:
     file = tmp_path / "model.ts"
-    ckpt_export(net_id="network_def", filepath=str(file), ckpt_file=str(BUNDLE / "models" / "model.pt"),
-                meta_file=META, config_file=INFERENCE)  # fmt: skip
+    ckpt_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "model.pt"), meta_file=META,
+                config_file=INFERENCE, base="small")  # fmt: skip
     scripted = torch.jit.load(file)
     image = torch.rand(1, 3, 256, 256)
     point, label = torch.tensor([[[[100.0, 140.0]]]]), torch.ones(1, 1, 1)
     with torch.no_grad():
-        torch.testing.assert_close(scripted(image), adapter(image), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(scripted(image, point, label), adapter(image, point, label), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(scripted(image), exported(image), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(scripted(image, point, label), exported(image, point, label), atol=1e-4, rtol=1e-4)
 
 
-def test_onnx_export_equals_eager(tmp_path: Path, adapter: torch.nn.Module) -> None:
+def test_onnx_export_equals_eager(tmp_path: Path, exported: torch.nn.Module) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     file = tmp_path / "model.onnx"
-    onnx_export(net_id="network_def", filepath=str(file), ckpt_file=str(BUNDLE / "models" / "model.pt"),
-                meta_file=META, config_file=INFERENCE)  # fmt: skip
+    onnx_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "model.pt"), meta_file=META,
+                config_file=INFERENCE, base="small")  # fmt: skip
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     image = torch.rand(1, 3, 256, 256)
     (out,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
     with torch.no_grad():
-        np.testing.assert_allclose(out, adapter(image).numpy(), atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(out, exported(image).numpy(), atol=1e-4, rtol=1e-4)
 
 
 def test_training_from_another_folder_lowers_the_loss_and_writes_whole_files(
@@ -160,15 +169,18 @@ def test_the_decoder_alone_trains_on_embeddings_that_are_computed_once(phantoms:
 
 
 def test_killed_training_resumes_to_the_same_weights(phantoms: Path, tmp_path: Path) -> None:
+    def options_of(folder: Path) -> dict[str, object]:
+        return {**COMMON, **SMALL, "config_file": TRAIN, "dataset_dir": str(phantoms), "ckpt_dir": str(folder),
+                "output_dir": str(folder), "max_epochs": 4, "val_interval": 2}  # fmt: skip
+
     def arguments(folder: Path) -> list[str]:
-        options = {**COMMON, **SMALL, "config_file": TRAIN, "dataset_dir": phantoms, "ckpt_dir": folder,
-                   "output_dir": folder, "max_epochs": 4, "val_interval": 2}  # fmt: skip
+        options = options_of(folder)
         return [sys.executable, "-m", "monai.bundle", "run", "training"] + [
             text for name, value in options.items() for text in (f"--{name}", str(value))
         ]
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run(arguments(whole), check=True, capture_output=True, timeout=600)
+    run("training", **options_of(whole))
     process = subprocess.Popen(arguments(cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = cut / "training_state.pt"
     deadline = time.monotonic() + 300
@@ -218,9 +230,24 @@ def test_evaluation_agrees_with_the_official_scorer(phantoms: Path, tmp_path: Pa
     assert ours["val_mean_iou"] == pytest.approx(official["jaccard"], abs=1e-5)
 
 
-@pytest.mark.parametrize("prompt", ["point", "points3", "box50", "box75", "box"])
-def test_every_protocol_gives_all_metrics_and_raw_values(phantoms: Path, tmp_path: Path, prompt: str) -> None:
-    run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(phantoms), prompt=prompt, image_size=64,
+@pytest.mark.parametrize(
+    ("prompt", "keys"),
+    [
+        ("none", set()),
+        ("point", {"point_coords", "point_labels"}),
+        ("points3", {"point_coords", "point_labels"}),
+        *((box, {"boxes"}) for box in ("box50", "box75", "box")),
+    ],
+)
+def test_every_protocol_gives_its_prompts_to_the_validation(phantoms: Path, prompt: str, keys: set[str]) -> None:
+    parser = ConfigParser(ConfigParser.load_config_files([TRAIN, EVALUATE]))
+    parser.update({**COMMON, "dataset_dir": str(phantoms), "prompt": prompt, "image_size": 64})
+    item = parser.get_parsed_content("validate#dataset")[0]
+    assert {"point_coords", "point_labels", "boxes"} & item.keys() == keys
+
+
+def test_an_evaluation_gives_all_metrics_and_raw_values(phantoms: Path, tmp_path: Path) -> None:
+    run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(phantoms), prompt="box50", image_size=64,
         overlays=1, output_dir=str(tmp_path), **COMMON)  # fmt: skip
     assert set(read_metrics(tmp_path)) == {"val_mean_dice", "val_mean_iou", "val_hd95"}
     assert len((tmp_path / "val_mean_dice_raw.csv").read_text().splitlines()) == 3  # a head and two images
@@ -334,7 +361,7 @@ def test_training_starts_from_an_adapter(phantoms: Path, tmp_path: Path) -> None
     model = BUNDLE / "models" / "model.pt"
     still = {"start_from": str(model), "learning_rate": 0.0, "weight_decay": 0.0, "max_epochs": 1}
     run("training", config_file=TRAIN, dataset_dir=str(phantoms), ckpt_dir=str(tmp_path), output_dir=str(tmp_path),
-        **COMMON, **SMALL, **still)  # fmt: skip
+        **{**COMMON, **SMALL, **still, "base": "lite_medsam"})  # fmt: skip
     expected, found = (torch.load(f, weights_only=True) for f in (model, tmp_path / "model_last.pt"))
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
@@ -344,7 +371,7 @@ def test_a_training_of_one_step_is_not_spent_on_warming_up(phantoms: Path, tmp_p
     model = BUNDLE / "models" / "model.pt"
     run("training", config_file=TRAIN, dataset_dir=str(phantoms), ckpt_dir=str(tmp_path), output_dir=str(tmp_path),
         start_from=str(model), train_limit=1, **{"train#trainer#max_epochs": 1},  # as MONAI Label asks for epochs
-        **COMMON, **{**SMALL, "warmup_steps": 50})  # fmt: skip
+        **COMMON, **{**SMALL, "base": "lite_medsam", "warmup_steps": 50})  # fmt: skip
     expected, found = (torch.load(f, weights_only=True) for f in (model, tmp_path / "model_last.pt"))
     assert any(not torch.equal(found[name], expected[name]) for name in expected)
 

@@ -44,7 +44,7 @@ class Command:
     @staticmethod
     def environment(**more: str) -> dict[str, str]:
         """Environment variables of every command."""
-        return {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", **more}
+        return {**os.environ, "CUDA_VISIBLE_DEVICES": "", **more}
 
 
 @pytest.fixture(scope="session")
