@@ -162,6 +162,8 @@ def measure_laptop(limit: float, only: str) -> None:
 
     def limited() -> None:
         if limit:
+            import resource  # Windows has none
+
             resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 2**30),) * 2)
 
     print("| command | peak, GB | seconds | ended |\n" + "| --- " * 4 + "|")
