@@ -19,7 +19,7 @@ from torch import nn
 from medsa_nets import WeightsError, build_medsa
 from medsa_nets.weights import find_base_file, get_base
 
-# TotalSegmentator's label of each structure, and the Dice of exact boxes on each slice, without adaptation: of all
+# TotalSegmentator's label of each structure, and the Dice of exact boxes on each slice, without adaptation: of all 30
 # slices of the test, and of every sixth one
 EXPECTED = {
     "spleen": (1, 0.949, 0.961),
