@@ -71,7 +71,9 @@ def find_cause(error: BaseException | None) -> MedSAError | None:
     a :class:`LowMemoryError` that says what to lower.
     """
     found: MedSAError | None = None
-    while error is not None:
+    seen: set[int] = set()  # "raise cause from None" where the cause is handled: each stands in the other's chain
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         if isinstance(error, MedSAError):
             found = found or error
         elif is_lack_of_memory(error):
