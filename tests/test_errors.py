@@ -100,11 +100,15 @@ def test_the_cause_is_found_however_deep_it_lies():
 @pytest.mark.timeout(60)
 def test_the_search_for_the_cause_ends_where_a_chain_runs_in_a_circle():
     cause = DataError("damaged")
-    with pytest.raises(DataError) as caught:  # as a dataset does, which takes the wrapping of MONAI off
+
+    def unwrap() -> None:  # as a dataset does, which takes the wrapping of MONAI off
         try:
             raise RuntimeError("applying transform") from cause
         except RuntimeError:
             raise cause from None
+
+    with pytest.raises(DataError) as caught:
+        unwrap()
     assert caught.value.__context__.__cause__ is caught.value
     assert find_cause(caught.value) is cause
     assert find_cause(raised(RuntimeError("outer"), caught.value)) is cause
