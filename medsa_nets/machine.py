@@ -48,7 +48,9 @@ def limit_threads() -> int:
 
 
 def usable_memory(root: str | Path = "/") -> int:
-    """Bytes of memory that this process may use: at most what the machine has, and what its cgroups allow.
+    """Bytes of memory that this process may use: at most what the machine has, its cgroups and its limits allow.
+
+    The limits are those of ``ulimit -v`` and ``ulimit -d``, where the system has them.
 
     Args:
         root: where ``proc`` and ``sys`` lie.
@@ -60,6 +62,13 @@ def usable_memory(root: str | Path = "/") -> int:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows
         memory = 8 * 2**30
+    try:
+        import resource
+
+        limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+        memory = min([memory, *(limit for limit in limits if limit != resource.RLIM_INFINITY)])
+    except ImportError:  # Windows
+        pass
     for folder, version in _cgroups(Path(root), "memory"):
         limit = _number(_read(folder / ("memory.max" if version == 2 else "memory.limit_in_bytes")))
         memory = min(memory, int(limit)) if limit > 0 else memory

@@ -61,6 +61,15 @@ def test_memory_follows_the_limit_of_a_container(tmp_path, files):
     assert usable_memory(write(tmp_path, files)) == 1000000
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no ulimit")
+@pytest.mark.parametrize("option", ["-v", "-d"])
+def test_memory_follows_ulimit(option):
+    code = "from medsa_nets.machine import usable_memory; print(usable_memory())"
+    command = f'ulimit {option} 6000000 && "{sys.executable}" -c "{code}"'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == str(6000000 * 1024)
+
+
 def test_processors_follow_the_affinity(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5}, raising=False)
     files = {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "200000 100000"}

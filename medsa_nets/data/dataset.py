@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import CacheDataset, Dataset, PersistentDataset, set_rnd
+from monai.transforms import Compose, RandomizableTrait, Transform
 from monai.utils import get_seed
 from torch.utils.data import Sampler
 
 from medsa_nets.errors import find_cause
-from medsa_nets.machine import usable_cpus
+from medsa_nets.machine import usable_cpus, usable_memory
 
+logger = logging.getLogger(__name__)
 CACHE_THREADS = 2
 
 
@@ -63,13 +67,30 @@ class SeededCacheDataset(_Seeded, CacheDataset):
         data: entries.
         transform: transforms.
         seed: see :class:`SeededDataset`.
+        max_bytes: most memory for what is kept, where the first item is as large as the others; what does not fit is
+            made anew each time. None keeps all.
         settings: see ``monai.data.CacheDataset``.
     """
 
     def __init__(
-        self, data: Sequence[Any], transform: Callable | None = None, seed: int | None = None, **settings: Any
+        self,
+        data: Sequence[Any],
+        transform: Compose,
+        seed: int | None = None,
+        max_bytes: int | None = None,
+        **settings: Any,
     ) -> None:
         try:
+            if max_bytes is not None and len(data) > 1:
+                fitting = max(1, max_bytes // max(1, _kept_bytes(data[0], transform)))
+                if fitting < len(data):
+                    logger.info(
+                        "%d of %d items are kept in memory (a quarter of what there is); the others are read anew each "
+                        "time (cache: disk keeps all of them on disk)",
+                        fitting,
+                        len(data),
+                    )
+                settings["cache_num"] = min(fitting, len(data))
             CacheDataset.__init__(self, data, transform, **settings)
         except RuntimeError as error:
             cause = find_cause(error)
@@ -77,6 +98,13 @@ class SeededCacheDataset(_Seeded, CacheDataset):
                 raise
             raise cause from None
         self.seed = seed
+
+
+def _kept_bytes(entry: Any, transform: Compose) -> int:
+    """Bytes of an item as a cache keeps it: what comes before the first random transform."""
+    random = transform.get_index_of_first(lambda t: isinstance(t, RandomizableTrait) or not isinstance(t, Transform))
+    item = transform(dict(entry), end=random)
+    return sum(value.nbytes for value in item.values() if isinstance(value, (torch.Tensor, np.ndarray)))
 
 
 class SeededPersistentDataset(_Seeded, PersistentDataset):
@@ -103,9 +131,13 @@ class SeededPersistentDataset(_Seeded, PersistentDataset):
 
 
 def make_dataset(
-    data: Sequence[Any], transform: Callable, *, cache: str = "none", cache_dir: str | None = None, seed: int = 0
+    data: Sequence[Any], transform: Compose, *, cache: str = "none", cache_dir: str | None = None, seed: int = 0
 ) -> Dataset:
     """A seeded dataset that keeps what comes before the first random transform in ``memory``, on ``disk``, or not.
+
+    Memory keeps as many items as fit into a quarter of what the process may use
+    (:func:`~medsa_nets.machine.usable_memory`), where the first one is as large as the others; the rest is made anew
+    each time, and the log says how many are kept.
 
     Args:
         data: entries.
@@ -120,7 +152,8 @@ def make_dataset(
     """
     if cache == "memory":
         # MONAI's own default is a thread for each processor of the host; each holds a few copies of a volume
-        return SeededCacheDataset(data, transform, seed=seed, num_workers=min(CACHE_THREADS, usable_cpus()))
+        threads = min(CACHE_THREADS, usable_cpus())
+        return SeededCacheDataset(data, transform, seed=seed, max_bytes=usable_memory() // 4, num_workers=threads)
     if cache == "disk":
         return SeededPersistentDataset(data, transform, cache_dir=cache_dir, seed=seed)
     if cache == "none":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,7 @@ from monai.utils import set_determinism
 from PIL import Image
 
 from medsa_nets.data import EpochSampler, PhotographReader, SeededDataset, stable_seed
+from medsa_nets.data import make_dataset as make_cached_dataset
 from medsa_nets.errors import DataError
 
 SIZE = 7
@@ -104,6 +106,33 @@ def test_a_stable_seed_depends_on_the_parts_alone():
 
     assert stable_seed(0, "a") == int(hashlib.sha256(b"(0, 'a')").hexdigest()[:8], 16)
     assert len({stable_seed(0, 1), stable_seed(1, 0), stable_seed(0, 0, 1), stable_seed("0", 1)}) == 4
+
+
+class Counting(MapTransform):
+    """Counts how often each item is read."""
+
+    def __init__(self) -> None:
+        super().__init__("image")
+        self.read: Counter = Counter()
+
+    def __call__(self, data):
+        self.read[int(data["image"][0, 0, 0]) // 100] += 1
+        return {key: value.clone() for key, value in data.items()}
+
+
+@pytest.mark.parametrize(("room", "kept"), [(10**6, SIZE), (3 * 64, 3), (1, 1)])
+def test_memory_keeps_what_fits_and_every_item_is_the_same(monkeypatch, caplog, room, kept):
+    counting = Counting()
+    data = [{"image": torch.arange(16.0).reshape(1, 4, 4) + 100 * i} for i in range(SIZE)]  # 64 bytes each
+    random = RandGaussianNoised("image", prob=0.7, std=5.0)
+    monkeypatch.setattr("medsa_nets.data.dataset.usable_memory", lambda: 4 * room)
+    with caplog.at_level(logging.INFO):
+        dataset = make_cached_dataset(data, Compose([counting, random]), cache="memory")
+    assert (f"{kept} of {SIZE} items are kept" in caplog.text) == (kept < SIZE)
+    counting.read.clear()
+    found = items(dataset)
+    assert sorted(counting.read) == list(range(kept, SIZE))
+    assert same(found, items(SeededDataset(data, Compose([CopyTensord("image"), random]), seed=0)))
 
 
 def epochs(count: int, **settings) -> list[list[int]]:
