@@ -24,12 +24,10 @@ ENVIRONMENTS = {
     "label": ("-label", "constraints-label.txt", "[label]", WEIGHTS),
     "deploy": ("-deploy", "constraints-deploy.txt", "[deploy]", WEIGHTS),
 }
+PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
 # Back ends bring thread pools of their own, which do not belong into the process of all other tests.
 TESTS = {
-    "test": (
-        ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal", "--ignore=tests/test_backends.py"],
-        ["tests/test_backends.py"],
-    ),
+    "test": ([*PARALLEL, "--ignore=tests/test_backends.py"], [*PARALLEL, "tests/test_backends.py"]),
     "test-label": (["-m", "label", "tests/label"],),
     "test-deploy": (["-m", "deploy", "tests/deploy"],),
 }

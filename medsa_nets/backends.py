@@ -425,24 +425,34 @@ def _openvino(encoder: nn.Module, image: Tensor, amp: bool, folder: Path) -> Enc
     compiled: Any = None
     if converted.is_kept(folder) and converted.is_intact(folder):
         converted.use(folder)
-        compiled = core.compile_model(core.read_model(folder / IR), "CPU", {**settings, "CACHE_DIR": str(folder)})
+        compiled = _compile_openvino(core, folder / IR, {**settings, "CACHE_DIR": str(folder)})
     if compiled is None:
         with _onnx_file(encoder, image) as file:
-            model = core.read_model(file)
 
             def write(part: Path) -> None:
-                openvino.save_model(model, part / IR, compress_to_fp16=False)
+                openvino.save_model(core.read_model(file), part / IR, compress_to_fp16=False)
 
             if converted.keep(folder, write):  # what it compiles to joins it there
-                model = core.read_model(folder / IR)
-                settings["CACHE_DIR"] = str(folder)
-            compiled = core.compile_model(model, "CPU", settings)
+                compiled = _compile_openvino(core, folder / IR, {**settings, "CACHE_DIR": str(folder)})
+            else:
+                compiled = _compile_openvino(core, file, settings)
 
     def encode(x: Tensor) -> Tensor:
         request = compiled.create_infer_request()  # a thread's own
         return torch.from_numpy(request.infer([x.float().contiguous().numpy()])[0].copy())
 
     return encode
+
+
+def _compile_openvino(core: Any, file: str | Path, settings: dict[str, Any]) -> Any:
+    """Compile a model; in single precision where OpenVINO has no bfloat16 for what this processor may use."""
+    try:
+        return core.compile_model(core.read_model(file), "CPU", settings)
+    except RuntimeError as error:
+        if settings["INFERENCE_PRECISION_HINT"] != "bf16":
+            raise
+        logger.warning("OpenVINO can't compile the encoder in bfloat16 here (%s): it takes float32", describe(error))
+        return core.compile_model(core.read_model(file), "CPU", {**settings, "INFERENCE_PRECISION_HINT": "f32"})
 
 
 def _import_openvino() -> Any:
