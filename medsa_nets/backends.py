@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 import tempfile
 import threading
@@ -23,11 +25,14 @@ from torch import Tensor, nn
 from medsa_nets import converted
 from medsa_nets.errors import BackendError, describe
 from medsa_nets.layers.linear import is_exporting
-from medsa_nets.measurements import machine, measured
+from medsa_nets.measurements import cache_dir, machine, measured
 from medsa_nets.networks import MedSA
 from medsa_nets.weights import base_fingerprint
 
 logger = logging.getLogger(__name__)
+
+COMPILED_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # folder of torch.compile's code
+_compiled_folders: dict[str, str] = {}  # that this process has chosen, by machine
 
 # Name of a back end and the packages that it needs beyond torch.
 BACKENDS: dict[str, tuple[str, ...]] = {
@@ -139,8 +144,30 @@ def compile_for_training(network: MedSA, enabled: bool = True) -> MedSA:
         ``network``.
     """
     if enabled:
+        keep_compiled_code_apart()
         network.image_encoder.compile()
     return network
+
+
+def keep_compiled_code_apart() -> None:
+    """Let ``torch.compile`` keep its code in a folder of this machine and of what holds its processor back.
+
+    PyTorch takes kept code for another's of one user whatever the processor may do, and code that was made with AVX2
+    alone (``ATEN_CPU_CAPABILITY``) then writes beyond its memory where weights are packed for more. A folder that the
+    user has chosen (``TORCHINDUCTOR_CACHE_DIR``) stays.
+    """
+    named = os.environ.get(COMPILED_VARIABLE)
+    usual = str(Path(tempfile.gettempdir()) / "torchinductor_")  # PyTorch sets the variable too, once it has compiled
+    if named and not named.startswith(usual) and named not in _compiled_folders.values():
+        return
+    if machine() not in _compiled_folders:
+        folder = cache_dir() / "compiled" / hashlib.sha256(machine().encode()).hexdigest()[:16]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:  # a home that is absent or read-only
+            folder = Path(tempfile.mkdtemp(prefix="medsa_compiled_"))
+        _compiled_folders[machine()] = str(folder)
+    os.environ[COMPILED_VARIABLE] = _compiled_folders[machine()]
 
 
 def load_tensorrt(path: str | Path) -> nn.Module:
@@ -379,6 +406,7 @@ class _Slices(nn.Module):
 
 
 def _compile(encoder: nn.Module, image: Tensor, amp: bool) -> Encode:
+    keep_compiled_code_apart()
     compiled = torch.compile(encoder, dynamic=False)
     compiled(image)  # compiles
     return compiled

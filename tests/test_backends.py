@@ -10,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,15 @@ from PIL import Image
 from torch import nn
 
 from medsa_nets import BackendError, backends, build_medsa, converted, measurements, use_backend
-from medsa_nets.backends import BACKENDS, MAX_SHAPES, backend_of, expect_encodings, expect_images
+from medsa_nets.backends import (
+    BACKENDS,
+    COMPILED_VARIABLE,
+    MAX_SHAPES,
+    backend_of,
+    expect_encodings,
+    expect_images,
+    keep_compiled_code_apart,
+)
 from medsa_nets.errors import find_cause
 from medsa_nets.inferers import EmbeddingCache, PromptInferer, SlabInferer
 
@@ -413,6 +422,24 @@ def test_a_converted_encoder_is_kept_for_the_next_process(tiny, monkeypatch, own
     assert len(exports) == 3  # anew where the kept one is damaged, and for other weights
 
 
+def test_compiled_code_of_another_processor_is_not_taken(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(COMPILED_VARIABLE, "")
+    folders = []
+    for capability in ("default", "avx2"):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        keep_compiled_code_apart()
+        folders.append(os.environ[COMPILED_VARIABLE])
+        assert Path(folders[-1]).is_dir()
+    assert folders[0] != folders[1]
+    monkeypatch.setenv(COMPILED_VARIABLE, str(Path(tempfile.gettempdir()) / "torchinductor_somebody"))  # PyTorch's own
+    keep_compiled_code_apart()
+    assert os.environ[COMPILED_VARIABLE] == folders[1]
+    monkeypatch.setenv(COMPILED_VARIABLE, str(tmp_path / "mine"))
+    keep_compiled_code_apart()
+    assert os.environ[COMPILED_VARIABLE] == str(tmp_path / "mine")
+
+
 @pytest.mark.parametrize("backend", [needed("openvino")])
 def test_a_bundle_takes_the_setting(photographs, shared_data, tmp_path, backend):
     bundle = BUNDLES / "medsa_isic"
@@ -423,7 +450,7 @@ def test_a_bundle_takes_the_setting(photographs, shared_data, tmp_path, backend)
     for name in ("eager", backend):
         run("inferring", config_file=str(bundle / "configs" / "inference.yaml"), bundle_root=str(bundle), backend=name,
             meta_file=str(bundle / "configs" / "metadata.json"), dataset_dir=str(tmp_path / "in"),
-            output_dir=str(tmp_path / name))  # fmt: skip
+            output_dir=str(tmp_path / name), amp=False)  # fmt: skip
         masks.append(np.asarray(Image.open(next((tmp_path / name).glob("*.png")))))
     assert masks[0].any()
     assert (masks[0] != masks[1]).mean() < 1e-4
@@ -460,7 +487,7 @@ def test_the_tensorrt_overlay_segments_with_the_exported_network(photographs, sh
     for root, files in ((bundle, configs[:1]), (tmp_path, configs)):
         out = tmp_path / f"masks{len(files)}"
         run("inferring", config_file=files, bundle_root=str(root), meta_file=str(bundle / "configs/metadata.json"),
-            dataset_dir=str(photograph), output_dir=str(out), device="cpu")  # fmt: skip
+            dataset_dir=str(photograph), output_dir=str(out), device="cpu", amp=False)  # fmt: skip
         masks.append(np.asarray(Image.open(next(out.glob("*.png")))))
     assert masks[0].any()
     assert (masks[0] != masks[1]).mean() < 1e-4
