@@ -145,6 +145,7 @@ def build_medsa(
     spatial_dims: int = 2,
     img_size: int | tuple[int, int] | None = None,
     num_classes: int = 1,
+    classes_per_pass: int = 1,
     adapter_ratio: float = 0.25,
     adapter_dim: int | None = None,
     scale: float = 0.5,
@@ -166,6 +167,8 @@ def build_medsa(
         img_size: height and width that a ViT's position tables are made for; none takes the base's own. TinyViT bases
             take any size and ignore it.
         num_classes: number of classes of the automatic mode.
+        classes_per_pass: classes that share a pass of the decoder in the automatic mode
+            (:class:`~medsa_nets.networks.MedSA`); above 1 it is part of the adapter's identity.
         adapter_ratio: bottleneck width of every adapter as a share of its block's width.
         adapter_dim: bottleneck width of every adapter; takes precedence over ``adapter_ratio``.
         scale: weight of the adapters beside the MLPs.
@@ -198,6 +201,7 @@ def build_medsa(
         "prompt_encoder": PromptEncoder(),
         "mask_decoder": MaskDecoder(transformer=TwoWayTransformer(hyper_prompting=hyper_prompting, **adapter)),
         "num_classes": num_classes,
+        "classes_per_pass": classes_per_pass,
         "pixel_mean": spec.pixel_mean,
         "pixel_std": spec.pixel_std,
         "train_norms": train_norms,
@@ -220,6 +224,7 @@ def build_medsa(
                 "num_classes": num_classes,
                 "train_norms": train_norms,
                 **({"spatial_dims": 3} if spatial_dims == 3 else {}),
+                **({"classes_per_pass": classes_per_pass} if classes_per_pass > 1 else {}),
             },
         }
     )

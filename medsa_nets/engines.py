@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medsa_nets.data.dataset import stable_seed
+from medsa_nets.layers import DepthBranch, DistantPrompt
 from medsa_nets.networks import MedSA
 from medsa_nets.precision import Amp, Precision, agree, choose_amp, read_amp
 from medsa_nets.prompts import PROMPT_KEYS, PromptSampler, add_correction, class_masks, relative_to_slice
@@ -94,6 +95,26 @@ def join_processes() -> None:
 def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
     """The parameters that an optimizer gets: adapters, class embeddings, and norms where they train."""
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def train_slices(network: MedSA) -> MedSA:
+    """Let slices train one by one: what joins them (the depth branches, prompts of other slices) rests.
+
+    The adapter of such a training has the form of any other; what rested in it is as it was at the start, so that a
+    training on slabs may go on from it.
+
+    Args:
+        network: the network; it is changed in place.
+
+    Returns:
+        ``network``.
+    """
+    for module in network.modules():
+        if isinstance(module, (DepthBranch, DistantPrompt)):
+            module.requires_grad_(False)
+        if isinstance(module, DepthBranch):
+            module.idle = True
+    return network
 
 
 def plain(tensor: Tensor) -> Tensor:

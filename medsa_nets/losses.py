@@ -16,11 +16,14 @@ class AnnotatedDiceCELoss(nn.Module):
     Args:
         dice_weight: weight of the Dice loss.
         ce_weight: weight of the cross-entropy.
+        batch: whether Dice takes a class's voxels in all volumes of a batch together: for single slices, few of which
+            show a small organ, and where a mask on a slice without the organ is to cost as much as it will.
     """
 
-    def __init__(self, dice_weight: float = 1.0, ce_weight: float = 1.0) -> None:
+    def __init__(self, dice_weight: float = 1.0, ce_weight: float = 1.0, batch: bool = False) -> None:
         super().__init__()
-        self.dice = DiceLoss(sigmoid=True, reduction="none")
+        self.batch = batch
+        self.dice = DiceLoss(reduction="none", batch=batch)
         self.dice_weight = dice_weight
         self.ce_weight = ce_weight
 
@@ -45,7 +48,11 @@ class AnnotatedDiceCELoss(nn.Module):
         if weight.shape != logits.shape[:2]:
             raise ValueError(f"annotated must have shape {tuple(logits.shape[:2])}, got {tuple(weight.shape)}.")
         entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(2).mean(-1)
-        dice = self.dice(logits, target).reshape(weight.shape)
         present = weight * (target.flatten(2).amax(-1) > 0)
+        known = weight.reshape(*weight.shape, *[1] * (logits.dim() - 2))
+        dice = self.dice(logits.sigmoid() * known, target * known)
+        if self.batch:
+            present = present.amax(0)
+        dice = dice.reshape(present.shape)
         entropy = (entropy * weight).sum() / weight.sum().clamp_min(1.0)
         return self.ce_weight * entropy + self.dice_weight * (dice * present).sum() / present.sum().clamp_min(1.0)

@@ -40,6 +40,7 @@ class DepthBranch(nn.Module):
     ) -> None:
         super().__init__()
         self.max_distance = max_distance
+        self.idle = False  # an idle branch adds nothing and is not computed: what trains on single slices
         self.bias = nn.Parameter(torch.zeros(num_heads, 2 * max_distance + 1))
         self.adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim)
 

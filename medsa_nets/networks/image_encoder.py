@@ -178,7 +178,7 @@ class Block(nn.Module):
         else:
             attended = self.attn(qkv)
         attended = self.attn_adapter(self.attn.proj(attended))
-        if self.depth is not None:  # the same queries, keys and values
+        if self.depth is not None and not self.depth.idle:  # the same queries, keys and values
             q, k, v = self.attn.split(qkv).unbind(3)
             attended = attended + self.depth(
                 self.depth.attend(q, k, v, depth), self.attn.proj.weight, self.attn.proj.bias

@@ -75,17 +75,18 @@ class MaskDecoder(nn.Module):
             image_pe: (1, C, h, w).
             sparse: sparse prompt embeddings (N, tokens, C).
             dense: dense prompt embeddings (N, C, h, w).
-            class_embedding: (N, C), added to the token of the single mask, or none.
+            class_embedding: (N, G, C), added to the token of the single mask, or none. G classes give G such tokens
+                and G masks, in one pass of the transformer.
             multimask_output: whether SAM's three masks for ambiguous prompts are returned in place of the single one.
 
         Returns:
-            Mask logits (N, 1 or 3, 4 h, 4 w) and estimated IoU (N, 1 or 3).
+            Mask logits (N, G (1 without classes) or 3, 4 h, 4 w) and estimated IoU (N, 1 or 3).
         """
-        count = sparse.shape[0]
+        count, classes = sparse.shape[0], 1
         mask_tokens = self.mask_tokens.weight.unsqueeze(0).expand(count, -1, -1)
         if class_embedding is not None:
-            single = mask_tokens[:, :1] + class_embedding.unsqueeze(1)
-            mask_tokens = torch.cat([single, mask_tokens[:, 1:]], dim=1)
+            classes = class_embedding.shape[1]
+            mask_tokens = torch.cat([mask_tokens[:, :1] + class_embedding, mask_tokens[:, 1:]], dim=1)
         iou_token = self.iou_token.weight.unsqueeze(0).expand(count, -1, -1)
         tokens = torch.cat([iou_token, mask_tokens, sparse], dim=1)
 
@@ -102,8 +103,9 @@ class MaskDecoder(nn.Module):
         for i, mlp in enumerate(self.output_hypernetworks_mlps):
             # Only the masks that are returned are computed.
             if (i > 0) == multimask_output:
-                weights.append(mlp(tokens[:, 1 + i]))
+                own = tokens[:, 1 : 1 + classes] if i == 0 else tokens[:, classes + i : classes + i + 1]
+                weights.append(mlp(own))
         # Channels last, as the convolutions left them: no copy, here or in the backward pass.
-        masks = upscaled.permute(0, 2, 3, 1).flatten(1, 2) @ torch.stack(weights, dim=2)
+        masks = upscaled.permute(0, 2, 3, 1).flatten(1, 2) @ torch.cat(weights, dim=1).transpose(1, 2)
         masks = masks.transpose(1, 2).reshape(count, -1, upscaled.shape[2], upscaled.shape[3])
         return masks, iou[:, 1:] if multimask_output else iou[:, :1]

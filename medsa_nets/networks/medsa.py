@@ -52,6 +52,9 @@ class MedSA(nn.Module):
         prompt_encoder: SAM's prompt encoder.
         mask_decoder: adapted mask decoder.
         num_classes: number of classes of the automatic mode; each has a learned embedding, zero at the start.
+        classes_per_pass: classes whose automatic masks one pass of the decoder gives, each by a token of its own. The
+            tokens see each other, so that what a class gets depends on which ones share its pass: always those with
+            neighbouring ids, whether all are asked for or one. With 1, a fresh network equals the frozen base.
         pixel_mean: the base's pixel mean, for intensities in [0, 1].
         pixel_std: the base's pixel standard deviation, for intensities in [0, 1].
         train_norms: whether the layer norms of the adapted blocks train too.
@@ -73,6 +76,7 @@ class MedSA(nn.Module):
         prompt_encoder: PromptEncoder,
         mask_decoder: MaskDecoder,
         num_classes: int = 1,
+        classes_per_pass: int = 1,
         pixel_mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
         pixel_std: tuple[float, float, float] = (1.0, 1.0, 1.0),
         train_norms: bool = False,
@@ -80,7 +84,10 @@ class MedSA(nn.Module):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be 1 or more, got {num_classes}.")
+        if classes_per_pass < 1:
+            raise ValueError(f"classes_per_pass must be 1 or more, got {classes_per_pass}.")
         self.num_classes = num_classes
+        self.classes_per_pass = classes_per_pass
         self.stride: int = image_encoder.stride  # type: ignore[assignment]
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
@@ -238,6 +245,8 @@ class MedSA(nn.Module):
                 raise ValueError(f"masks must be (B, K, {4 * height}, {4 * width}), got {earlier.shape}.")
             sets = earlier.shape[1]
             earlier = earlier.flatten(0, 1).unsqueeze(1)
+        if sets < 0 and self.classes_per_pass > 1:
+            return self.decode_classes(image_embedding, classes)
         if sets < 0 and classes is None:
             classes = torch.arange(self.num_classes, device=image_embedding.device)
         class_embedding: Optional[Tensor] = None
@@ -245,7 +254,7 @@ class MedSA(nn.Module):
             if sets >= 0 and classes.shape[0] != sets:
                 raise ValueError(f"classes must name one class for each of {sets} prompt sets, got {classes.shape}.")
             sets = classes.shape[0]
-            class_embedding = self.class_embeddings[classes].unsqueeze(0).expand(batch, -1, -1).flatten(0, 1)
+            class_embedding = self.class_embeddings[classes].repeat(batch, 1).unsqueeze(1)
         size = (height * self.stride, width * self.stride)
         sparse, dense = self.prompt_encoder(coords, labels, corners, earlier, batch * sets, size, (height, width))
         logits, _ = self.mask_decoder(
@@ -254,6 +263,41 @@ class MedSA(nn.Module):
         if logits.shape[2] != size[0] or logits.shape[3] != size[1]:
             logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
         return logits.reshape(batch, sets, size[0], size[1])
+
+    def decode_classes(self, image_embedding: Tensor, classes: Optional[Tensor] = None) -> Tensor:
+        """Segment slices automatically, ``classes_per_pass`` classes in each pass of the decoder.
+
+        Args:
+            image_embedding: (B, 256, h, w).
+            classes: (K,) class ids; none takes all.
+
+        Returns:
+            Mask logits (B, K, h * stride, w * stride).
+        """
+        batch, height, width = image_embedding.shape[0], image_embedding.shape[2], image_embedding.shape[3]
+        size = (height * self.stride, width * self.stride)
+        sparse, dense = self.prompt_encoder(None, None, None, None, batch, size, (height, width))
+        pe = self.prompt_encoder.dense_pe(height, width)
+        answers: list[Tensor] = []
+        places: list[Tensor] = []  # of each answer among the classes that are asked for
+        for first in range(0, self.num_classes, self.classes_per_pass):
+            last = min(first + self.classes_per_pass, self.num_classes)
+            if classes is not None:
+                asked = torch.nonzero((classes >= first) & (classes < last))[:, 0]
+                if asked.shape[0] == 0:
+                    continue
+                places.append(asked)
+            class_embedding = self.class_embeddings[first:last].unsqueeze(0).expand(batch, -1, -1)
+            logits, _ = self.mask_decoder(image_embedding, pe, sparse, dense, class_embedding)
+            if classes is not None:
+                logits = logits[:, classes[places[-1]] - first]
+            answers.append(logits)
+        logits = torch.cat(answers, dim=1)
+        if classes is not None:
+            logits = logits[:, torch.argsort(torch.cat(places))]
+        if logits.shape[2] != size[0] or logits.shape[3] != size[1]:
+            logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+        return logits
 
     def forward(
         self,

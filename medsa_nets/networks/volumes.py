@@ -111,6 +111,12 @@ class VolumeMedSA(MedSA):
             if masks.dim() != 5:
                 raise ValueError(f"masks must be (B, K, 4 h, 4 w, D), got {masks.shape}.")
             sets = masks.shape[1]
+        if sets < 0 and self.classes_per_pass > 1:
+            if torch.jit.is_scripting():
+                return self.decode_volume_classes(image_embedding, classes)
+            elif self.checkpointing and self.training and torch.is_grad_enabled():
+                return checkpoint(self.decode_volume_classes, image_embedding, classes, use_reentrant=False)
+            return self.decode_volume_classes(image_embedding, classes)
         if sets < 0 and classes is None:
             classes = torch.arange(self.num_classes, device=image_embedding.device)
         if classes is not None:
@@ -166,13 +172,19 @@ class VolumeMedSA(MedSA):
         _, dense = self.prompt_encoder(None, None, None, earlier, sparse.shape[0], size, (height, width))
         class_embedding: Optional[Tensor] = None
         if classes is not None:
-            class_embedding = self.class_embeddings[classes].unsqueeze(0).expand(batch * depth, -1, -1).flatten(0, 1)
+            class_embedding = self.class_embeddings[classes].repeat(batch * depth, 1).unsqueeze(1)
         logits, _ = self.mask_decoder(
             slices, self.prompt_encoder.dense_pe(height, width), sparse, dense, class_embedding
         )
         if logits.shape[2] != size[0] or logits.shape[3] != size[1]:
             logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
         return logits.reshape(batch, depth, sets, size[0], size[1]).permute(0, 2, 3, 4, 1)
+
+    def decode_volume_classes(self, image_embedding: Tensor, classes: Optional[Tensor]) -> Tensor:
+        """:meth:`~medsa_nets.networks.MedSA.decode_classes` for volumes: (B, 256, h, w, D) to (B, K, H, W, D)."""
+        batch, depth = image_embedding.shape[0], image_embedding.shape[4]
+        logits = self.decode_classes(image_embedding.permute(0, 4, 1, 2, 3).flatten(0, 1), classes)
+        return logits.reshape(batch, depth, -1, logits.shape[2], logits.shape[3]).permute(0, 2, 3, 4, 1)
 
     def embed_points(self, coords: Tensor, labels: Tensor, size: tuple[int, int], depth: int) -> Tensor:
         """Tokens of clicks on each slice: (B, K, P, 3) and (B, K, P) to (B * depth * K, at most P, features)."""

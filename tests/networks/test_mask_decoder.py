@@ -75,7 +75,7 @@ def test_class_embedding_is_added_to_the_token_of_the_single_mask(decoder, refer
     image, pe, sparse, dense = make_inputs(sets=2)
     class_embedding = torch.randn(2, 256)
     with torch.no_grad():
-        masks, _ = decoder(image, pe, sparse, dense, class_embedding)
+        masks, _ = decoder(image, pe, sparse, dense, class_embedding.unsqueeze(1))
         for k in range(2):
             token = reference.mask_tokens.weight[0].clone()
             reference.mask_tokens.weight[0].add_(class_embedding[k])
