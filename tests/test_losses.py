@@ -42,6 +42,16 @@ def test_an_absent_class_gives_cross_entropy_alone():
     assert float(both(logits, target, only)) > 0
 
 
+def test_dice_over_the_batch_takes_a_class_s_voxels_of_all_annotated_volumes_together():
+    logits, target = logits_and_target()
+    target[0, 1] = False  # in one volume the class is absent: what is found there costs
+    expected = DiceLoss(sigmoid=True, batch=True)(logits, target.float())
+    torch.testing.assert_close(AnnotatedDiceCELoss(ce_weight=0.0, batch=True)(logits, target), expected)
+    first = torch.tensor([[True, True, True], [False, False, False]])
+    expected = DiceLoss(sigmoid=True, batch=True)(logits[:1, ::2], target[:1, ::2].float())  # class 1 is in neither
+    torch.testing.assert_close(AnnotatedDiceCELoss(ce_weight=0.0, batch=True)(logits, target, first), expected)
+
+
 def test_nothing_annotated_is_zero_and_can_be_differentiated():
     logits, target = logits_and_target()
     logits.requires_grad_()

@@ -175,7 +175,6 @@ class EpochSampler(Sampler[int]):
     Args:
         data_source: the dataset.
         num_samples: items in an epoch, over all processes; 0 takes the length of the dataset.
-        weights: how often each item is drawn, in relation to the others; none shows all equally often.
         seed: seed of the shuffle.
         num_replicas: number of processes; none asks ``torch.distributed``.
         rank: this process; none asks ``torch.distributed``.
@@ -186,7 +185,6 @@ class EpochSampler(Sampler[int]):
         data_source: Dataset,
         *,
         num_samples: int = 0,
-        weights: Sequence[float] | None = None,
         seed: int = 0,
         num_replicas: int | None = None,
         rank: int | None = None,
@@ -197,9 +195,6 @@ class EpochSampler(Sampler[int]):
         self.rank = rank if rank is not None else (torch.distributed.get_rank() if distributed else 0)
         total = num_samples or len(data_source)
         self.per_replica = -(-total // self.replicas)
-        if weights is not None and (len(weights) != len(data_source) or min(weights) < 0 or sum(weights) <= 0):
-            raise ValueError(f"weights must hold a number of 0 or more for each of {len(data_source)} items.")
-        self.weights = weights
         self.seed = seed
         self.epoch = 0
 
@@ -220,9 +215,5 @@ class EpochSampler(Sampler[int]):
             if position // size != round_:
                 round_ = position // size
                 generator = torch.Generator().manual_seed(stable_seed(self.seed, round_))
-                if self.weights is None:
-                    order = torch.randperm(size, generator=generator).tolist()
-                else:
-                    weights = torch.tensor(self.weights, dtype=torch.float64)
-                    order = torch.multinomial(weights, size, replacement=True, generator=generator).tolist()
+                order = torch.randperm(size, generator=generator).tolist()
             yield order[position % size]

@@ -25,6 +25,7 @@ from medsa_nets.data import read_volume
 from medsa_nets.demo import read_metrics
 from medsa_nets.errors import DataError, find_cause
 from medsa_nets.handlers import save_atomically
+from medsa_nets.networks.medsa import decode_identity
 from medsa_nets.weights import find_base_file, get_base
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv"
@@ -154,7 +155,16 @@ def test_training_has_the_keys_that_tools_look_for() -> None:
 
 def test_inference_and_training_see_volumes_alike() -> None:
     train, inference = (ConfigParser.load_config_file(c) for c in (TRAIN, INFERENCE))
-    for key in ("classes", "pixdim", "grid_transform", "intensity_transform", "slab_depth", "slab_overlap", "base"):
+    for key in (
+        "classes",
+        "pixdim",
+        "grid_transform",
+        "intensity_transform",
+        "slab_depth",
+        "slab_overlap",
+        "base",
+        "classes_per_pass",
+    ):
         assert train[key] == inference[key]
     for files, name in (([TRAIN], "training"), ([TRAIN, EVALUATE], "evaluating"), ([INFERENCE], "inferring")):
         config = ConfigParser.load_config_files(files)
@@ -232,6 +242,30 @@ def test_the_decoder_alone_trains_on_slabs_that_are_encoded_once(volumes: Path, 
     assert len(kept) == 2 * 3  # two volumes of 9 slices, in slabs of 4
     run("training", config_file=files, max_epochs=3, val_interval=100, ckpt_dir=str(tmp_path / "second"), **options)
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "embeddings").iterdir()} == kept
+
+
+def test_slices_train_all_classes_in_one_pass_and_inference_and_slabs_go_on_with_it(
+    volumes: Path, tmp_path: Path
+) -> None:
+    options = {**COMMON, **SMALL, **TRAINING, "dataset_dir": str(volumes), "val_limit": 1}
+    slices = {"config_file": [TRAIN, str(CONFIGS / "slices.yaml")], "roi_size": [32, 32, 1], "learning_rate": 0.005}
+    first = {"ckpt_dir": str(tmp_path / "first"), "output_dir": str(tmp_path / "first")}
+    run("training", **{**options, **slices, **first}, batch_size=2, max_epochs=10, val_interval=10)
+    log = (tmp_path / "first" / "training.log").read_text()
+    losses = [float(line.rsplit("train_loss:", 1)[1].split()[0]) for line in log.splitlines() if "train_loss:" in line]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    adapter = torch.load(tmp_path / "first" / "model.pt", weights_only=True)
+    assert decode_identity(adapter["identity"])["adapter"]["classes_per_pass"] == 3
+    assert all((value == 0).all() for name, value in adapter.items() if ".depth." in name and ".up." in name)
+    seen = {**COMMON, **SMALL, "classes_per_pass": 3, "checkpoint": str(tmp_path / "first" / "model.pt")}
+    places = {"dataset_dir": str(volumes / "imagesTr"), "output_dir": str(tmp_path / "masks")}
+    run("inferring", config_file=INFERENCE, **places, **seen)
+    assert len(list((tmp_path / "masks").glob("*.nii.gz"))) == 4
+    second = {"ckpt_dir": str(tmp_path / "second"), "output_dir": str(tmp_path / "second")}
+    going_on = {"start_from": str(tmp_path / "first" / "model.pt"), "classes_per_pass": 3}
+    run("training", config_file=TRAIN, max_epochs=1, val_interval=1, **options, **going_on, **second)
+    adapter = torch.load(tmp_path / "second" / "model_last.pt", weights_only=True)
+    assert any((value != 0).any() for name, value in adapter.items() if ".depth." in name and ".up." in name)
 
 
 def test_two_processes_train_together(volumes: Path, tmp_path: Path, cli: Command) -> None:
