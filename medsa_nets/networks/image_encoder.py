@@ -178,11 +178,12 @@ class Block(nn.Module):
         else:
             attended = self.attn(qkv)
         attended = self.attn_adapter(self.attn.proj(attended))
-        if self.depth is not None and not self.depth.idle:  # the same queries, keys and values
-            q, k, v = self.attn.split(qkv).unbind(3)
-            attended = attended + self.depth(
-                self.depth.attend(q, k, v, depth), self.attn.proj.weight, self.attn.proj.bias
-            )
+        if self.depth is not None:  # noqa: SIM102 - the same queries, keys and values
+            if not self.depth.idle:  # TorchScript reads no attribute of what may be absent
+                q, k, v = self.attn.split(qkv).unbind(3)
+                attended = attended + self.depth(
+                    self.depth.attend(q, k, v, depth), self.attn.proj.weight, self.attn.proj.bias
+                )
         x = x + attended
         normed = self.norm2(x)
         return x + self.mlp(normed) + self.scale * self.mlp_adapter(normed)

@@ -239,11 +239,12 @@ class TinyViTBlock(nn.Module):
         parts = split_windows(tokens.shape[1], tokens.shape[2], self.window_size)
         windows = [self.attn(cut_windows(qkv, part, self.window_size)) for part in parts]
         attended = self.attn_adapter(self.attn.proj(join_windows(windows, parts, tokens.shape[0])))
-        if self.depth is not None and not self.depth.idle:  # the same queries, keys and values
-            q, k, v = self.attn.split(qkv).unbind(4)
-            attended = attended + self.depth(
-                self.depth.attend(q, k, v, depth), self.attn.proj.weight, self.attn.proj.bias
-            )
+        if self.depth is not None:  # noqa: SIM102 - the same queries, keys and values
+            if not self.depth.idle:  # TorchScript reads no attribute of what may be absent
+                q, k, v = self.attn.split(qkv).unbind(4)
+                attended = attended + self.depth(
+                    self.depth.attend(q, k, v, depth), self.attn.proj.weight, self.attn.proj.bias
+                )
         tokens = tokens + attended
         tokens = self.local_conv(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         normed = self.mlp.norm(tokens)
