@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medsa_nets.layers import Adapter, HyperPromptingAdapter
+from medsa_nets.layers import Adapter, ClickFeedback, HyperPromptingAdapter
 from medsa_nets.networks import (
     ImageEncoderViT,
     MaskDecoder,
@@ -146,6 +146,7 @@ def build_medsa(
     img_size: int | tuple[int, int] | None = None,
     num_classes: int = 1,
     classes_per_pass: int = 1,
+    click_feedback: bool = False,
     adapter_ratio: float = 0.25,
     adapter_dim: int | None = None,
     scale: float = 0.5,
@@ -169,6 +170,9 @@ def build_medsa(
         num_classes: number of classes of the automatic mode.
         classes_per_pass: classes that share a pass of the decoder in the automatic mode
             (:class:`~medsa_nets.networks.MedSA`); above 1 it is part of the adapter's identity.
+        click_feedback: whether clicks and the mask before them reach the decoder as maps too
+            (:class:`~medsa_nets.layers.ClickFeedback`); part of the adapter's identity. An adapter that was made
+            without it is taken, and gives the masks that it gave.
         adapter_ratio: bottleneck width of every adapter as a share of its block's width.
         adapter_dim: bottleneck width of every adapter; takes precedence over ``adapter_ratio``.
         scale: weight of the adapters beside the MLPs.
@@ -202,6 +206,7 @@ def build_medsa(
         "mask_decoder": MaskDecoder(transformer=TwoWayTransformer(hyper_prompting=hyper_prompting, **adapter)),
         "num_classes": num_classes,
         "classes_per_pass": classes_per_pass,
+        "click_feedback": ClickFeedback(spatial_dims=spatial_dims) if click_feedback else None,
         "pixel_mean": spec.pixel_mean,
         "pixel_std": spec.pixel_std,
         "train_norms": train_norms,
@@ -225,6 +230,7 @@ def build_medsa(
                 "train_norms": train_norms,
                 **({"spatial_dims": 3} if spatial_dims == 3 else {}),
                 **({"classes_per_pass": classes_per_pass} if classes_per_pass > 1 else {}),
+                **({"click_feedback": True} if click_feedback else {}),
             },
         }
     )

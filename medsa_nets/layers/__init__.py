@@ -12,11 +12,13 @@ from medsa_nets.layers.common import (
     split_windows,
 )
 from medsa_nets.layers.depth import DepthBranch, DistantPrompt
+from medsa_nets.layers.feedback import ClickFeedback
 from medsa_nets.layers.linear import Linear, multiply_linear, remember
 
 __all__ = [
     "HYPER_PROMPTING_FORMS",
     "Adapter",
+    "ClickFeedback",
     "ConvBN",
     "DepthBranch",
     "DistantPrompt",

@@ -68,7 +68,32 @@ class MaskDecoder(nn.Module):
         class_embedding: Optional[Tensor] = None,
         multimask_output: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Decode N = B * K prompt sets, K for each image.
+        """Decode N = B * K prompt sets, K for each image: mask logits and their estimated IoU.
+
+        Args:
+            image_embedding: (B, C, h, w).
+            image_pe: (1, C, h, w).
+            sparse: sparse prompt embeddings (N, tokens, C).
+            dense: dense prompt embeddings (N, C, h, w).
+            class_embedding: (N, G, C) or none.
+            multimask_output: whether SAM's three masks for ambiguous prompts are returned in place of the single one.
+
+        Returns:
+            Mask logits (N, G (1 without classes) or 3, 4 h, 4 w) and estimated IoU (N, 1 or 3).
+        """
+        masks, iou, _ = self.mark(image_embedding, image_pe, sparse, dense, class_embedding, multimask_output)
+        return masks, iou
+
+    def mark(
+        self,
+        image_embedding: Tensor,
+        image_pe: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+        class_embedding: Optional[Tensor] = None,
+        multimask_output: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Decode N = B * K prompt sets, K for each image, and say from what their masks were read.
 
         Args:
             image_embedding: (B, C, h, w).
@@ -80,7 +105,8 @@ class MaskDecoder(nn.Module):
             multimask_output: whether SAM's three masks for ambiguous prompts are returned in place of the single one.
 
         Returns:
-            Mask logits (N, G (1 without classes) or 3, 4 h, 4 w) and estimated IoU (N, 1 or 3).
+            Mask logits (N, G (1 without classes) or 3, 4 h, 4 w), estimated IoU (N, 1 or 3), and the upscaled image
+            embedding (N, C / 8, 4 h, 4 w), whose product with a token's weights is its mask.
         """
         count, classes = sparse.shape[0], 1
         mask_tokens = self.mask_tokens.weight.unsqueeze(0).expand(count, -1, -1)
@@ -108,4 +134,4 @@ class MaskDecoder(nn.Module):
         # Channels last, as the convolutions left them: no copy, here or in the backward pass.
         masks = upscaled.permute(0, 2, 3, 1).flatten(1, 2) @ torch.cat(weights, dim=1).transpose(1, 2)
         masks = masks.transpose(1, 2).reshape(count, -1, upscaled.shape[2], upscaled.shape[3])
-        return masks, iou[:, 1:] if multimask_output else iou[:, :1]
+        return masks, iou[:, 1:] if multimask_output else iou[:, :1], upscaled

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsa_nets.errors import WeightsError
-from medsa_nets.layers import Adapter, DepthBranch, DistantPrompt, HyperPromptingAdapter
+from medsa_nets.layers import Adapter, ClickFeedback, DepthBranch, DistantPrompt, HyperPromptingAdapter
 from medsa_nets.networks.mask_decoder import MaskDecoder
 from medsa_nets.networks.prompt_encoder import PromptEncoder
 
-TRAINED_MODULES = (Adapter, HyperPromptingAdapter, DepthBranch, DistantPrompt)
+TRAINED_MODULES = (Adapter, HyperPromptingAdapter, DepthBranch, DistantPrompt, ClickFeedback)
 IDENTITY_BYTES = 512  # one size for every identity, so that tools that compare shapes let it through to our check
 
 
@@ -55,6 +55,7 @@ class MedSA(nn.Module):
         classes_per_pass: classes whose automatic masks one pass of the decoder gives, each by a token of its own. The
             tokens see each other, so that what a class gets depends on which ones share its pass: always those with
             neighbouring ids, whether all are asked for or one. With 1, a fresh network equals the frozen base.
+        click_feedback: draws clicks and the mask before them for the decoder; none leaves them to SAM's tokens.
         pixel_mean: the base's pixel mean, for intensities in [0, 1].
         pixel_std: the base's pixel standard deviation, for intensities in [0, 1].
         train_norms: whether the layer norms of the adapted blocks train too.
@@ -77,6 +78,7 @@ class MedSA(nn.Module):
         mask_decoder: MaskDecoder,
         num_classes: int = 1,
         classes_per_pass: int = 1,
+        click_feedback: ClickFeedback | None = None,
         pixel_mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
         pixel_std: tuple[float, float, float] = (1.0, 1.0, 1.0),
         train_norms: bool = False,
@@ -92,6 +94,7 @@ class MedSA(nn.Module):
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
+        self.click_feedback = click_feedback
         self.class_embeddings = nn.Parameter(torch.zeros(num_classes, prompt_encoder.embed_dim))
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).reshape(1, 3, 1, 1), persistent=False)
@@ -163,8 +166,13 @@ class MedSA(nn.Module):
                 f"the network is built on {ours['base']!r} ({ours['sha256'][:12]}…). Build the network on that base "
                 "(base, sam_checkpoint), or train an adapter for this one."
             )
-        if theirs["adapter"] != ours["adapter"]:
-            there, here = theirs["adapter"], ours["adapter"]
+        there, here = theirs["adapter"], ours["adapter"]
+        if "click_feedback" not in there and here.pop("click_feedback", False):  # the branch stays as it is
+            for name, tensor in self.full_state_dict().items():
+                if name.startswith("click_feedback."):
+                    state_dict.setdefault(f"{prefix}{name}", tensor)
+            state_dict[key] = self.identity
+        if there != here:
             different = [k for k in {**here, **there} if there.get(k) != here.get(k)]
             listed = ", ".join(f"{k}={there.get(k)!r} (here {here.get(k)!r})" for k in different)
             raise WeightsError(f"This adapter was made with other settings: {listed}. Build the network with those.")
@@ -212,7 +220,7 @@ class MedSA(nn.Module):
             point_coords: (B, K, P, 2).
             point_labels: (B, K, P): 1 foreground, 0 background, -1 padding.
             boxes: (B, K, 4): first corner, opposite corner.
-            masks: (B, K, 4 h, 4 w) logits of an earlier mask.
+            masks: (B, K, 4 h, 4 w) logits of an earlier mask; with ``click_feedback``, all zero where there is none.
             classes: (K,) class ids whose embeddings are added; alone they give automatic segmentation of these classes.
 
         Returns:
@@ -257,12 +265,35 @@ class MedSA(nn.Module):
             class_embedding = self.class_embeddings[classes].repeat(batch, 1).unsqueeze(1)
         size = (height * self.stride, width * self.stride)
         sparse, dense = self.prompt_encoder(coords, labels, corners, earlier, batch * sets, size, (height, width))
-        logits, _ = self.mask_decoder(
-            image_embedding, self.prompt_encoder.dense_pe(height, width), sparse, dense, class_embedding
-        )
+        pe = self.prompt_encoder.dense_pe(height, width)
+        if self.click_feedback is not None and (coords is not None or earlier is not None):
+            places = coords.flip(-1) if coords is not None else None
+            before = earlier[:, 0] if earlier is not None else None
+            maps = self.click_feedback.maps(
+                places, labels, before, batch * sets, [4 * height, 4 * width], [size[0], size[1]]
+            )
+            dense = self.with_feedback(dense, earlier, maps)
+            logits, _, upscaled = self.mask_decoder.mark(image_embedding, pe, sparse, dense, class_embedding)
+            logits = logits + self.click_feedback.refine(maps, upscaled, logits)
+        else:
+            logits, _ = self.mask_decoder(image_embedding, pe, sparse, dense, class_embedding)
         if logits.shape[2] != size[0] or logits.shape[3] != size[1]:
             logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
         return logits.reshape(batch, sets, size[0], size[1])
+
+    def with_feedback(self, dense: Tensor, earlier: Optional[Tensor], maps: Tensor) -> Tensor:
+        """Dense prompt embeddings (N, 256, h, w) with what ``click_feedback`` adds, of slices.
+
+        Args:
+            dense: SAM's own.
+            earlier: logits of an earlier mask (N, 1, 4 h, 4 w), all zero where a set has none; or none.
+            maps: (N, channels, 4 h, 4 w).
+        """
+        assert self.click_feedback is not None
+        if earlier is not None:
+            known = (earlier.flatten(1) != 0).any(1).reshape(-1, 1, 1, 1)
+            dense = torch.where(known, dense, self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1))
+        return dense + self.click_feedback.embed(maps)
 
     def decode_classes(self, image_embedding: Tensor, classes: Optional[Tensor] = None) -> Tensor:
         """Segment slices automatically, ``classes_per_pass`` classes in each pass of the decoder.

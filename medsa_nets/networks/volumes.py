@@ -84,7 +84,7 @@ class VolumeMedSA(MedSA):
             point_coords: (B, K, P, 3).
             point_labels: (B, K, P): 1 foreground, 0 background, -1 padding.
             boxes: (B, K, 6): first corner, opposite corner.
-            masks: (B, K, 4 h, 4 w, D) logits of an earlier mask.
+            masks: (B, K, 4 h, 4 w, D) logits of an earlier mask; with ``click_feedback``, all zero where there is none.
             classes: (K,) class ids whose embeddings are added; alone they give automatic segmentation of these classes.
 
         Returns:
@@ -173,12 +173,37 @@ class VolumeMedSA(MedSA):
         class_embedding: Optional[Tensor] = None
         if classes is not None:
             class_embedding = self.class_embeddings[classes].repeat(batch * depth, 1).unsqueeze(1)
-        logits, _ = self.mask_decoder(
-            slices, self.prompt_encoder.dense_pe(height, width), sparse, dense, class_embedding
-        )
+        pe = self.prompt_encoder.dense_pe(height, width)
+        if self.click_feedback is not None and (point_coords is not None or masks is not None):
+            coords = point_coords.flatten(0, 1) if point_coords is not None else None
+            labels = point_labels.flatten(0, 1) if point_coords is not None and point_labels is not None else None
+            before = masks.flatten(0, 1) if masks is not None else None
+            maps = self.click_feedback.maps(
+                coords, labels, before, batch * sets, [4 * height, 4 * width, depth], [size[0], size[1], depth]
+            )
+            dense = self.with_feedback(dense, earlier, self.to_slices(maps, sets))
+            logits, _, upscaled = self.mask_decoder.mark(slices, pe, sparse, dense, class_embedding)
+            more = self.click_feedback.refine(
+                maps, self.to_volumes(upscaled, sets, depth), self.to_volumes(logits, sets, depth)
+            )
+            logits = logits + self.to_slices(more, sets)
+        else:
+            logits, _ = self.mask_decoder(slices, pe, sparse, dense, class_embedding)
         if logits.shape[2] != size[0] or logits.shape[3] != size[1]:
             logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
         return logits.reshape(batch, depth, sets, size[0], size[1]).permute(0, 2, 3, 4, 1)
+
+    def to_slices(self, maps: Tensor, sets: int) -> Tensor:
+        """(B * K, C, H, W, D) to the decoder's order of slices, (B * D * K, C, H, W)."""
+        channels, height, width, depth = maps.shape[1], maps.shape[2], maps.shape[3], maps.shape[4]
+        maps = maps.reshape(-1, sets, channels, height, width, depth).permute(0, 5, 1, 2, 3, 4)
+        return maps.reshape(-1, channels, height, width)
+
+    def to_volumes(self, slices: Tensor, sets: int, depth: int) -> Tensor:
+        """The inverse of :meth:`to_slices`."""
+        channels, height, width = slices.shape[1], slices.shape[2], slices.shape[3]
+        slices = slices.reshape(-1, depth, sets, channels, height, width).permute(0, 2, 3, 4, 5, 1)
+        return slices.reshape(-1, channels, height, width, depth)
 
     def decode_volume_classes(self, image_embedding: Tensor, classes: Optional[Tensor]) -> Tensor:
         """:meth:`~medsa_nets.networks.MedSA.decode_classes` for volumes: (B, 256, h, w, D) to (B, K, H, W, D)."""
