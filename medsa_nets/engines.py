@@ -438,7 +438,7 @@ class VolumeIteration(PromptedIteration):
         count = max(1, min(self.max_classes, int((present & usable).sum())))
         return order.argsort()[:count].sort().values
 
-    def _choose_slab(self, depth: int, kinds: torch.Generator) -> slice:
+    def choose_slab(self, depth: int, kinds: torch.Generator) -> slice:
         """Slices to encode: some that hold the middle one, around which crops are cut, or one of fixed slabs."""
         if not 0 < self.slab_depth < depth:
             return slice(0, depth)
@@ -473,7 +473,7 @@ class VolumeIteration(PromptedIteration):
         Returns:
             For each answer logits (B, K, H, W, D), masks of that shape, and which of them are annotated (B, K).
         """
-        slab = self._choose_slab(image.shape[-1], kinds)
+        slab = self.choose_slab(image.shape[-1], kinds)
         embedding = network.encode_image(image[..., slab])
         answers: list[tuple[Tensor, ...]] = []
         for mode in self.sampler.modes(self.draws, kinds):

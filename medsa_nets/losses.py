@@ -56,3 +56,33 @@ class AnnotatedDiceCELoss(nn.Module):
         dice = dice.reshape(present.shape)
         entropy = (entropy * weight).sum() / weight.sum().clamp_min(1.0)
         return self.ce_weight * entropy + self.dice_weight * (dice * present).sum() / present.sum().clamp_min(1.0)
+
+
+class NearClickLoss(nn.Module):
+    """A loss of masks, and cross-entropy near the newest click, where a user looks.
+
+    Args:
+        loss: of logits, target, and what else the training step knows, but not the nearness.
+        weight: weight of the cross-entropy near the click.
+    """
+
+    def __init__(self, loss: nn.Module, weight: float = 1.0) -> None:
+        super().__init__()
+        self.loss = loss
+        self.weight = weight
+
+    def forward(self, logits: Tensor, target: Tensor, *rest: Tensor) -> Tensor:
+        """Compare masks.
+
+        Args:
+            logits: (B, K, spatial…).
+            target: (B, K, spatial…), boolean or 0 and 1.
+            rest: further arguments of ``loss``, and last the nearness to the newest click (B, K, spatial…), in [0, 1].
+
+        Returns:
+            Scalar.
+        """
+        *others, near = rest
+        loss = self.loss(logits, target.to(logits.dtype), *others)
+        entropy = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
+        return loss + self.weight * (entropy * near).sum() / near.sum().clamp_min(1.0)

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from monai.losses import DiceLoss
+from monai.losses import DiceCELoss, DiceLoss
 
-from medsa_nets.losses import AnnotatedDiceCELoss
+from medsa_nets.losses import AnnotatedDiceCELoss, NearClickLoss
 
 
 def logits_and_target():
@@ -67,3 +67,14 @@ def test_wrong_shapes_are_named():
         AnnotatedDiceCELoss()(logits, target[:, :2])
     with pytest.raises(ValueError, match="annotated must have shape"):
         AnnotatedDiceCELoss()(logits, target, torch.ones(2, 2))
+
+
+def test_an_error_near_the_newest_click_costs_more():
+    target = torch.zeros(1, 1, 8, 8)
+    near = torch.zeros(1, 1, 8, 8)
+    near[..., :2, :2] = 1
+    beside, away = torch.full((1, 1, 8, 8), -2.0), torch.full((1, 1, 8, 8), -2.0)
+    beside[..., 0, 0] = away[..., 7, 7] = 2.0
+    loss = NearClickLoss(DiceCELoss(sigmoid=True))
+    assert loss(beside, target, near) > loss(away, target, near) + 0.4
+    torch.testing.assert_close(loss(away, target, 0 * near), DiceCELoss(sigmoid=True)(away, target))

@@ -1,0 +1,1 @@
+"""Interaction: users who click, and what becomes of their clicks."""
