@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 # By how much another way has to be faster than the usual one, so that chance does not choose. What is chosen here are
 # parts of a network, so that the whole loses less than this.
@@ -54,7 +55,7 @@ class Choice:
     def measure(self, kind: str) -> dict[str, float]:
         """Seconds of each way on the example of a kind."""
         # the question may come from within inference mode or autocast; the example says itself what it computes
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), _own_graph():
             return race(self.examples(kind))
 
     @contextmanager
@@ -68,6 +69,11 @@ class Choice:
 
 
 CHOICES: dict[str, Choice] = {}
+
+
+def _own_graph() -> saved_tensors_hooks:
+    """Keep the example's tensors from those of a checkpoint around it, which recomputes without an example."""
+    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def own_time() -> float:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from medsa_nets import measurements
 from medsa_nets.layers import choices, common, linear
@@ -118,3 +119,16 @@ def test_the_ways_of_attention_that_are_measured_give_the_same(size):
         fused, explicit = (way() for way in common.attention_way.examples(f"torch.float32, {use}, {size}").values())
         assert isinstance(fused, kind)
         torch.testing.assert_close(fused, explicit)
+
+
+def test_a_first_question_from_within_a_checkpoint_leaves_its_gradients_as_they_are(monkeypatch):
+    monkeypatch.setattr(common.attention_way, "answers", {})
+    bias = torch.rand(1, 5, 6, 6)
+
+    def gradient(attend) -> torch.Tensor:
+        q = torch.linspace(-1.0, 1.0, 4 * 5 * 6 * 8).view(4, 5, 6, 8).requires_grad_()
+        return torch.autograd.grad(attend(q, q, q, bias).square().sum(), q)[0]
+
+    found = gradient(lambda *args: checkpoint(common.attend, *args, use_reentrant=False))  # which measures
+    torch.testing.assert_close(found, gradient(common.attend))
+    assert common.attention_way.answers
