@@ -71,7 +71,8 @@ def use_backend(network: MedSA, backend: str = "eager") -> MedSA:
             place, and a second call changes its back end.
         backend: ``eager``, ``compile`` (``torch.compile``), ``torchscript`` (traced and frozen), ``onnxruntime`` or
             ``openvino`` (on a CPU); or ``auto``: ``openvino`` where :func:`expect_images` has said that enough images
-            follow for its conversion to pay, else ``eager``.
+            follow for its conversion to pay, else ``eager``. A server and a Deploy application get one image at a time
+            and don't say what follows: there it is ``eager``.
 
     Returns:
         ``network``.
@@ -342,6 +343,8 @@ class _Chooser(_Runner):
             folder = self._openvino._folder(image, depth, key[2])
             was_kept = converted.is_kept(folder)
             cost = LOADING_SECONDS if was_kept else known["conversion"]
+            if _pays(known.get("ratio"), eager, left, cost):  # the first one was not warm
+                eager = min(eager, _seconds(lambda: self._eagerly(image, depth)))
             if not _pays(known.get("ratio"), eager, left, cost):
                 logger.info("auto: eager for %s, %.2f s each, about %.0f left: OpenVINO takes %.0f s to prepare%s",
                             shape, eager, left, cost, _told(known.get("ratio")))  # fmt: skip
@@ -351,7 +354,7 @@ class _Chooser(_Runner):
             except BackendError as error:
                 logger.warning("auto: eager, since OpenVINO fails here: %s", describe(error))
                 return "eager"
-            eager = min(eager, _seconds(lambda: self._eagerly(image, depth)))  # the first one was not warm
+            eager = min(eager, _seconds(lambda: self._eagerly(image, depth)))
             ratio = eager / min(_seconds(lambda: self._openvino(image, depth)) for _ in range(2))
             if not was_kept:
                 found = {"conversion": self._openvino.seconds, "ratio": ratio}

@@ -380,6 +380,18 @@ def test_auto_knows_from_an_earlier_run_what_openvino_gains(tiny, monkeypatch, o
     assert fake.conversions == (2 if chosen == "openvino" else 1)
 
 
+def test_auto_is_not_led_to_a_trial_by_a_first_image_that_is_slow(tiny, monkeypatch, own_cache):
+    fake = FakeOpenVINO(monkeypatch, tiny, 3.0)
+    first = [100.0]  # seconds that only the first image takes, for all that has to be loaded
+    tiny.image_encoder.patch_embed.register_forward_hook(lambda *_: fake.wait(first.pop() if first else 0.0))
+    network = use_backend(tiny, "auto")
+    expect_images(network, 100)
+    with torch.no_grad():
+        network.encode_image(torch.rand(1, 1, 32, 32, 2))
+    assert not first
+    assert fake.conversions == 0
+
+
 def test_auto_counts_the_slabs_of_a_volume_and_the_share_of_a_shape(tiny, monkeypatch, own_cache):
     fake = FakeOpenVINO(monkeypatch, tiny, 3.0)
     network = use_backend(tiny, "auto")
