@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, TypeAlias
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from medsa_nets.backends import backend_of, expect_encodings
 from medsa_nets.engines import keep_freed_memory, plain, release_freed_memory
+from medsa_nets.interaction.observations import Kernel, observe
 from medsa_nets.machine import limit_threads
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import Amp, autocast, choose_amp, read_amp
@@ -30,6 +31,8 @@ from medsa_nets.prompts import mirror_prompts, relative_to_slice
 from medsa_nets.transforms import ABSENT, all_classes, prompts_of
 
 logger = logging.getLogger(__name__)
+CLICK_KERNEL = Kernel(length=3.0, contrast=0.15)  # pixels of the network's grid, share of the intensity range
+LIMIT = 12.0  # logits of an earlier answer are held within it: beyond, they say the same
 AGREEMENT = 0.5  # Dice from which an automatic mask and that of clicks show the same
 Answer: TypeAlias = "Callable[[_Slabs, dict[str, Tensor]], Tensor]"
 
@@ -187,7 +190,70 @@ class PromptInferer(SimpleInferer):
             if known is None:
                 kept = embedding if self.cache.device is None else embedding.to(self.cache.device)
                 self.cache.put(key, [kept], network=name, version=version)
-            return medsa.decode(embedding, **prompts).float()
+            if medsa.click_feedback is None or not medsa.click_feedback.trained:
+                return medsa.decode(embedding, **prompts).float()
+            return answer_in_order(medsa, embedding, inputs, prompts)
+
+
+def as_earlier(logits: Tensor, embedding: Tensor) -> Tensor:
+    """Logits of an answer (B, K, H, W[, D]) as the network takes those of an earlier mask: (B, K, 4 h, 4 w[, D])."""
+    logits = logits.detach().float().clamp(-LIMIT, LIMIT)
+    size = [4 * embedding.shape[2], 4 * embedding.shape[3], *logits.shape[4:]]
+    if list(logits.shape[2:]) != size:
+        mode = "bilinear" if logits.dim() == 4 else "trilinear"
+        logits = F.interpolate(logits, size, mode=mode, align_corners=False)
+    return logits
+
+
+def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: Mapping[str, Tensor]) -> Tensor:
+    """Answer click after click, each from the mask before it, as a network with click feedback has learned to.
+
+    A session begins with the box, where there is one, else with the automatic mask, where the class is named, else with
+    the first click. In each answer every clicked pixel carries its label
+    (:func:`~medsa_nets.interaction.observations.observe`).
+
+    Args:
+        network: the network.
+        embedding: of the images (B, 256, h, w).
+        image: (B, 3, H, W) with intensities in [0, 1].
+        prompts: as :meth:`~medsa_nets.networks.MedSA.decode` takes them, clicks in their order.
+
+    Returns:
+        Mask logits (B, K, H, W), single precision.
+    """
+    coords, labels, classes = prompts.get("point_coords"), prompts.get("point_labels"), prompts.get("classes")
+    fixed = {name: value for name, value in prompts.items() if name not in ("point_coords", "point_labels")}
+    if coords is None or labels is None or "masks" in prompts:
+        return network.decode(embedding, **prompts).float()
+    earlier: Tensor | None = None
+    if "boxes" in prompts:
+        earlier = network.decode(embedding, **fixed).float()
+    elif classes is not None:
+        earlier = network.decode(embedding, classes=classes).float()
+    for number in range(1, labels.shape[2] + 1):
+        clicks = {"point_coords": coords[:, :, :number], "point_labels": labels[:, :, :number]}
+        before = {} if earlier is None else {"masks": as_earlier(earlier, embedding)}
+        logits = network.decode(embedding, **fixed, **clicks, **before).float()
+        logits = obey(logits, image, coords[:, :, :number], labels[:, :, :number])
+        if earlier is None:
+            earlier = logits
+        else:  # padding clicks nothing
+            earlier = torch.where((labels[:, :, number - 1] < 0)[..., None, None], earlier, logits)
+    assert earlier is not None
+    return earlier
+
+
+def obey(logits: Tensor, image: Tensor, coords: Tensor, labels: Tensor) -> Tensor:
+    """Logits (B, K, H, W) that agree with the clicks (B, K, P, 2), labels (B, K, P), -1 for padding."""
+    out = logits.cpu().numpy().copy()
+    last = np.array(logits.shape[2:]) - 1
+    for b, k in np.ndindex(*logits.shape[:2]):
+        real = labels[b, k].cpu().numpy() >= 0
+        voxels = coords[b, k].cpu().float().round().numpy().astype(np.int64)[real].clip(0, last)
+        out[b, k] = observe(
+            out[b, k], image[b].cpu().numpy(), voxels, labels[b, k].cpu().numpy()[real], (1.0, 1.0), CLICK_KERNEL
+        )
+    return torch.from_numpy(out).to(logits.device)
 
 
 class SlabInferer(Inferer):
