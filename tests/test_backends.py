@@ -73,7 +73,7 @@ def volumes(lite_medsam_file: Path) -> nn.Module:
 
 
 def adapted(file: str, **settings: int) -> nn.Module:
-    network = build_medsa("lite_medsam", **settings).eval()
+    network = build_medsa("lite_medsam", click_feedback=True, **settings).eval()
     network.load_state_dict(torch.load(BUNDLES / file, weights_only=True))
     return network
 

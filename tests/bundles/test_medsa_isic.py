@@ -50,7 +50,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter() -> torch.nn.Module:
-    network = build_medsa("lite_medsam").eval()
+    network = build_medsa("lite_medsam", click_feedback=True).eval()
     network.load_state_dict(torch.load(BUNDLE / "models" / "model.pt", weights_only=True))
     return network
 
