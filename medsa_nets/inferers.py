@@ -181,18 +181,29 @@ class PromptInferer(SimpleInferer):
         inputs = plain(inputs)
         with autocast(self.amp, inputs.device):
             medsa = getattr(network, "module", network)
-            if self.cache is None or not isinstance(medsa, MedSA) or medsa.training:  # dropout answers anew each time
+            if not isinstance(medsa, MedSA) or medsa.training:  # dropout answers anew each time
                 return network(inputs, *args, **prompts).float()
-            name, version = network_name(medsa), adapter_key(medsa)
-            key = f"{tensor_sha256(inputs)} {choose_amp(self.amp, inputs.device).name} {name} {version}"
-            known = self.cache.get(key)
-            embedding = medsa.encode_image(inputs) if known is None else known[0].to(inputs.device)
-            if known is None:
-                kept = embedding if self.cache.device is None else embedding.to(self.cache.device)
-                self.cache.put(key, [kept], network=name, version=version)
-            if medsa.click_feedback is None or not medsa.click_feedback.trained:
-                return medsa.decode(embedding, **prompts).float()
-            return answer_in_order(medsa, embedding, inputs, prompts)
+            in_order = medsa.click_feedback is not None and medsa.click_feedback.trained
+            if self.cache is None and not in_order:
+                return network(inputs, *args, **prompts).float()
+            embedding = self._embed(inputs, medsa)
+            if in_order:
+                return answer_in_order(medsa, embedding, inputs, prompts)
+            return medsa.decode(embedding, **prompts).float()
+
+    def _embed(self, inputs: Tensor, medsa: MedSA) -> Tensor:
+        """Embedding of images, from the cache where it is there."""
+        if self.cache is None:
+            return medsa.encode_image(inputs)
+        name, version = network_name(medsa), adapter_key(medsa)
+        key = f"{tensor_sha256(inputs)} {choose_amp(self.amp, inputs.device).name} {name} {version}"
+        known = self.cache.get(key)
+        if known is not None:
+            return known[0].to(inputs.device)
+        embedding = medsa.encode_image(inputs)
+        kept = embedding if self.cache.device is None else embedding.to(self.cache.device)
+        self.cache.put(key, [kept], network=name, version=version)
+        return embedding
 
 
 def as_earlier(logits: Tensor, embedding: Tensor) -> Tensor:

@@ -244,6 +244,19 @@ def test_the_decoder_alone_trains_on_slabs_that_are_encoded_once(volumes: Path, 
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "embeddings").iterdir()} == kept
 
 
+def test_sessions_of_clicks_train_on_slabs_that_are_encoded_once(volumes: Path, tmp_path: Path) -> None:
+    options = {**COMMON, **SMALL, **TRAINING, "dataset_dir": str(volumes), "learning_rate": 0.005, "val_limit": 1,
+               "embedding_dir": str(tmp_path / "embeddings"), "output_dir": str(tmp_path / "out")}  # fmt: skip
+    files = [TRAIN, *(str(CONFIGS / f"{name}.yaml") for name in ("decoder", "clicks"))]
+    run("training", config_file=files, max_epochs=8, val_interval=100, ckpt_dir=str(tmp_path / "models"),
+        session_answers=2, **options)  # fmt: skip
+    log = (tmp_path / "out" / "training.log").read_text()
+    losses = [float(line.rsplit("train_loss:", 1)[1].split()[0]) for line in log.splitlines() if "train_loss:" in line]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    adapter = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
+    assert adapter["click_feedback.to_logits.4.weight"].abs().sum() > 0
+
+
 def test_slices_train_all_classes_in_one_pass_and_inference_and_slabs_go_on_with_it(
     volumes: Path, tmp_path: Path
 ) -> None:

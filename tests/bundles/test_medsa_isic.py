@@ -168,6 +168,19 @@ def test_the_decoder_alone_trains_on_embeddings_that_are_computed_once(phantoms:
     run("evaluating", config_file=[TRAIN, EVALUATE], **options)  # the adapter has the usual form
 
 
+def test_sessions_of_clicks_train_on_kept_embeddings_and_inference_answers_them(phantoms: Path, tmp_path: Path) -> None:
+    overlays = [str(BUNDLE / "configs" / f"{name}.yaml") for name in ("decoder", "clicks")]
+    options = {**COMMON, **SMALL, "dataset_dir": str(phantoms), "learning_rate": 0.005, "output_dir": str(tmp_path),
+               "ckpt_dir": str(tmp_path / "models"), "embedding_dir": str(tmp_path / "embeddings")}  # fmt: skip
+    run("training", config_file=[TRAIN, *overlays], max_epochs=5, start_from="", session_answers=3, **options)
+    log = (tmp_path / "training.log").read_text()
+    losses = [float(line.rsplit("train_loss:", 1)[1].split()[0]) for line in log.splitlines() if "train_loss:" in line]
+    assert losses[-1] < losses[0]
+    adapter = torch.load(tmp_path / "models" / "model_last.pt", weights_only=True)
+    assert adapter["click_feedback.to_embedding.6.weight"].abs().sum() > 0
+    run("evaluating", config_file=[TRAIN, EVALUATE], prompt="points3", **options)
+
+
 def test_killed_training_resumes_to_the_same_weights(phantoms: Path, tmp_path: Path) -> None:
     def options_of(folder: Path) -> dict[str, object]:
         return {**COMMON, **SMALL, "config_file": TRAIN, "dataset_dir": str(phantoms), "ckpt_dir": str(folder),
