@@ -104,8 +104,8 @@ def adapted(small_base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def random_adapter(num_classes: int, class_chunk: int = 0) -> torch.nn.Module:
-    network = build_medsa("small", spatial_dims=3, num_classes=num_classes, class_chunk=class_chunk).eval()
+def random_adapter(num_classes: int, **settings: int) -> torch.nn.Module:
+    network = build_medsa("small", spatial_dims=3, num_classes=num_classes, **settings).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -186,7 +186,7 @@ def test_overlays_are_a_few_lines_that_build(overlay: str, lines: int) -> None:
 
 
 def test_torchscript_export_holds_base_and_adapter(tmp_path: Path) -> None:
-    network = random_adapter(13, class_chunk=4)
+    network = random_adapter(13, class_chunk=4, classes_per_pass=13)
     torch.save(network.state_dict(), tmp_path / "model.pt")
     file = tmp_path / "model.ts"
     ckpt_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "model.pt"), meta_file=META,
@@ -261,7 +261,8 @@ def test_slices_train_all_classes_in_one_pass_and_inference_and_slabs_go_on_with
     volumes: Path, tmp_path: Path
 ) -> None:
     options = {**COMMON, **SMALL, **TRAINING, "dataset_dir": str(volumes), "val_limit": 1}
-    slices = {"config_file": [TRAIN, str(CONFIGS / "slices.yaml")], "roi_size": [32, 32, 1], "learning_rate": 0.005}
+    slices = {"config_file": [TRAIN, str(CONFIGS / "slices.yaml")], "roi_size": [32, 32, 1], "learning_rate": 0.005,
+              "classes_per_pass": 3}  # fmt: skip
     first = {"ckpt_dir": str(tmp_path / "first"), "output_dir": str(tmp_path / "first")}
     run("training", **{**options, **slices, **first}, batch_size=2, max_epochs=10, val_interval=10)
     log = (tmp_path / "first" / "training.log").read_text()
@@ -276,7 +277,7 @@ def test_slices_train_all_classes_in_one_pass_and_inference_and_slabs_go_on_with
     assert len(list((tmp_path / "masks").glob("*.nii.gz"))) == 4
     second = {"ckpt_dir": str(tmp_path / "second"), "output_dir": str(tmp_path / "second")}
     going_on = {"start_from": str(tmp_path / "first" / "model.pt"), "classes_per_pass": 3}
-    run("training", config_file=TRAIN, max_epochs=1, val_interval=1, **options, **going_on, **second)
+    run("training", config_file=TRAIN, max_epochs=1, val_interval=1, **{**options, **going_on, **second})
     adapter = torch.load(tmp_path / "second" / "model_last.pt", weights_only=True)
     assert any((value != 0).any() for name, value in adapter.items() if ".depth." in name and ".up." in name)
 
