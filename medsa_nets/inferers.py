@@ -220,7 +220,8 @@ def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: M
     """Answer click after click, each from the mask before it, as a network with click feedback has learned to.
 
     A session begins with the box, where there is one, else with the automatic mask, where the class is named, else with
-    the first click. In each answer every clicked pixel carries its label
+    the first click. A click on foreground takes nothing from a mask, one on background adds nothing, so that no later
+    click undoes what was right elsewhere. In each answer every clicked pixel carries its label
     (:func:`~medsa_nets.interaction.observations.observe`).
 
     Args:
@@ -245,11 +246,14 @@ def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: M
         clicks = {"point_coords": coords[:, :, :number], "point_labels": labels[:, :, :number]}
         before = {} if earlier is None else {"masks": as_earlier(earlier, embedding)}
         logits = network.decode(embedding, **fixed, **clicks, **before).float()
+        newest = labels[:, :, number - 1][..., None, None]
+        if earlier is not None:
+            logits = torch.where(newest == 1, torch.maximum(logits, earlier), torch.minimum(logits, earlier))
         logits = obey(logits, image, coords[:, :, :number], labels[:, :, :number])
         if earlier is None:
             earlier = logits
         else:  # padding clicks nothing
-            earlier = torch.where((labels[:, :, number - 1] < 0)[..., None, None], earlier, logits)
+            earlier = torch.where(newest < 0, earlier, logits)
     assert earlier is not None
     return earlier
 

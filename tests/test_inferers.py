@@ -486,7 +486,10 @@ def test_clicks_on_an_image_are_answered_one_after_the_other_and_obeyed(session_
         for number in (1, 2, 3):
             clicks = _clicks(*[1, 0, 1][:number])
             masks = {} if earlier is None else {"masks": as_earlier(earlier, embedding)}
-            earlier = obey(network.decode(embedding, **clicks, **named, **masks), image, *clicks.values())
+            logits = network.decode(embedding, **clicks, **named, **masks)
+            if earlier is not None:
+                logits = torch.minimum(logits, earlier) if number == 2 else torch.maximum(logits, earlier)
+            earlier = obey(logits, image, *clicks.values())
     torch.testing.assert_close(found, earlier)
     assert [bool(found[0, 0, y, x] > 0) for y, x in ((9, 9), (40, 20), (20, 50))] == [True, False, True]
 
