@@ -250,10 +250,7 @@ def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: M
         if earlier is not None:
             logits = torch.where(newest == 1, torch.maximum(logits, earlier), torch.minimum(logits, earlier))
         logits = obey(logits, image, coords[:, :, :number], labels[:, :, :number])
-        if earlier is None:
-            earlier = logits
-        else:  # padding clicks nothing
-            earlier = torch.where(newest < 0, earlier, logits)
+        earlier = logits if earlier is None else torch.where(newest < 0, earlier, logits)  # padding clicks nothing
     assert earlier is not None
     return earlier
 
