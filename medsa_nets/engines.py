@@ -21,6 +21,7 @@ from medsa_nets.networks import MedSA
 from medsa_nets.precision import Amp, Precision, agree, choose_amp, read_amp
 from medsa_nets.prompts import PROMPT_KEYS, PromptSampler, add_correction, class_masks, relative_to_slice
 
+LIMIT = 12.0  # logits of an earlier answer are held within it: beyond, they say the same
 LEAST_SCALE = 2.0**-16  # of gradients: 32 times half of what a scaler begins with, each after an overflow
 
 
@@ -179,6 +180,16 @@ def beside_another(image: Tensor, label: Tensor, generator: torch.Generator) -> 
     )
 
 
+def as_earlier(logits: Tensor, embedding: Tensor) -> Tensor:
+    """Logits of an answer (B, K, H, W[, D]) as the network takes those of an earlier mask: (B, K, 4 h, 4 w[, D])."""
+    logits = logits.detach().float().clamp(-LIMIT, LIMIT)
+    size = [4 * embedding.shape[2], 4 * embedding.shape[3], *logits.shape[4:]]
+    if list(logits.shape[2:]) != size:
+        mode = "bilinear" if logits.dim() == 4 else "trilinear"
+        logits = functional.interpolate(logits, size, mode=mode, align_corners=False)
+    return logits
+
+
 def answer_prompts(
     network: MedSA,
     image: Tensor,
@@ -214,7 +225,9 @@ def answer_prompts(
         answers.append((logits, target))
         clicks = sampler.corrections(kinds)
         if clicks:
-            answers.append((correct(network, embedding, prompts, logits, target, clicks, places), target))
+            feedback = network.click_feedback is not None
+            corrected = correct(network, embedding, prompts, logits, target, clicks, places, feedback)
+            answers.append((corrected, target))
     return answers
 
 
@@ -226,6 +239,7 @@ def correct(
     target: Tensor,
     clicks: int,
     places: torch.Generator | Sequence[torch.Generator],
+    feedback: bool = False,
 ) -> Tensor:
     """Correct masks by clicks on their errors, one after the other: the logits after the last, which alone train.
 
@@ -237,9 +251,13 @@ def correct(
         target: (B, K, spatial…), foreground above 0.5.
         clicks: number of clicks for each mask, 1 or more.
         places: source of randomness, or one for each image.
+        feedback: whether each answer is made from the mask before it, as
+            :func:`~medsa_nets.inferers.answer_in_order` makes it; slabs of volumes are answered without.
     """
     for click in range(clicks):
         prompts = add_correction(prompts, logits.detach() > 0, target, places)
+        if feedback:
+            prompts = {**prompts, "masks": as_earlier(logits, embedding)}
         with torch.set_grad_enabled(torch.is_grad_enabled() and click == clicks - 1):
             logits = network.decode(embedding, **prompts)
     return logits
@@ -287,6 +305,12 @@ class PromptedIteration:
             self._precision = agree(choose_amp(self.amp, device))
         return self._precision
 
+    @staticmethod
+    def prepare(engine: SupervisedTrainer, batchdata: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Image and label of a batch, on the engine's device and without MONAI's metadata."""
+        image, label = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[:2]
+        return plain(image), plain(label)
+
     def answer(
         self,
         engine: SupervisedTrainer,
@@ -295,8 +319,7 @@ class PromptedIteration:
         places: Sequence[torch.Generator],
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """Answer the batch's prompts: the image, and for each draw logits and what the loss function compares."""
-        image, label = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[:2]
-        image, label = plain(image), plain(label)
+        image, label = self.prepare(engine, batchdata)
         automatic_label = label
         if float(torch.rand(1, generator=kinds)) < self.pairs and len(image) > 1:
             image, label, automatic_label = beside_another(image, label, kinds)
@@ -419,8 +442,7 @@ class VolumeIteration(PromptedIteration):
         places: Sequence[torch.Generator],
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """Answer the batch's prompts: the image, and for each draw logits, masks and annotated classes (B, K)."""
-        image, label = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[:2]
-        image, label = plain(image), plain(label)
+        image, label = self.prepare(engine, batchdata)
         annotated = torch.ones(len(image), self.num_classes, dtype=torch.bool, device=image.device)
         if self.annotated_key in batchdata:
             annotated = plain(batchdata[self.annotated_key]).to(image.device).bool()

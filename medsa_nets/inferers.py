@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from medsa_nets.backends import backend_of, expect_encodings
-from medsa_nets.engines import keep_freed_memory, plain, release_freed_memory
+from medsa_nets.engines import as_earlier, keep_freed_memory, plain, release_freed_memory
 from medsa_nets.interaction.observations import Kernel, observe
 from medsa_nets.machine import limit_threads
 from medsa_nets.networks import MedSA, VolumeMedSA
@@ -32,7 +32,6 @@ from medsa_nets.transforms import ABSENT, all_classes, prompts_of
 
 logger = logging.getLogger(__name__)
 CLICK_KERNEL = Kernel(length=3.0, contrast=0.15)  # pixels of the network's grid, share of the intensity range
-LIMIT = 12.0  # logits of an earlier answer are held within it: beyond, they say the same
 AGREEMENT = 0.5  # Dice from which an automatic mask and that of clicks show the same
 Answer: TypeAlias = "Callable[[_Slabs, dict[str, Tensor]], Tensor]"
 
@@ -204,16 +203,6 @@ class PromptInferer(SimpleInferer):
         kept = embedding if self.cache.device is None else embedding.to(self.cache.device)
         self.cache.put(key, [kept], network=name, version=version)
         return embedding
-
-
-def as_earlier(logits: Tensor, embedding: Tensor) -> Tensor:
-    """Logits of an answer (B, K, H, W[, D]) as the network takes those of an earlier mask: (B, K, 4 h, 4 w[, D])."""
-    logits = logits.detach().float().clamp(-LIMIT, LIMIT)
-    size = [4 * embedding.shape[2], 4 * embedding.shape[3], *logits.shape[4:]]
-    if list(logits.shape[2:]) != size:
-        mode = "bilinear" if logits.dim() == 4 else "trilinear"
-        logits = F.interpolate(logits, size, mode=mode, align_corners=False)
-    return logits
 
 
 def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: Mapping[str, Tensor]) -> Tensor:

@@ -11,8 +11,7 @@ from monai.engines import SupervisedTrainer
 from scipy import ndimage
 from torch import Tensor
 
-from medsa_nets.engines import PromptedIteration, VolumeIteration, call_through, plain
-from medsa_nets.inferers import as_earlier
+from medsa_nets.engines import PromptedIteration, VolumeIteration, as_earlier, call_through
 from medsa_nets.interaction.users import SimulatedUser
 from medsa_nets.networks import MedSA
 from medsa_nets.prompts import bounding_box, class_masks, jitter_box
@@ -134,13 +133,14 @@ def run_session(
         For each answer logits (B, K, spatial…) and how near each voxel is to the newest click, in [0, 1].
     """
     batch, sets, shape = target.shape[0], target.shape[1], tuple(target.shape[2:])
+    masks = list(zip(target.flatten(0, 1), [source for source in places for _ in range(sets)]))
     prompts: dict[str, Tensor] = {} if classes is None else {"classes": classes}
     earlier: Tensor | None = None
     if start == "automatic":
         earlier = automatic.detach().float()
     elif start == "wrong":
         spoilt = []
-        for mask, source in zip(target.flatten(0, 1), [g for g in places for _ in range(sets)]):
+        for mask, source in masks:
             random = np.random.default_rng(int(torch.randint(2**31, (1,), generator=source)))
             wrong = torch.from_numpy(spoil(mask.cpu().numpy(), random)).to(target.device)
             spoilt.append((2.0 * wrong.float() - 1.0) * random.uniform(2.0, 8.0))
@@ -150,7 +150,7 @@ def run_session(
             jitter_box(found, shape, box_jitter, source)
             if (found := bounding_box(mask)) is not None
             else torch.zeros(2 * len(shape))
-            for mask, source in zip(target.flatten(0, 1), [g for g in places for _ in range(sets)])
+            for mask, source in masks
         ]
         prompts["boxes"] = torch.stack([box.to(target.device) for box in boxes]).unflatten(0, (batch, sets))
     out: list[tuple[Tensor, Tensor]] = []
@@ -211,8 +211,7 @@ class SessionIteration(PromptedIteration):
         places: Sequence[torch.Generator],
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """Run the step's sessions: the image, and for each answer logits, target and nearness to the newest click."""
-        image, label = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[:2]
-        image, label = plain(image), plain(label)
+        image, label = self.prepare(engine, batchdata)
         with self.precision(image.device).autocast(image.device):
             return image, call_through(engine.network, self.answer_sessions, image, label > 0.5, kinds, places)
 

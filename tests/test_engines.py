@@ -170,6 +170,30 @@ def test_corrections_follow_each_other_and_the_last_one_trains(network, batch, m
     assert len(seen) > 2
 
 
+@pytest.mark.parametrize("feedback", [False, True])
+def test_corrections_are_made_from_the_mask_before_them_where_the_decoder_sees_it(batch, monkeypatch, feedback):
+    torch.manual_seed(0)
+    network = build_medsa("small", pretrained=False, click_feedback=feedback)
+    asked, answered = [], []
+    decode = type(network).decode
+
+    def spy(self, embedding, **prompts):
+        asked.append(prompts)
+        answered.append(decode(self, embedding, **prompts))
+        return answered[-1]
+
+    monkeypatch.setattr(type(network), "decode", spy)
+    sampler = PromptSampler(none=0.0, boxes=0.0, max_points=1, correction=1.0, max_corrections=3)
+    generators = [torch.Generator().manual_seed(1 + i) for i in range(2)]
+    answer_prompts(network, batch["image"], batch["label"], batch["label"], sampler, 1, *generators)
+    assert len(asked) > 2
+    assert "masks" not in asked[0]
+    for before, prompts in zip(answered, asked[1:]):
+        assert ("masks" in prompts) == feedback
+        if feedback:
+            torch.testing.assert_close(prompts["masks"], before.detach().clamp(-12, 12), atol=0.0, rtol=0.0)
+
+
 def test_an_automatic_answer_is_the_forward_pass_without_prompts(network, batch):
     network.eval()
     sampler = PromptSampler(none=1.0, points=0.0, boxes=0.0, correction=0.0)

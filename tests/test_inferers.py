@@ -8,11 +8,11 @@ from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 
 from medsa_nets.bases import build_medsa
+from medsa_nets.engines import as_earlier
 from medsa_nets.inferers import (
     EmbeddingCache,
     PromptInferer,
     SlabInferer,
-    as_earlier,
     obey,
     shared_cache,
     tensor_sha256,

@@ -13,7 +13,7 @@ from monai.losses import DiceCELoss
 from torch import nn
 
 from medsa_nets import build_medsa
-from medsa_nets.engines import trainable_parameters
+from medsa_nets.engines import as_earlier, trainable_parameters
 from medsa_nets.interaction.users import SimulatedUser
 from medsa_nets.losses import AnnotatedDiceCELoss, NearClickLoss
 from medsa_nets.prompts import PromptSampler
@@ -22,7 +22,6 @@ from medsa_nets.session_training import (
     SessionIteration,
     SessionSampler,
     VolumeSessionIteration,
-    as_earlier,
     nearness,
     run_session,
     spoil,

@@ -16,12 +16,13 @@ class SimulatedUser:
     """Clicks on the largest connected error of a mask.
 
     Args:
-        places: share of clicks at the error's ``centre`` (the voxel farthest from its border), at a ``uniform``ly drawn
-            voxel of it, and at its ``border``.
-        jitter: largest move of a click along each axis, in voxels; a click stays within the error's kind.
+        centre: weight of clicks at the error's centre, the voxel farthest from its border.
+        uniform: weight of clicks at a voxel of it that is drawn uniformly.
+        border: weight of clicks at its border.
+        jitter: largest move of a click along each axis, in voxels, where the label stays true; else it does not move.
 
     Raises:
-        ValueError: when a place is unknown or the shares are negative or all zero.
+        ValueError: when a weight is negative, or all are zero.
     """
 
     def __init__(self, centre: float = 1.0, uniform: float = 0.0, border: float = 0.0, jitter: int = 0) -> None:

@@ -167,17 +167,16 @@ class MedSA(nn.Module):
                 "(base, sam_checkpoint), or train an adapter for this one."
             )
         there, here = theirs["adapter"], ours["adapter"]
-        if "click_feedback" not in there and here.pop("click_feedback", False):  # the branch stays as it is
-            for name, tensor in self.full_state_dict().items():
-                if name.startswith("click_feedback."):
-                    state_dict.setdefault(f"{prefix}{name}", tensor)
+        without_feedback = "click_feedback" in here and "click_feedback" not in there
+        if without_feedback:  # the branch stays as it is
+            there = {**there, "click_feedback": here["click_feedback"]}
             state_dict[key] = self.identity
         if there != here:
             different = [k for k in {**here, **there} if there.get(k) != here.get(k)]
             listed = ", ".join(f"{k}={there.get(k)!r} (here {here.get(k)!r})" for k in different)
             raise WeightsError(f"This adapter was made with other settings: {listed}. Build the network with those.")
         for name, tensor in self.full_state_dict().items():
-            if name not in self._trained_names:
+            if name not in self._trained_names or (without_feedback and name.startswith("click_feedback.")):
                 state_dict.setdefault(f"{prefix}{name}", tensor)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
