@@ -281,8 +281,9 @@ def test_nothing_to_segment_is_one_clear_error(deploy: Command, tmp_path: Path, 
 
 def test_a_wrong_model_or_output_is_one_clear_error(deploy: Command, tmp_path: Path, studies: Path) -> None:
     given = ("-i", studies / "b", "-o", tmp_path / "out")
-    assert "it has no trained adapter" in one_line(deploy(*given, "-m", CT[0]))
-    assert "ct_3mm.pt" in one_line(deploy(*given, "-m", CT[0]))
+    untrained = shutil.copytree(CT[0], tmp_path / "untrained", ignore=shutil.ignore_patterns("model.pt"))
+    assert "it has no trained adapter" in one_line(deploy(*given, "-m", untrained))
+    assert "ct_3mm.pt" in one_line(deploy(*given, "-m", untrained))
     assert "there is no such file; expected one of" in one_line(deploy(*given, "-m", CT[0], "--overlay", "none.yaml"))
     (tmp_path / "text.ts").write_text("no archive")
     assert "it is no TorchScript file" in one_line(deploy(*given, "-m", tmp_path / "text.ts"))
