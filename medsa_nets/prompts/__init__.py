@@ -1,7 +1,7 @@
-"""Prompts: the value that says what is asked of the network, and how it is drawn."""
+"""Prompts: the value that says what is asked of the network, how it is drawn, and how it travels with an image."""
 
+from medsa_nets.prompts.images import prompts_of, prompts_of_batch, with_prompts
 from medsa_nets.prompts.sampling import (
-    PROMPT_KEYS,
     PROTOCOLS,
     VOLUME_PROTOCOLS,
     PromptSampler,
@@ -11,17 +11,13 @@ from medsa_nets.prompts.sampling import (
     class_protocol_prompts,
     error_point,
     jitter_box,
-    join_prompts,
-    mirror_prompts,
     overlapping_box,
     protocol_prompts,
     random_points,
-    relative_to_slice,
 )
 from medsa_nets.prompts.value import Prompts, transform_positions
 
 __all__ = [
-    "PROMPT_KEYS",
     "PROTOCOLS",
     "VOLUME_PROTOCOLS",
     "PromptSampler",
@@ -32,11 +28,11 @@ __all__ = [
     "class_protocol_prompts",
     "error_point",
     "jitter_box",
-    "join_prompts",
-    "mirror_prompts",
     "overlapping_box",
+    "prompts_of",
+    "prompts_of_batch",
     "protocol_prompts",
     "random_points",
-    "relative_to_slice",
     "transform_positions",
+    "with_prompts",
 ]
