@@ -163,6 +163,12 @@ class Prompts:
             raise ValueError(f"points must be (K, N, dims) with K and dims as in {own}, got {tuple(points.shape)}.")
         return replace(self, points=torch.cat([self.points, points], 1), labels=torch.cat([self.labels, labels], 1))
 
+    def until(self, count: int) -> Prompts:
+        """With the first ``count`` points of each set, as it was when they had been given; 0 leaves no points."""
+        if self.points is None or self.labels is None or count == 0:
+            return replace(self, points=None, labels=None)
+        return replace(self, points=self.points[:, :count], labels=self.labels[:, :count])
+
     def shift(self, first: int, depth: int | None = None) -> Prompts:
         """Prompts of a volume as a slab of it counts its slices.
 

@@ -105,6 +105,10 @@ def test_points_are_kept_in_the_order_in_which_they_were_given():
     assert prompts.points.tolist() == [[[0, 0], [1, 1], [2, 2]]]
     assert prompts.labels.tolist() == [[0, 1, 0]]
     assert prompts.classes.tolist() == [1]
+    assert prompts.until(2).points.tolist() == [[[0, 0], [1, 1]]]
+    assert prompts.until(2).labels.tolist() == [[0, 1]]
+    assert prompts.until(3) == prompts
+    assert prompts.until(0) == Prompts(classes=torch.tensor([1]))
     for points in (torch.zeros(2, 1, 2), torch.zeros(1, 1, 3)):
         with pytest.raises(ValueError, match=r"number of sets|K and dims as in"):
             prompts.with_points(points, torch.ones(points.shape[:2]))
