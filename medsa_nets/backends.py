@@ -50,6 +50,8 @@ LOADING_SECONDS = 5.0  # of a kept model, with reserve
 TRIAL = 0.1  # share of a run that may be spent on finding out whether OpenVINO is faster here
 GAIN = 1.1  # how much faster eager has to end up, to be left: what is estimated is not exact
 
+clock = time.perf_counter  # by which auto compares
+
 Encode = Callable[[Tensor], Tensor]
 
 
@@ -69,7 +71,8 @@ def use_backend(network: MedSA, backend: str = "eager") -> MedSA:
             place, and a second call changes its back end.
         backend: ``eager``, ``compile`` (``torch.compile``), ``torchscript`` (traced and frozen), ``onnxruntime`` or
             ``openvino`` (on a CPU); or ``auto``: ``openvino`` where :func:`expect_images` has said that enough images
-            follow for its conversion to pay, else ``eager``.
+            follow for its conversion to pay, else ``eager``. A server and a Deploy application get one image at a time
+            and don't say what follows: there it is ``eager``.
 
     Returns:
         ``network``.
@@ -251,13 +254,13 @@ class _Runner:
         return {**dict(self.encoder.named_parameters()), **dict(self.encoder.named_buffers())}
 
     def _convert(self, image: Tensor, depth: int, amp: bool) -> Encode:
-        start = time.perf_counter()
+        start = clock()
         try:
             with warnings.catch_warnings():  # tracers warn of sizes that become constants, as they should
                 warnings.simplefilter("ignore")
                 slices = _Slices(self.encoder, depth).eval()
                 if self.backend == "openvino":
-                    encode = _openvino(slices, image, amp, self._folder(image, depth, amp))
+                    encode = convert_by_openvino(slices, image, amp, self._folder(image, depth, amp))
                 else:
                     encode = _CONVERTERS[self.backend](slices, image, amp)
         except Exception as error:  # exporters and compilers raise errors of their own
@@ -265,7 +268,7 @@ class _Runner:
                 f"The back end {self.backend!r} can't convert the image encoder for an input of {tuple(image.shape)} "
                 f"({describe(error)}). Take another back end (--backend eager)."
             ) from error
-        self.seconds = seconds = time.perf_counter() - start
+        self.seconds = seconds = clock() - start
         logger.info("converted the image encoder for %s, %s, in %.1f s", self.backend, tuple(image.shape), seconds)
         return encode
 
@@ -340,6 +343,8 @@ class _Chooser(_Runner):
             folder = self._openvino._folder(image, depth, key[2])
             was_kept = converted.is_kept(folder)
             cost = LOADING_SECONDS if was_kept else known["conversion"]
+            if _pays(known.get("ratio"), eager, left, cost):  # the first one was not warm
+                eager = min(eager, _seconds(lambda: self._eagerly(image, depth)))
             if not _pays(known.get("ratio"), eager, left, cost):
                 logger.info("auto: eager for %s, %.2f s each, about %.0f left: OpenVINO takes %.0f s to prepare%s",
                             shape, eager, left, cost, _told(known.get("ratio")))  # fmt: skip
@@ -349,7 +354,7 @@ class _Chooser(_Runner):
             except BackendError as error:
                 logger.warning("auto: eager, since OpenVINO fails here: %s", describe(error))
                 return "eager"
-            eager = min(eager, _seconds(lambda: self._eagerly(image, depth)))  # the first one was not warm
+            eager = min(eager, _seconds(lambda: self._eagerly(image, depth)))
             ratio = eager / min(_seconds(lambda: self._openvino(image, depth)) for _ in range(2))
             if not was_kept:
                 found = {"conversion": self._openvino.seconds, "ratio": ratio}
@@ -388,9 +393,9 @@ def _kept(name: str) -> dict[str, float] | None:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 class _Slices(nn.Module):
@@ -439,8 +444,19 @@ def _onnxruntime(encoder: nn.Module, image: Tensor, amp: bool) -> Encode:
     return lambda x: torch.from_numpy(session.run(None, {"image": x.float().contiguous().numpy()})[0])
 
 
-def _openvino(encoder: nn.Module, image: Tensor, amp: bool, folder: Path) -> Encode:
-    openvino = _import_openvino()
+def convert_by_openvino(encoder: nn.Module, image: Tensor, amp: bool, folder: Path) -> Encode:
+    """Let OpenVINO convert an encoder, or load what an earlier process has converted and kept.
+
+    Args:
+        encoder: takes normalised slices (B, 3, H, W).
+        image: of the shape that it is converted for.
+        amp: whether it computes in bfloat16, where OpenVINO can.
+        folder: where the converted encoder is, or will be, kept.
+
+    Returns:
+        What computes embeddings of such images.
+    """
+    openvino = import_openvino()
     core = openvino.Core()
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16" if amp else "f32",
@@ -483,8 +499,12 @@ def _compile_openvino(core: Any, file: str | Path, settings: dict[str, Any]) -> 
         return core.compile_model(core.read_model(file), "CPU", {**settings, "INFERENCE_PRECISION_HINT": "f32"})
 
 
-def _import_openvino() -> Any:
-    """OpenVINO without its telemetry, which would write to the home folder and send statistics of use."""
+def import_openvino() -> Any:
+    """Import OpenVINO without its telemetry, which would write to the home folder and send statistics of use.
+
+    Raises:
+        ModuleNotFoundError: when it is not installed.
+    """
     if "openvino" not in sys.modules:
         before = sys.modules.get("openvino_telemetry")
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # OpenVINO then takes its own stand-in

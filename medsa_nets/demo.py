@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import logging.config
 import os
 import sys
 import time
@@ -163,13 +164,15 @@ class Demo:
         return {**self.common, "embedding_dir": str(self.output_dir / "embeddings"), "image_size": plan.image_size}
 
     def time_steps(self) -> Speed:
-        """Time a few training steps."""
+        """Time a few training steps; the log says what they compute in."""
+        # the bundle's commands set this up for themselves, but the precision is chosen, and logged, once a process
+        logging.config.fileConfig(self.configs / "logging.conf", disable_existing_loggers=False)
         start = time.perf_counter()
-        steps = self._steps()
+        steps = self.take_steps()
         last = steps[-1]
         return Speed(last, max(0.0, steps[0] - last), time.perf_counter() - start - sum(steps))
 
-    def _steps(self) -> list[float]:
+    def take_steps(self) -> list[float]:
         """Take training steps on one batch with a network that is thrown away: the seconds of each."""
         parser = ConfigParser()
         parser.read_config(self.files("train.yaml", "decoder.yaml"))

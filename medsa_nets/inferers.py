@@ -8,6 +8,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any, TypeAlias
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from medsa_nets.backends import backend_of, expect_encodings
 from medsa_nets.engines import keep_freed_memory, plain, release_freed_memory
+from medsa_nets.interaction.observations import Kernel, observe
 from medsa_nets.machine import limit_threads
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import Amp, autocast, choose_amp, read_amp
@@ -30,6 +32,8 @@ from medsa_nets.prompts import Prompts, prompts_of_batch
 from medsa_nets.transforms import ABSENT, all_classes
 
 logger = logging.getLogger(__name__)
+CLICK_KERNEL = Kernel(length=3.0, contrast=0.15)  # pixels of the network's grid, share of the intensity range
+LIMIT = 12.0  # logits of an earlier answer are held within it: beyond, they say the same
 AGREEMENT = 0.5  # Dice from which an automatic mask and that of clicks show the same
 Answer: TypeAlias = "Callable[[_Slabs, Prompts], Tensor]"
 
@@ -183,20 +187,93 @@ class PromptInferer(SimpleInferer):
         Raises:
             ValueError: when there are prompts for another number of images, or images differ in the kinds of theirs.
         """
-        asked = Prompts.batched(prompts_of_batch(inputs, prompts))
+        asked = prompts_of_batch(inputs, prompts)
         inputs = plain(inputs)
         with autocast(self.amp, inputs.device):
             medsa = getattr(network, "module", network)
-            if self.cache is None or not isinstance(medsa, MedSA) or medsa.training:  # dropout answers anew each time
-                return network(inputs, *args, **asked).float()
-            name, version = network_name(medsa), adapter_key(medsa)
-            key = f"{tensor_sha256(inputs)} {choose_amp(self.amp, inputs.device).name} {name} {version}"
-            known = self.cache.get(key)
-            embedding = medsa.encode_image(inputs) if known is None else known[0].to(inputs.device)
-            if known is None:
-                kept = embedding if self.cache.device is None else embedding.to(self.cache.device)
-                self.cache.put(key, [kept], network=name, version=version)
-            return medsa.decode(embedding, **asked).float()
+            if not isinstance(medsa, MedSA) or medsa.training:  # dropout answers anew each time
+                return network(inputs, *args, **Prompts.batched(asked)).float()
+            in_order = medsa.click_feedback is not None and medsa.click_feedback.trained
+            if self.cache is None and not in_order:
+                return network(inputs, *args, **Prompts.batched(asked)).float()
+            embedding = self._embed(inputs, medsa)
+            if in_order:
+                return answer_in_order(medsa, embedding, inputs, asked)
+            return medsa.decode(embedding, **Prompts.batched(asked)).float()
+
+    def _embed(self, inputs: Tensor, medsa: MedSA) -> Tensor:
+        """Embedding of images, from the cache where it is there."""
+        if self.cache is None:
+            return medsa.encode_image(inputs)
+        name, version = network_name(medsa), adapter_key(medsa)
+        key = f"{tensor_sha256(inputs)} {choose_amp(self.amp, inputs.device).name} {name} {version}"
+        known = self.cache.get(key)
+        if known is not None:
+            return known[0].to(inputs.device)
+        embedding = medsa.encode_image(inputs)
+        kept = embedding if self.cache.device is None else embedding.to(self.cache.device)
+        self.cache.put(key, [kept], network=name, version=version)
+        return embedding
+
+
+def as_earlier(logits: Tensor, embedding: Tensor) -> Tensor:
+    """Logits of an answer (B, K, H, W[, D]) as the network takes those of an earlier mask: (B, K, 4 h, 4 w[, D])."""
+    logits = logits.detach().float().clamp(-LIMIT, LIMIT)
+    size = [4 * embedding.shape[2], 4 * embedding.shape[3], *logits.shape[4:]]
+    if list(logits.shape[2:]) != size:
+        mode = "bilinear" if logits.dim() == 4 else "trilinear"
+        logits = F.interpolate(logits, size, mode=mode, align_corners=False)
+    return logits
+
+
+def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: Sequence[Prompts]) -> Tensor:
+    """Answer click after click, each from the mask before it, as a network with click feedback has learned to.
+
+    A session begins with the box, where there is one, else with the automatic mask, where the class is named, else with
+    the first click. In each answer every clicked pixel carries its label
+    (:func:`~medsa_nets.interaction.observations.observe`).
+
+    Args:
+        network: the network.
+        embedding: of the images (B, 256, h, w).
+        image: (B, 3, H, W) with intensities in [0, 1].
+        prompts: of each image.
+
+    Returns:
+        Mask logits (B, K, H, W), single precision.
+    """
+    if any(one.points is None or one.masks is not None for one in prompts):
+        return network.decode(embedding, **Prompts.batched(prompts)).float()
+    start = [one.until(0) for one in prompts]
+    earlier = network.decode(embedding, **Prompts.batched(start)).float() if any(start) else None
+    for number in range(1, max(one.labels.shape[1] for one in prompts if one.labels is not None) + 1):
+        clicked = [one.until(number) for one in prompts]
+        now = clicked
+        if earlier is not None:
+            now = [replace(one, masks=own) for one, own in zip(clicked, as_earlier(earlier, embedding))]
+        arguments = Prompts.batched(now)
+        logits = obey(network.decode(embedding, **arguments).float(), image, clicked)
+        if earlier is None:
+            earlier = logits
+        else:  # padding clicks nothing
+            padding = arguments["point_labels"][:, :, number - 1] < 0
+            earlier = torch.where(padding[..., None, None], earlier, logits)
+    assert earlier is not None
+    return earlier
+
+
+def obey(logits: Tensor, image: Tensor, prompts: Sequence[Prompts]) -> Tensor:
+    """Logits (B, K, H, W) that agree with the points of the prompts of each image."""
+    out = logits.cpu().numpy().copy()
+    last = np.array(logits.shape[2:]) - 1
+    for b, one in enumerate(prompts):
+        if one.points is None or one.labels is None:
+            continue
+        places, labels = one.points.cpu().float().round().numpy().astype(np.int64), one.labels.cpu().numpy()
+        for k, real in enumerate(labels >= 0):
+            voxels = places[k][real].clip(0, last)
+            out[b, k] = observe(out[b, k], image[b].cpu().numpy(), voxels, labels[k][real], (1.0, 1.0), CLICK_KERNEL)
+    return torch.from_numpy(out).to(logits.device)
 
 
 class SlabInferer(Inferer):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -16,6 +15,7 @@ from monai.utils import str2bool
 from torch import Tensor
 
 from medsa_nets.errors import SettingError
+from medsa_nets.layers.choices import own_time
 from medsa_nets.measurements import measured
 
 logger = logging.getLogger(__name__)
@@ -234,15 +234,10 @@ def _compare(kind: str, run: Callable[[], None]) -> dict[str, float]:
     for repetition in range(1 + REPETITIONS):
         for dtype in best:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
-                start = _clock()
+                start = own_time()
                 run()
-                seconds = _clock() - start
+                seconds = own_time() - start
             best[dtype] = min(best[dtype], seconds) if repetition else seconds
         if repetition and best[torch.bfloat16] > HOPELESS * best[torch.float32]:
             break
     return {f"{str(dtype).removeprefix('torch.')} {kind}": seconds for dtype, seconds in best.items()}
-
-
-def _clock() -> float:
-    """Time of this thread alone, where the system counts it finely (Windows does not)."""
-    return time.thread_time() if time.get_clock_info("thread_time").resolution < 1e-4 else time.perf_counter()

@@ -8,28 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from monai.engines import SupervisedTrainer
 from scipy import ndimage
 from torch import Tensor
 
 from medsa_nets.engines import PromptedIteration, VolumeIteration, call_through, plain
+from medsa_nets.inferers import as_earlier
 from medsa_nets.interaction.users import SimulatedUser
 from medsa_nets.networks import MedSA
 from medsa_nets.prompts import Prompts, bounding_box, class_masks, jitter_box
 
 STARTS = ("nothing", "automatic", "wrong", "box")
-LIMIT = 12.0  # logits of an earlier answer are held within it: beyond, they say the same
-
-
-def as_earlier(logits: Tensor, embedding: Tensor) -> Tensor:
-    """Logits of an answer (B, K, H, W[, D]) as the network takes those of an earlier mask: (B, K, 4 h, 4 w[, D])."""
-    logits = logits.detach().float().clamp(-LIMIT, LIMIT)
-    size = [4 * embedding.shape[2], 4 * embedding.shape[3], *logits.shape[4:]]
-    if list(logits.shape[2:]) != size:
-        mode = "bilinear" if logits.dim() == 4 else "trilinear"
-        logits = F.interpolate(logits, size, mode=mode, align_corners=False)
-    return logits
 
 
 def spoil(mask: np.ndarray, random: np.random.Generator) -> np.ndarray:

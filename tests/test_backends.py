@@ -23,7 +23,7 @@ from monai.bundle import ConfigParser, run
 from PIL import Image
 from torch import nn
 
-from medsa_nets import BackendError, backends, build_medsa, converted, measurements, use_backend
+from medsa_nets import BackendError, backends, build_medsa, converted, inferers, measurements, use_backend
 from medsa_nets.backends import (
     BACKENDS,
     COMPILED_VARIABLE,
@@ -73,7 +73,7 @@ def volumes(lite_medsam_file: Path) -> nn.Module:
 
 
 def adapted(file: str, **settings: int) -> nn.Module:
-    network = build_medsa("lite_medsam", **settings).eval()
+    network = build_medsa("lite_medsam", click_feedback=True, **settings).eval()
     network.load_state_dict(torch.load(BUNDLES / file, weights_only=True))
     return network
 
@@ -192,8 +192,7 @@ def test_a_shape_is_converted_once_and_few_are_kept(tiny, caplog):
     with caplog.at_level(logging.INFO, "medsa_nets.backends"):
         for depth in [*range(1, MAX_SHAPES + 2), MAX_SHAPES + 1, 2, 1]:
             network.encode_image(torch.rand(1, 1, 32, 32, depth))
-    assert len(caplog.messages) == MAX_SHAPES + 2, "one a shape, and the first shape anew"
-    assert len(network.image_encoder.forward._converted) == MAX_SHAPES
+    assert len(caplog.messages) == MAX_SHAPES + 2, "one a shape, and the first shape, alone, anew"
 
 
 def test_loading_the_same_adapter_again_converts_nothing(tiny, caplog):
@@ -279,9 +278,9 @@ def test_openvino_sends_no_statistics(tmp_path):
     code = """
 import sys
 import types
-from medsa_nets.backends import _import_openvino
+from medsa_nets.backends import import_openvino
 
-core = _import_openvino().Core()
+core = import_openvino().Core()
 import openvino
 
 assert core.available_devices
@@ -301,31 +300,41 @@ def own_cache(monkeypatch, tmp_path) -> Path:
 
 
 class FakeOpenVINO:
-    """Stands for the conversion: gives a marked embedding after ``seconds`` of work."""
+    """Stands for the conversion: gives a marked embedding, and a time of its own passes.
 
-    def __init__(self, monkeypatch, speed: float) -> None:
+    Args:
+        network: its encoder takes two seconds an image.
+        speed: how many times as fast what is converted is.
+        conversion: seconds that converting takes.
+    """
+
+    def __init__(self, monkeypatch, network: nn.Module, speed: float, conversion: float = 0.0) -> None:
         self.conversions = 0
         self.speed = speed
-        monkeypatch.setattr(backends, "_openvino", self.convert)
+        self.conversion = conversion
+        self.now = 0.0
+        monkeypatch.setattr(backends, "convert_by_openvino", self.convert)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
         monkeypatch.setattr(backends, "version", lambda name: "1")
-        monkeypatch.setattr(backends, "_seconds", self.seconds)
-        self.last = ""
+        monkeypatch.setattr(backends, "clock", lambda: self.now)
+        network.image_encoder.patch_embed.register_forward_hook(
+            lambda *_: self.wait(2.0)
+        )  # a function, copied as it is
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
 
     def convert(self, encoder, image, amp, folder):
         self.conversions += 1
+        self.wait(self.conversion)
 
         def encode(x: torch.Tensor) -> torch.Tensor:
-            self.last = "openvino"
-            return encoder(x) + 1.0
+            before = self.now
+            embedding = encoder(x) + 1.0
+            self.now = before + 2.0 / self.speed
+            return embedding
 
         return encode
-
-    def seconds(self, call) -> float:
-        """Two seconds by eager, of which OpenVINO takes a share."""
-        self.last = "eager"
-        call()
-        return 2.0 / self.speed if self.last == "openvino" else 2.0
 
 
 @pytest.mark.parametrize(
@@ -340,7 +349,7 @@ class FakeOpenVINO:
 def test_auto_tries_openvino_where_enough_images_follow(
     tiny, monkeypatch, own_cache, caplog, images, speed, conversions, chosen
 ):
-    fake = FakeOpenVINO(monkeypatch, speed)
+    fake = FakeOpenVINO(monkeypatch, tiny, speed)
     image = torch.rand(1, 1, 32, 32, 2)
     with torch.no_grad(), caplog.at_level(logging.INFO, "medsa_nets"):
         eager = tiny.encode_image(image)
@@ -354,10 +363,11 @@ def test_auto_tries_openvino_where_enough_images_follow(
     assert ("--backend eager" in caplog.text) == (chosen == "openvino")
 
 
-@pytest.mark.parametrize(("speed", "images", "chosen"), [(4.0, 100, "openvino"), (1.05, 10_000, "eager")])
+@pytest.mark.parametrize(
+    ("speed", "images", "chosen"), [(4.0, 100, "openvino"), (4.0, 25, "eager"), (1.05, 10_000, "eager")]
+)
 def test_auto_knows_from_an_earlier_run_what_openvino_gains(tiny, monkeypatch, own_cache, speed, images, chosen):
-    monkeypatch.setattr(backends._Runner, "seconds", 20.0, raising=False)
-    fake, image = FakeOpenVINO(monkeypatch, speed), torch.rand(1, 1, 32, 32, 2)
+    fake, image = FakeOpenVINO(monkeypatch, tiny, speed, conversion=40.0), torch.rand(1, 1, 32, 32, 2)
     with torch.no_grad():
         eager = tiny.encode_image(image)
         first, second = (use_backend(copy.deepcopy(tiny), "auto") for _ in range(2))
@@ -370,8 +380,20 @@ def test_auto_knows_from_an_earlier_run_what_openvino_gains(tiny, monkeypatch, o
     assert fake.conversions == (2 if chosen == "openvino" else 1)
 
 
+def test_auto_is_not_led_to_a_trial_by_a_first_image_that_is_slow(tiny, monkeypatch, own_cache):
+    fake = FakeOpenVINO(monkeypatch, tiny, 3.0)
+    first = [100.0]  # seconds that only the first image takes, for all that has to be loaded
+    tiny.image_encoder.patch_embed.register_forward_hook(lambda *_: fake.wait(first.pop() if first else 0.0))
+    network = use_backend(tiny, "auto")
+    expect_images(network, 100)
+    with torch.no_grad():
+        network.encode_image(torch.rand(1, 1, 32, 32, 2))
+    assert not first
+    assert fake.conversions == 0
+
+
 def test_auto_counts_the_slabs_of_a_volume_and_the_share_of_a_shape(tiny, monkeypatch, own_cache):
-    fake = FakeOpenVINO(monkeypatch, 3.0)
+    fake = FakeOpenVINO(monkeypatch, tiny, 3.0)
     network = use_backend(tiny, "auto")
     expect_images(network, 100)
     with torch.no_grad():
@@ -396,10 +418,12 @@ def test_auto_says_that_openvino_is_missing(tiny, monkeypatch, own_cache, caplog
 
 
 def test_a_volume_tells_auto_how_many_slabs_it_has(tiny, monkeypatch):
+    told = []
+    monkeypatch.setattr(inferers, "expect_encodings", lambda network, encodings: told.append((network, encodings)))
     network = use_backend(tiny, "auto")
     with torch.no_grad():
         SlabInferer(slab_depth=2, overlap=0.0)(torch.rand(1, 1, 32, 32, 6), network)
-    assert backends._chooser_of(network).per_image == 3
+    assert told == [(network, 3)]
 
 
 @pytest.mark.parametrize("backend", [needed("openvino")])

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import csv
+import logging
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from medsa_nets import demo as module
+from medsa_nets import precision
 from medsa_nets.demo import GOOD, PLANS, PROMPTS, Demo, Plan, Speed, announce, choose_plan, judge, main
+from medsa_nets.precision import choose_amp
 
 FAST = Speed(step=0.1, encode=0.2, start=1.0)
 SLOW = Speed(step=0.75, encode=1.6, start=3.0)
@@ -78,6 +82,26 @@ def test_the_demo_trains_what_was_chosen_in_the_time_that_is_left(bundle, capsys
     out = capsys.readouterr().out
     assert f"prompt none     {0.1:.3f}   {0.95:.3f}" in out
     assert "The adapter is good" in out
+
+
+@pytest.fixture
+def own_logging():
+    """Handlers of the root logger are those of before, afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
+
+def test_the_demo_says_what_it_computes_in(monkeypatch, tmp_path, capsys, own_logging):
+    def steps(demo: Demo) -> list[float]:
+        choose_amp("auto", "cpu")  # as a training step does first
+        return [0.3, 0.1]
+
+    monkeypatch.setattr(Demo, "take_steps", steps)
+    precision.forget()
+    Demo(Path(__file__).parents[1] / "bundles" / "medsa_isic", tmp_path, tmp_path).time_steps()
+    assert re.search(r"precision: (bfloat16|float32) \(.* on this processor\)", capsys.readouterr().out)
 
 
 def test_an_untrained_adapter_is_not_left_in_silence(bundle, capsys):

@@ -9,7 +9,15 @@ from monai.data import MetaTensor, list_data_collate
 from monai.inferers import SlidingWindowInferer
 
 from medsa_nets.bases import build_medsa
-from medsa_nets.inferers import EmbeddingCache, SlabInferer, shared_cache, tensor_sha256
+from medsa_nets.inferers import (
+    EmbeddingCache,
+    PromptInferer,
+    SlabInferer,
+    as_earlier,
+    obey,
+    shared_cache,
+    tensor_sha256,
+)
 from medsa_nets.prompts import Prompts, with_prompts
 
 pytestmark = pytest.mark.usefixtures("small_base")
@@ -471,3 +479,48 @@ def test_the_mean_over_mirror_images_leaves_other_classes_as_they_are(network):
     inferer = SlabInferer(**settings, mirror_axes=[0], cache=EmbeddingCache())
     found = inferer(image, network, prompts=click(7.0, [1]))
     torch.testing.assert_close(found[:, 0], inferer(image, network)[:, 0], atol=0, rtol=0)
+
+
+@pytest.fixture
+def session_network(small_base):
+    torch.manual_seed(0)
+    network = build_medsa(small_base, pretrained=False, click_feedback=True).eval()
+    for parameter in network.click_feedback.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return network
+
+
+def _clicks(*labels, classes=None):
+    points = torch.tensor([[[9.0, 9.0], [40.0, 20.0], [20.0, 50.0]]])[:, : len(labels)]
+    return Prompts(points=points, labels=torch.tensor([list(labels)]).float(), classes=classes)
+
+
+@pytest.mark.parametrize("classes", [None, torch.tensor([0])])
+def test_clicks_on_an_image_are_answered_one_after_the_other_and_obeyed(session_network, classes):
+    image, network = torch.rand(1, 3, 64, 64), session_network
+    with torch.no_grad():
+        found = PromptInferer()(image, network, prompts=_clicks(1, 0, 1, classes=classes))
+        embedding = network.encode_image(image)
+        earlier = None if classes is None else network.decode(embedding)
+        for number in (1, 2, 3):
+            clicks = _clicks(*[1, 0, 1][:number], classes=classes)
+            before = None if earlier is None else as_earlier(earlier, embedding)[0]
+            logits = network.decode(embedding, **replace(clicks, masks=before).arguments())
+            earlier = obey(logits, image, [clicks])
+    torch.testing.assert_close(found, earlier)
+    assert [bool(found[0, 0, y, x] > 0) for y, x in ((9, 9), (40, 20), (20, 50))] == [True, False, True]
+
+
+def test_a_padding_click_changes_no_answer(session_network):
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        two, three = (PromptInferer()(image, session_network, prompts=_clicks(1, 0, *more)) for more in ((), (-1,)))
+    assert torch.equal(two, three)
+
+
+def test_clicks_go_to_the_decoder_at_once_where_the_branch_is_not_trained(small_base):
+    network = build_medsa(small_base, pretrained=False, click_feedback=True).eval()
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        found = PromptInferer()(image, network, prompts=_clicks(1, 0))
+        assert torch.equal(found, network(image, **_clicks(1, 0).arguments()))

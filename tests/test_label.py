@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,9 @@ def test_a_bundle_with_a_trained_adapter_is_served_with_it(tmp_path: Path) -> No
 
 
 def test_a_bundle_without_adapter_starts_from_the_frozen_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    model = add_bundle(tmp_path, BUNDLES / "medsa_btcv", name="abdomen")
+    ignored = shutil.ignore_patterns("*.pt")
+    bundle = shutil.copytree(BUNDLES / "medsa_btcv", tmp_path / "untrained" / "medsa_btcv", ignore=ignored)
+    model = add_bundle(tmp_path, bundle, name="abdomen")
     assert model.name == "abdomen_deepedit"
     assert "no trained adapter yet" in capsys.readouterr().out
     config = ConfigParser()
@@ -64,7 +67,7 @@ def test_a_bundle_without_adapter_starts_from_the_frozen_model(tmp_path: Path, c
     trained = network.state_dict()
     trained["class_embeddings"] = trained["class_embeddings"] + 1.0
     torch.save(trained, model / "models" / "model.pt")
-    add_bundle(tmp_path, BUNDLES / "medsa_btcv", name="abdomen")
+    add_bundle(tmp_path, bundle, name="abdomen")
     kept = torch.load(model / "models" / "model.pt", weights_only=True)
     assert torch.equal(kept["class_embeddings"], trained["class_embeddings"])
 

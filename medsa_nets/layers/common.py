@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Optional
 
@@ -171,7 +172,7 @@ def _attend_by_columns(
 
 CACHED_BYTES = 2**21  # of scores, that stay in a core's cache between the two products
 LARGE_MAP = 1024  # tokens from which a map is measured as a large one
-FEW = 16  # keys up to which attention is measured as one of few
+SIZES = (8, 16, 24, 32, 64, 256)  # of queries and keys that attention is measured with; others go with the next larger
 FUSED, EXPLICIT = "fused", "explicit"
 LAID, COLUMNS = "laid down", "by columns"
 
@@ -230,8 +231,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float |
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
     has_fused = q.shape[3] == v.shape[3] and (bias is None or not (needs_grad and bias.requires_grad))
-    kind = f"{q.dtype}, {'training' if needs_grad else 'inference'}, {'few' if k.shape[2] <= FEW else 'many'}"
-    if has_fused and attention_way(kind) == FUSED:
+    if has_fused and attention_way(_kind_of_attention(q, k, bias, needs_grad)) == FUSED:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _attend_explicitly(q, k, v, bias, scale, needs_grad)
@@ -247,25 +247,47 @@ def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sca
     return _attend_pieces(q, k, v, lambda part: whole[part].to(q.dtype, copy=True), scale)
 
 
+def _kind_of_attention(q: Tensor, k: Tensor, bias: Tensor | None, needs_grad: bool) -> str:
+    queries, keys = (next((size for size in SIZES if x.shape[2] <= size), SIZES[-1]) for x in (q, k))
+    use, form = "training" if needs_grad else "inference", "plain" if bias is None else "biased"
+    return f"{q.dtype}, {use}, {form}, {queries} x {keys}"
+
+
 def _attention_examples(kind: str) -> Ways:
-    """Windows of TinyViT's second stage; for few keys, a slab's columns."""
-    dtype, use, keys = kind.removeprefix("torch.").split(", ")
-    windows, tokens = (512, 8) if keys == "few" else (8, 196)
-    training = use == "training"
-    q, k, v = (
-        torch.ones(windows, tokens, 5, 32, dtype=getattr(torch, dtype)).transpose(1, 2).requires_grad_(training)
-        for _ in range(3)
-    )
-    bias = torch.ones(1, 5, tokens, tokens, dtype=q.dtype)
+    """Attention with a bias as TinyViT's windows and a slab's columns have it, or without, as the decoder's tokens.
+
+    Which way is the faster depends on the layout of what goes in and, in training, of the gradient that comes back, so
+    that both are here as they are there.
+    """
+    dtype, use, form, size = kind.removeprefix("torch.").split(", ")
+    queries, keys = (int(number) for number in size.split(" x "))
+    training, biased, few = use == "training", form == "biased", min(queries, keys) <= SIZES[-3]
+    heads, channels = (5, 32) if biased else (8, 16) if few else (12, 64)
+    batch = max(1, min(2048 // max(queries, keys), 2**18 // (queries * keys)))
+    columns = biased and few  # whose tokens, the slices, stand outermost in memory
+
+    def values(*shape: int) -> Tensor:
+        return torch.linspace(-1.0, 1.0, math.prod(shape)).to(getattr(torch, dtype)).view(shape)
+
+    def by_head(tokens: int) -> Tensor:
+        places = (tokens, batch) if columns else (batch, tokens)
+        x = values(*places, 3 if biased else 1, heads, channels)[:, :, 0]  # beside others of one linear layer
+        return (x.permute(1, 2, 0, 3) if columns else x.transpose(1, 2)).requires_grad_(training)
+
+    q, k, v = (by_head(tokens) for tokens in (queries, keys, keys))
+    bias = values(1, heads, queries, keys) if biased else None
+    gradient = values(*((queries, batch) if columns else (batch, queries)), heads * channels)
 
     def by(attend: Callable[[], Tensor]) -> Callable[[], object]:
-        if training:
-            return lambda: torch.autograd.grad(attend().sum(), (q, k, v))
-        return torch.no_grad()(attend)
+        def run() -> Tensor:
+            out = attend()
+            return (out.permute(2, 0, 1, 3) if columns else out.transpose(1, 2)).flatten(2)
+
+        return (lambda: torch.autograd.grad(run(), (q, k, v), gradient)) if training else torch.no_grad()(run)
 
     return {
         FUSED: by(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias)),
-        EXPLICIT: by(lambda: _attend_explicitly(q, k, v, bias, 32**-0.5, training)),
+        EXPLICIT: by(lambda: _attend_explicitly(q, k, v, bias, channels**-0.5, training)),
     }
 
 

@@ -30,6 +30,8 @@ class ClickFeedback(nn.Module):
         wide: of its wide one.
     """
 
+    __jit_unused_properties__ = ("trained",)
+
     def __init__(
         self,
         features: int = 256,
@@ -63,6 +65,11 @@ class ClickFeedback(nn.Module):
         for branch in (self.to_embedding, self.to_logits):
             nn.init.zeros_(branch[-1].weight)  # type: ignore[arg-type]
             nn.init.zeros_(branch[-1].bias)  # type: ignore[arg-type]
+
+    @property
+    def trained(self) -> bool:
+        """Whether the branch adds anything."""
+        return bool(self.to_embedding[-1].weight.any()) or bool(self.to_logits[-1].weight.any())  # type: ignore
 
     def maps(
         self,

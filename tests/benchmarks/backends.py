@@ -176,7 +176,7 @@ def main() -> None:
             network = build_medsa("lite_medsam", spatial_dims=3, num_classes=13).eval()
             file, image = "medsa_btcv/models/ct_3mm.pt", torch.rand(1, 1, 128, 112, 8)
         else:
-            network = build_medsa("lite_medsam").eval()
+            network = build_medsa("lite_medsam", click_feedback=True).eval()
             file, image = "medsa_isic/models/model.pt", torch.rand(1, 3, 256, 256)
         network.load_state_dict(torch.load(BUNDLES / file, weights_only=True))
         kinds = variants(network, names)

@@ -123,7 +123,7 @@ def laptop(root: Path) -> dict[str, list[str]]:
             (root / "btcv" / folder / f"case_{i:02d}.nii").symlink_to(first.name)
     write_phantoms(root / "phantoms")
     adapter = root / "adapter.pt"
-    save_atomically(build_medsa(spatial_dims=3, num_classes=13).state_dict(), adapter)
+    save_atomically(build_medsa(spatial_dims=3, num_classes=13, classes_per_pass=13).state_dict(), adapter)
     isic, btcv = BUNDLES / "medsa_isic", BUNDLES / "medsa_btcv"
 
     def bundle(folder: Path, command: str, config: str, **settings: str) -> list[str]:

@@ -145,7 +145,7 @@ def alternatives(images: bool, bf16: bool, asked: set[tuple[str, str]]) -> dict[
 
 
 def ways_of(names: set[str]) -> set[tuple[str, str]]:
-    kinds = {"linear": "torch.float32", "attention": "torch.float32, inference, few",
+    kinds = {"linear": "torch.float32", "attention": "torch.float32, inference, biased, 8 x 8",
              "attention over a map": "torch.float32, small"}  # fmt: skip
     return {(name, way) for name in names for way in CHOICES[name].examples(kinds[name])}
 

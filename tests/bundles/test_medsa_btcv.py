@@ -38,7 +38,7 @@ META = str(CONFIGS / "metadata.json")
 COMMON = {"bundle_root": str(BUNDLE), "meta_file": META, "num_workers": 0, "amp": False, "base": "small"}
 # a base of narrow layers, small volumes of three classes: these runs test wiring, not accuracy
 CLASSES = ["spleen", "right kidney", "left kidney"]
-SMALL = {"classes": CLASSES, "pixdim": [2.0, 2.0, 3.0], "slab_depth": 4, "class_chunk": 0}
+SMALL = {"classes": CLASSES, "pixdim": [2.0, 2.0, 3.0], "slab_depth": 4, "class_chunk": 0, "classes_per_pass": 1}
 TRAINING = {"roi_size": [32, 32, 4], "patches_per_volume": 1, "warmup_steps": 1, "samples_interval": 0}
 
 
@@ -105,8 +105,8 @@ def adapted(small_base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def random_adapter(num_classes: int, class_chunk: int = 0) -> torch.nn.Module:
-    network = build_medsa("small", spatial_dims=3, num_classes=num_classes, class_chunk=class_chunk).eval()
+def random_adapter(num_classes: int, **settings: int) -> torch.nn.Module:
+    network = build_medsa("small", spatial_dims=3, num_classes=num_classes, **settings).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -172,7 +172,7 @@ def test_inference_and_training_see_volumes_alike() -> None:
         assert config["run"] == config[name]
 
 
-@pytest.mark.parametrize(("overlay", "lines"), [("vit_b", 10), ("hippocampus", 12), ("ct_3mm", 16)])
+@pytest.mark.parametrize(("overlay", "lines"), [("vit_b", 10), ("hippocampus", 13), ("ct_3mm", 19)])
 def test_overlays_are_a_few_lines_that_build(overlay: str, lines: int) -> None:
     path = CONFIGS / f"{overlay}.yaml"
     assert 0 < len(ConfigParser.load_config_file(path)) <= lines
@@ -187,7 +187,7 @@ def test_overlays_are_a_few_lines_that_build(overlay: str, lines: int) -> None:
 
 
 def test_torchscript_export_holds_base_and_adapter(tmp_path: Path) -> None:
-    network = random_adapter(13, class_chunk=4)
+    network = random_adapter(13, class_chunk=4, classes_per_pass=13)
     torch.save(network.state_dict(), tmp_path / "model.pt")
     file = tmp_path / "model.ts"
     ckpt_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "model.pt"), meta_file=META,
@@ -245,11 +245,25 @@ def test_the_decoder_alone_trains_on_slabs_that_are_encoded_once(volumes: Path, 
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "embeddings").iterdir()} == kept
 
 
+def test_sessions_of_clicks_train_on_slabs_that_are_encoded_once(volumes: Path, tmp_path: Path) -> None:
+    options = {**COMMON, **SMALL, **TRAINING, "dataset_dir": str(volumes), "learning_rate": 0.005, "val_limit": 1,
+               "embedding_dir": str(tmp_path / "embeddings"), "output_dir": str(tmp_path / "out")}  # fmt: skip
+    files = [TRAIN, *(str(CONFIGS / f"{name}.yaml") for name in ("decoder", "clicks"))]
+    run("training", config_file=files, max_epochs=8, val_interval=100, ckpt_dir=str(tmp_path / "models"),
+        session_answers=2, **options)  # fmt: skip
+    log = (tmp_path / "out" / "training.log").read_text()
+    losses = [float(line.rsplit("train_loss:", 1)[1].split()[0]) for line in log.splitlines() if "train_loss:" in line]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    adapter = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
+    assert adapter["click_feedback.to_logits.4.weight"].abs().sum() > 0
+
+
 def test_slices_train_all_classes_in_one_pass_and_inference_and_slabs_go_on_with_it(
     volumes: Path, tmp_path: Path
 ) -> None:
     options = {**COMMON, **SMALL, **TRAINING, "dataset_dir": str(volumes), "val_limit": 1}
-    slices = {"config_file": [TRAIN, str(CONFIGS / "slices.yaml")], "roi_size": [32, 32, 1], "learning_rate": 0.005}
+    slices = {"config_file": [TRAIN, str(CONFIGS / "slices.yaml")], "roi_size": [32, 32, 1], "learning_rate": 0.005,
+              "classes_per_pass": 3}  # fmt: skip
     first = {"ckpt_dir": str(tmp_path / "first"), "output_dir": str(tmp_path / "first")}
     run("training", **{**options, **slices, **first}, batch_size=2, max_epochs=10, val_interval=10)
     log = (tmp_path / "first" / "training.log").read_text()
@@ -264,7 +278,7 @@ def test_slices_train_all_classes_in_one_pass_and_inference_and_slabs_go_on_with
     assert len(list((tmp_path / "masks").glob("*.nii.gz"))) == 4
     second = {"ckpt_dir": str(tmp_path / "second"), "output_dir": str(tmp_path / "second")}
     going_on = {"start_from": str(tmp_path / "first" / "model.pt"), "classes_per_pass": 3}
-    run("training", config_file=TRAIN, max_epochs=1, val_interval=1, **options, **going_on, **second)
+    run("training", config_file=TRAIN, max_epochs=1, val_interval=1, **{**options, **going_on, **second})
     adapter = torch.load(tmp_path / "second" / "model_last.pt", weights_only=True)
     assert any((value != 0).any() for name, value in adapter.items() if ".depth." in name and ".up." in name)
 
@@ -481,7 +495,7 @@ def test_training_goes_on_from_the_adapter_with_the_cases_that_a_server_hands_ov
     data = data_set(tmp_path / "data", 2, 0)
     cases = [{"image": str(data / "imagesTr" / f"img000{i}.nii.gz"),
               "label": str(data / "labelsTr" / f"label000{i}.nii.gz")} for i in range(2)]  # fmt: skip
-    network = build_medsa("small", spatial_dims=3, num_classes=13)
+    network = build_medsa("small", spatial_dims=3, num_classes=13, classes_per_pass=13)
     torch.nn.init.constant_(network.class_embeddings, 0.25)
     model = bundle / "models" / "model.pt"
     save_atomically(network.state_dict(), model)

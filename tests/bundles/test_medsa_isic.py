@@ -51,7 +51,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter() -> torch.nn.Module:
-    network = build_medsa("lite_medsam").eval()
+    network = build_medsa("lite_medsam", click_feedback=True).eval()
     network.load_state_dict(torch.load(BUNDLE / "models" / "model.pt", weights_only=True))
     return network
 
@@ -167,6 +167,19 @@ def test_the_decoder_alone_trains_on_embeddings_that_are_computed_once(phantoms:
     run("training", config_file=[TRAIN, overlay], max_epochs=2, **{**options, "ckpt_dir": str(tmp_path / "again")})
     assert [file.stat().st_mtime_ns for file in sorted((tmp_path / "embeddings").iterdir())] == times
     run("evaluating", config_file=[TRAIN, EVALUATE], **options)  # the adapter has the usual form
+
+
+def test_sessions_of_clicks_train_on_kept_embeddings_and_inference_answers_them(phantoms: Path, tmp_path: Path) -> None:
+    overlays = [str(BUNDLE / "configs" / f"{name}.yaml") for name in ("decoder", "clicks")]
+    options = {**COMMON, **SMALL, "dataset_dir": str(phantoms), "learning_rate": 0.005, "output_dir": str(tmp_path),
+               "ckpt_dir": str(tmp_path / "models"), "embedding_dir": str(tmp_path / "embeddings")}  # fmt: skip
+    run("training", config_file=[TRAIN, *overlays], max_epochs=5, start_from="", session_answers=3, **options)
+    log = (tmp_path / "training.log").read_text()
+    losses = [float(line.rsplit("train_loss:", 1)[1].split()[0]) for line in log.splitlines() if "train_loss:" in line]
+    assert losses[-1] < losses[0]
+    adapter = torch.load(tmp_path / "models" / "model_last.pt", weights_only=True)
+    assert adapter["click_feedback.to_embedding.6.weight"].abs().sum() > 0
+    run("evaluating", config_file=[TRAIN, EVALUATE], prompt="points3", **options)
 
 
 def test_killed_training_resumes_to_the_same_weights(phantoms: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from medsa_nets import measurements
 from medsa_nets.layers import choices, common, linear
@@ -19,9 +20,16 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     measurements.forget()
 
 
+def compute(seconds: float) -> None:
+    """Keep this thread busy for so long."""
+    end = choices.own_time() + seconds
+    while choices.own_time() < end:
+        pass
+
+
 def choice(seconds: dict[str, float], calls: list[str]) -> choices.Choice:
     def way(name: str):
-        return lambda: calls.append(name) or time.sleep(seconds[name])
+        return lambda: calls.append(name) or compute(seconds[name])
 
     return choices.Choice("test", lambda kind: {name: way(name) for name in seconds})
 
@@ -36,6 +44,11 @@ def choice(seconds: dict[str, float], calls: list[str]) -> choices.Choice:
 )
 def test_the_faster_way_is_taken_and_at_a_draw_the_usual_one(seconds, expected):
     assert choice(seconds, [])("float32") == expected
+
+
+def test_time_that_others_take_on_a_busy_machine_does_not_count():
+    ways = {"usual": lambda: compute(0.004), "other": lambda: (compute(0.001), time.sleep(0.006))}
+    assert choices.Choice("test", lambda kind: ways)("float32") == "other"
 
 
 def test_a_measurement_is_kept_for_the_next_process():
@@ -64,7 +77,11 @@ def test_each_way_of_the_layers_can_be_measured_in_any_mode_and_random_numbers_s
     state = torch.get_rng_state()
     kinds = {
         linear.linear_library: ["torch.float32"],
-        common.attention_way: ["torch.float32, training, few", "torch.float32, inference, many"],
+        common.attention_way: [
+            "torch.float32, training, biased, 8 x 8",
+            "torch.float32, inference, biased, 256 x 256",
+            "torch.float32, training, plain, 8 x 256",
+        ],
         common.map_way: ["torch.float32, small", "torch.float32, large"],
     }
     with mode():
@@ -74,3 +91,44 @@ def test_each_way_of_the_layers_can_be_measured_in_any_mode_and_random_numbers_s
                 assert len(ways) == 2
                 assert all(0.0 < seconds < 10.0 for seconds in ways.values())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "biased", "training", "kind"),
+    [
+        (6, 6, True, False, "inference, biased, 8 x 8"),  # a slab's columns
+        (9, 9, True, False, "inference, biased, 16 x 16"),
+        (49, 49, True, True, "training, biased, 64 x 64"),  # windows
+        (196, 196, True, True, "training, biased, 256 x 256"),
+        (5, 576, False, True, "training, plain, 8 x 256"),  # the decoder's tokens, and the image that answers
+        (576, 5, False, True, "training, plain, 256 x 8"),
+    ],
+)
+def test_attention_is_measured_by_what_makes_another_way_the_faster(monkeypatch, queries, keys, biased, training, kind):
+    asked = []
+    monkeypatch.setattr(common.attention_way, "answers", {})
+    monkeypatch.setattr(common.attention_way, "measure", lambda kind: asked.append(kind) or {"fused": 1.0})
+    q, k, v = (torch.rand(2, 4, n, 8, requires_grad=training) for n in (queries, keys, keys))
+    common.attend(q, k, v, torch.rand(1, 4, queries, keys) if biased else None)
+    assert asked == [f"torch.float32, {kind}"]
+
+
+@pytest.mark.parametrize("size", ["biased, 8 x 8", "biased, 16 x 24", "biased, 64 x 64", "plain, 8 x 256"])
+def test_the_ways_of_attention_that_are_measured_give_the_same(size):
+    for use, kind in (("inference", torch.Tensor), ("training", tuple)):  # of the gradients, which training computes
+        fused, explicit = (way() for way in common.attention_way.examples(f"torch.float32, {use}, {size}").values())
+        assert isinstance(fused, kind)
+        torch.testing.assert_close(fused, explicit)
+
+
+def test_a_first_question_from_within_a_checkpoint_leaves_its_gradients_as_they_are(monkeypatch):
+    monkeypatch.setattr(common.attention_way, "answers", {})
+    bias = torch.rand(1, 5, 6, 6)
+
+    def gradient(attend) -> torch.Tensor:
+        q = torch.linspace(-1.0, 1.0, 4 * 5 * 6 * 8).view(4, 5, 6, 8).requires_grad_()
+        return torch.autograd.grad(attend(q, q, q, bias).square().sum(), q)[0]
+
+    found = gradient(lambda *args: checkpoint(common.attend, *args, use_reentrant=False))  # which measures
+    torch.testing.assert_close(found, gradient(common.attend))
+    assert common.attention_way.answers

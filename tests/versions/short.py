@@ -27,8 +27,10 @@ from medsa_nets.prompts import Prompts, prompts_of
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 PHOTOGRAPHS, VOLUMES = BUNDLES / "medsa_isic", BUNDLES / "medsa_btcv"
 # of each adapter: file, dimensions, classes
-ADAPTERS = [("medsa_isic/models/model.pt", 2, 1), ("medsa_btcv/models/ct_3mm.pt", 3, 13),
-            ("medsa_btcv/models/hippocampus.pt", 3, 2)]  # fmt: skip
+ADAPTERS = [("medsa_isic/models/model.pt", {"click_feedback": True}),
+            ("medsa_btcv/models/model.pt", {"spatial_dims": 3, "num_classes": 13, "classes_per_pass": 13}),
+            ("medsa_btcv/models/ct_3mm.pt", {"spatial_dims": 3, "num_classes": 13}),
+            ("medsa_btcv/models/hippocampus.pt", {"spatial_dims": 3, "num_classes": 2})]  # fmt: skip
 AFFINE = np.array([[-3.0, 0, 0, 70], [0, -3.0, 0, 70], [0, 0, 3.0, -30], [0, 0, 0, 1]])
 
 
@@ -77,10 +79,10 @@ def write_series(folder: Path, values: np.ndarray) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("file", "dims", "classes"), ADAPTERS)
-def test_the_adapters_of_the_repository_load(file: str, dims: int, classes: int) -> None:
+@pytest.mark.parametrize(("file", "settings"), ADAPTERS)
+def test_the_adapters_of_the_repository_load(file: str, settings: dict) -> None:
     adapter = torch.load(BUNDLES / file, weights_only=True)
-    network = build_medsa("lite_medsam", spatial_dims=dims, num_classes=classes)
+    network = build_medsa("lite_medsam", **settings)
     network.load_state_dict(adapter)
     torch.testing.assert_close(network.state_dict()["class_embeddings"], adapter["class_embeddings"])
 
