@@ -230,7 +230,8 @@ def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: S
     """Answer click after click, each from the mask before it, as a network with click feedback has learned to.
 
     A session begins with the box, where there is one, else with the automatic mask, where the class is named, else with
-    the first click. In each answer every clicked pixel carries its label
+    the first click. A click on foreground takes nothing from a mask, one on background adds nothing, so that no later
+    click undoes what was right elsewhere. In each answer every clicked pixel carries its label
     (:func:`~medsa_nets.interaction.observations.observe`).
 
     Args:
@@ -252,12 +253,12 @@ def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: S
         if earlier is not None:
             now = [replace(one, masks=own) for one, own in zip(clicked, as_earlier(earlier, embedding))]
         arguments = Prompts.batched(now)
-        logits = obey(network.decode(embedding, **arguments).float(), image, clicked)
-        if earlier is None:
-            earlier = logits
-        else:  # padding clicks nothing
-            padding = arguments["point_labels"][:, :, number - 1] < 0
-            earlier = torch.where(padding[..., None, None], earlier, logits)
+        logits = network.decode(embedding, **arguments).float()
+        newest = arguments["point_labels"][:, :, number - 1][..., None, None]
+        if earlier is not None:
+            logits = torch.where(newest == 1, torch.maximum(logits, earlier), torch.minimum(logits, earlier))
+        logits = obey(logits, image, clicked)
+        earlier = logits if earlier is None else torch.where(newest < 0, earlier, logits)  # padding clicks nothing
     assert earlier is not None
     return earlier
 
