@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from medsa_nets.data.dataset import stable_seed
 from medsa_nets.layers import DepthBranch, DistantPrompt
 from medsa_nets.networks import MedSA
 from medsa_nets.precision import Amp, Precision, agree, choose_amp, read_amp
-from medsa_nets.prompts import PROMPT_KEYS, PromptSampler, add_correction, class_masks, relative_to_slice
+from medsa_nets.prompts import Prompts, PromptSampler, add_correction, class_masks
 
 LIMIT = 12.0  # logits of an earlier answer are held within it: beyond, they say the same
 LEAST_SCALE = 2.0**-16  # of gradients: 32 times half of what a scaler begins with, each after an overflow
@@ -220,8 +221,8 @@ def answer_prompts(
     answers = []
     for mode in sampler.modes(draws, kinds):
         prompts = sampler.draw(label, mode, places, sampler.count(kinds) if mode == "points" else 0)
-        target = label if prompts else automatic_label
-        logits = network.decode(embedding, **prompts)
+        target = label if any(prompts) else automatic_label
+        logits = network.decode(embedding, **Prompts.batched(prompts))
         answers.append((logits, target))
         clicks = sampler.corrections(kinds)
         if clicks:
@@ -234,7 +235,7 @@ def answer_prompts(
 def correct(
     network: MedSA,
     embedding: Tensor,
-    prompts: Mapping[str, Tensor],
+    prompts: Sequence[Prompts],
     logits: Tensor,
     target: Tensor,
     clicks: int,
@@ -246,7 +247,7 @@ def correct(
     Args:
         network: the network.
         embedding: of the images.
-        prompts: what the masks were asked for by.
+        prompts: what the masks of each image were asked for by.
         logits: the masks (B, K, spatial…).
         target: (B, K, spatial…), foreground above 0.5.
         clicks: number of clicks for each mask, 1 or more.
@@ -257,9 +258,9 @@ def correct(
     for click in range(clicks):
         prompts = add_correction(prompts, logits.detach() > 0, target, places)
         if feedback:
-            prompts = {**prompts, "masks": as_earlier(logits, embedding)}
+            prompts = [replace(one, masks=own) for one, own in zip(prompts, as_earlier(logits, embedding))]
         with torch.set_grad_enabled(torch.is_grad_enabled() and click == clicks - 1):
-            logits = network.decode(embedding, **prompts)
+            logits = network.decode(embedding, **Prompts.batched(prompts))
     return logits
 
 
@@ -504,11 +505,12 @@ class VolumeIteration(PromptedIteration):
             else:
                 classes = self.choose_classes(label, annotated, _first(places))
             masks, known = class_masks(label, classes), annotated[:, classes.to(annotated.device)]
-            prompts = relative_to_slice(self.sampler.draw(masks.float(), mode, places), slab.start)
+            prompts = [one.shift(slab.start) for one in self.sampler.draw(masks.float(), mode, places)]
             masks = masks[..., slab]
-            if not prompts or float(torch.rand(1, generator=kinds)) >= self.unnamed:
-                prompts["classes"] = classes.to(image.device)
-            logits = network.decode(embedding, **prompts)
+            if not any(prompts) or float(torch.rand(1, generator=kinds)) >= self.unnamed:
+                asked = classes.to(image.device)
+                prompts = [replace(one, classes=asked) for one in prompts]
+            logits = network.decode(embedding, **Prompts.batched(prompts))
             answers.append((logits, masks, known))
             clicks = self.sampler.corrections(kinds)
             if clicks:
@@ -519,27 +521,3 @@ class VolumeIteration(PromptedIteration):
 
 def _first(places: torch.Generator | Sequence[torch.Generator]) -> torch.Generator:
     return places if isinstance(places, torch.Generator) else places[0]
-
-
-class PreparePromptBatch:
-    """Prepare a batch for an evaluator: image, label (or none), and the prompts as keyword arguments.
-
-    MONAI's engines pass the result on as ``inferer(image, network, **prompts)``.
-    """
-
-    def __call__(
-        self,
-        batchdata: Mapping[str, Any],
-        device: str | torch.device | None = None,
-        non_blocking: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, tuple[()], dict[str, Tensor]]:
-        """Move image, label and prompts to ``device``."""
-
-        def move(key: str) -> Tensor:
-            return batchdata[key].to(device=device, non_blocking=non_blocking, **kwargs)
-
-        prompts = {key: plain(move(key)) for key in PROMPT_KEYS if key in batchdata}
-        if "classes" in batchdata:  # the same for every item of the batch
-            prompts["classes"] = plain(move("classes"))[0].long()
-        return move(Keys.IMAGE), move(Keys.LABEL) if Keys.LABEL in batchdata else None, (), prompts

@@ -13,16 +13,15 @@ import ignite.handlers
 import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Average
-from monai.data import list_data_collate
 from monai.handlers import from_engine
 from monai.utils import CommonKeys as Keys
 from torch import nn
 
 from medsa_nets.data import image_id, save_png, volume_id
 from medsa_nets.data.atomic import remove_leftovers, temporary_name
-from medsa_nets.engines import PreparePromptBatch, plain
+from medsa_nets.engines import plain
 from medsa_nets.errors import WeightsError, describe
-from medsa_nets.prompts import PROMPT_KEYS
+from medsa_nets.prompts import prompts_of
 from medsa_nets.visualize import overlay_sample, overlay_volume
 
 try:
@@ -293,7 +292,7 @@ class SampleOverlays:
     Args:
         output_dir: pictures go to ``<output_dir>/samples/epoch_0010_<image>.png``.
         network: the network.
-        dataset: items with ``image``, ``label`` and, optionally, prompts, in the network's grid or its image's own.
+        dataset: items with ``image``, with which prompts may travel, and ``label``, in the network's grid or its own.
         inferer: as the evaluator's.
         device: device of the network.
         interval: epochs between pictures; 0 switches them off.
@@ -320,7 +319,6 @@ class SampleOverlays:
         self.device = device
         self.interval = interval
         self.count = count
-        self.prepare = PreparePromptBatch()
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer."""
@@ -335,18 +333,16 @@ class SampleOverlays:
         network.eval()
         for i in range(min(self.count, len(self.dataset))):
             item = self.dataset[i]
-            batch = list_data_collate([item])
-            image, _, _, prompts = self.prepare(batch, self.device)
             with torch.no_grad():
-                logits = self.inferer(image, network, **prompts)
+                logits = self.inferer(item["image"][None].to(self.device), network)
             label = item.get("label")
             if label is not None and label.shape[1:] != logits.shape[2:]:
                 label = nn.functional.interpolate(plain(label)[None].float(), size=logits.shape[2:])[0]
-            drawn = {key: prompts[key][0] for key in PROMPT_KEYS if key in prompts}
+            prompts = prompts_of(item["image"])
             if logits.dim() == 5:
-                picture = overlay_volume(item["image"], logits[0], label=label, prompts=drawn)
+                picture = overlay_volume(item["image"], logits[0], label=label, prompts=prompts)
             else:
-                picture = overlay_sample(plain(item["image"]), prediction=logits[0] > 0, label=label, prompts=drawn)
+                picture = overlay_sample(plain(item["image"]), prediction=logits[0] > 0, label=label, prompts=prompts)
             path = item["image"].meta.get("filename_or_obj", f"sample_{i}")
             name = volume_id(path) if logits.dim() == 5 else image_id({"image": path})
             save_png(picture, self.folder / f"epoch_{engine.state.epoch:04d}_{name}.png")

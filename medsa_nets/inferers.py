@@ -7,7 +7,8 @@ import logging
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any, TypeAlias
 
@@ -27,13 +28,13 @@ from medsa_nets.interaction.observations import Kernel, observe
 from medsa_nets.machine import limit_threads
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import Amp, autocast, choose_amp, read_amp
-from medsa_nets.prompts import mirror_prompts, relative_to_slice
-from medsa_nets.transforms import ABSENT, all_classes, prompts_of
+from medsa_nets.prompts import Prompts, prompts_of_batch
+from medsa_nets.transforms import ABSENT, all_classes
 
 logger = logging.getLogger(__name__)
 CLICK_KERNEL = Kernel(length=3.0, contrast=0.15)  # pixels of the network's grid, share of the intensity range
 AGREEMENT = 0.5  # Dice from which an automatic mask and that of clicks show the same
-Answer: TypeAlias = "Callable[[_Slabs, dict[str, Tensor]], Tensor]"
+Answer: TypeAlias = "Callable[[_Slabs, Prompts], Tensor]"
 
 
 def tensor_sha256(*tensors: Tensor) -> str:
@@ -163,32 +164,41 @@ class PromptInferer(SimpleInferer):
         self.amp = read_amp(amp)
         self.cache = cache
 
-    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(
+        self,
+        inputs: Tensor,
+        network: Callable[..., Tensor],
+        *args: Any,
+        prompts: Prompts | Sequence[Prompts] | None = None,
+    ) -> Tensor:
         """Segment images.
 
         Args:
             inputs: (B, 3, H, W) with intensities in [0, 1].
             network: a :class:`~medsa_nets.networks.MedSA`, or a wrapper of it.
             args: not used; MONAI's engines pass it.
-            kwargs: prompts, as :meth:`~medsa_nets.networks.MedSA.decode` takes them; none takes those that travel with
-                the image (:class:`~medsa_nets.transforms.PromptsInMetad`).
+            prompts: of each image, or of the only one; none takes those that travel with the images
+                (:func:`~medsa_nets.prompts.with_prompts`), and segments automatically where there are none.
 
         Returns:
             Mask logits (B, K, H, W).
+
+        Raises:
+            ValueError: when there are prompts for another number of images, or images differ in the kinds of theirs.
         """
-        prompts = kwargs or {name: value.to(inputs.device) for name, value in prompts_of(inputs).items()}
+        asked = prompts_of_batch(inputs, prompts)
         inputs = plain(inputs)
         with autocast(self.amp, inputs.device):
             medsa = getattr(network, "module", network)
             if not isinstance(medsa, MedSA) or medsa.training:  # dropout answers anew each time
-                return network(inputs, *args, **prompts).float()
+                return network(inputs, *args, **Prompts.batched(asked)).float()
             in_order = medsa.click_feedback is not None and medsa.click_feedback.trained
             if self.cache is None and not in_order:
-                return network(inputs, *args, **prompts).float()
+                return network(inputs, *args, **Prompts.batched(asked)).float()
             embedding = self._embed(inputs, medsa)
             if in_order:
-                return answer_in_order(medsa, embedding, inputs, prompts)
-            return medsa.decode(embedding, **prompts).float()
+                return answer_in_order(medsa, embedding, inputs, asked)
+            return medsa.decode(embedding, **Prompts.batched(asked)).float()
 
     def _embed(self, inputs: Tensor, medsa: MedSA) -> Tensor:
         """Embedding of images, from the cache where it is there."""
@@ -205,7 +215,7 @@ class PromptInferer(SimpleInferer):
         return embedding
 
 
-def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: Mapping[str, Tensor]) -> Tensor:
+def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: Sequence[Prompts]) -> Tensor:
     """Answer click after click, each from the mask before it, as a network with click feedback has learned to.
 
     A session begins with the box, where there is one, else with the automatic mask, where the class is named, else with
@@ -217,43 +227,42 @@ def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: M
         network: the network.
         embedding: of the images (B, 256, h, w).
         image: (B, 3, H, W) with intensities in [0, 1].
-        prompts: as :meth:`~medsa_nets.networks.MedSA.decode` takes them, clicks in their order.
+        prompts: of each image.
 
     Returns:
         Mask logits (B, K, H, W), single precision.
     """
-    coords, labels, classes = prompts.get("point_coords"), prompts.get("point_labels"), prompts.get("classes")
-    fixed = {name: value for name, value in prompts.items() if name not in ("point_coords", "point_labels")}
-    if coords is None or labels is None or "masks" in prompts:
-        return network.decode(embedding, **prompts).float()
-    earlier: Tensor | None = None
-    if "boxes" in prompts:
-        earlier = network.decode(embedding, **fixed).float()
-    elif classes is not None:
-        earlier = network.decode(embedding, classes=classes).float()
-    for number in range(1, labels.shape[2] + 1):
-        clicks = {"point_coords": coords[:, :, :number], "point_labels": labels[:, :, :number]}
-        before = {} if earlier is None else {"masks": as_earlier(earlier, embedding)}
-        logits = network.decode(embedding, **fixed, **clicks, **before).float()
-        newest = labels[:, :, number - 1][..., None, None]
+    if any(one.points is None or one.masks is not None for one in prompts):
+        return network.decode(embedding, **Prompts.batched(prompts)).float()
+    start = [one.until(0) for one in prompts]
+    earlier = network.decode(embedding, **Prompts.batched(start)).float() if any(start) else None
+    for number in range(1, max(one.labels.shape[1] for one in prompts if one.labels is not None) + 1):
+        clicked = [one.until(number) for one in prompts]
+        now = clicked
+        if earlier is not None:
+            now = [replace(one, masks=own) for one, own in zip(clicked, as_earlier(earlier, embedding))]
+        arguments = Prompts.batched(now)
+        logits = network.decode(embedding, **arguments).float()
+        newest = arguments["point_labels"][:, :, number - 1][..., None, None]
         if earlier is not None:
             logits = torch.where(newest == 1, torch.maximum(logits, earlier), torch.minimum(logits, earlier))
-        logits = obey(logits, image, coords[:, :, :number], labels[:, :, :number])
+        logits = obey(logits, image, clicked)
         earlier = logits if earlier is None else torch.where(newest < 0, earlier, logits)  # padding clicks nothing
     assert earlier is not None
     return earlier
 
 
-def obey(logits: Tensor, image: Tensor, coords: Tensor, labels: Tensor) -> Tensor:
-    """Logits (B, K, H, W) that agree with the clicks (B, K, P, 2), labels (B, K, P), -1 for padding."""
+def obey(logits: Tensor, image: Tensor, prompts: Sequence[Prompts]) -> Tensor:
+    """Logits (B, K, H, W) that agree with the points of the prompts of each image."""
     out = logits.cpu().numpy().copy()
     last = np.array(logits.shape[2:]) - 1
-    for b, k in np.ndindex(*logits.shape[:2]):
-        real = labels[b, k].cpu().numpy() >= 0
-        voxels = coords[b, k].cpu().float().round().numpy().astype(np.int64)[real].clip(0, last)
-        out[b, k] = observe(
-            out[b, k], image[b].cpu().numpy(), voxels, labels[b, k].cpu().numpy()[real], (1.0, 1.0), CLICK_KERNEL
-        )
+    for b, one in enumerate(prompts):
+        if one.points is None or one.labels is None:
+            continue
+        places, labels = one.points.cpu().float().round().numpy().astype(np.int64), one.labels.cpu().numpy()
+        for k, real in enumerate(labels >= 0):
+            voxels = places[k][real].clip(0, last)
+            out[b, k] = observe(out[b, k], image[b].cpu().numpy(), voxels, labels[k][real], (1.0, 1.0), CLICK_KERNEL)
     return torch.from_numpy(out).to(logits.device)
 
 
@@ -334,7 +343,12 @@ class SlabInferer(Inferer):
         return [min(i * step, depth - self.slab_depth) for i in range(count + 1)]
 
     def __call__(
-        self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, image_key: str | None = None, **kwargs: Any
+        self,
+        inputs: Tensor,
+        network: Callable[..., Tensor],
+        *args: Any,
+        image_key: str | None = None,
+        prompts: Prompts | Sequence[Prompts] | None = None,
     ) -> Tensor:
         """Segment volumes.
 
@@ -344,15 +358,15 @@ class SlabInferer(Inferer):
                 export of it.
             args: not used; MONAI's engines pass it.
             image_key: name of the volume in the cache; none takes the SHA-256 of its values.
-            kwargs: prompts in voxel indices of the volume, as :meth:`~medsa_nets.networks.VolumeMedSA.decode` takes
-                them; none takes those that travel with the volume (:class:`~medsa_nets.transforms.PromptsInMetad`),
-                and segments automatically where there are none.
+            prompts: of each volume, or of the only one, in its voxel indices; none takes those that travel with the
+                volumes (:func:`~medsa_nets.prompts.with_prompts`), and segments automatically where there are none.
 
         Returns:
             Mask logits (B, K, H, W, D), single precision.
 
         Raises:
-            ValueError: when the volume has another shape, or one that ``masks`` can't be mirrored in.
+            ValueError: when the volume has another shape, or one that earlier masks can't be mirrored in, or there are
+                prompts for another number of volumes.
         """
         medsa: Any = getattr(network, "module", network)
         if not isinstance(medsa, VolumeMedSA) and getattr(medsa, "original_name", "") != VolumeMedSA.__name__:
@@ -360,16 +374,13 @@ class SlabInferer(Inferer):
                 f"SlabInferer needs a network built with spatial_dims=3, got {type(medsa).__name__}. For another "
                 "network take monai.inferers.SlidingWindowInferer."
             )
-        prompts = {name: plain(value) for name, value in kwargs.items() if value is not None}
-        if not prompts and inputs.dim() == 5 and inputs.shape[0] == 1:
-            prompts = {name: value.to(inputs.device) for name, value in prompts_of(inputs).items()}
-        release_freed_memory()  # reading and resampling a large volume takes more than its slabs do
-        inputs = plain(inputs)
         if inputs.dim() != 5:
             raise ValueError(f"the volume must have shape (B, C, H, W, D), got {tuple(inputs.shape)}.")
+        asked = prompts_of_batch(inputs, prompts)
+        release_freed_memory()  # reading and resampling a large volume takes more than its slabs do
+        inputs = plain(inputs)
         volumes = []
-        for index in range(inputs.shape[0]):
-            own = {name: value if name == "classes" else value[index : index + 1] for name, value in prompts.items()}
+        for index, own in enumerate(asked):
             key = None if image_key is None else f"{image_key} {index}"
             images = [_Slabs(self, inputs[index : index + 1], medsa, key, axes) for axes in self._mirrorings()]
             expect_encodings(medsa, sum(len(image.groups) for image in images))
@@ -383,7 +394,7 @@ class SlabInferer(Inferer):
         return [a for count in range(len(self.mirror_axes) + 1) for a in combinations(self.mirror_axes, count)]
 
     @staticmethod
-    def _mean(images: list[_Slabs], prompts: dict[str, Tensor], answer: Answer) -> Tensor:
+    def _mean(images: list[_Slabs], prompts: Prompts, answer: Answer) -> Tensor:
         """Mean over the volume and its mirror images of what ``answer`` makes of each."""
         answers = (image.mirror_back(answer(image, image.mirror_prompts(prompts))) for image in images)
         logits = next(answers)
@@ -391,18 +402,18 @@ class SlabInferer(Inferer):
             logits = logits + other
         return logits / len(images) if len(images) > 1 else logits
 
-    def _answer(self, images: list[_Slabs], prompts: dict[str, Tensor]) -> Tensor:
+    def _answer(self, images: list[_Slabs], prompts: Prompts) -> Tensor:
         automatic = self.every_class and self.others == "automatic"
         if not prompts:
-            return self._mean(images, {}, self._automatic if automatic else self._segment)
-        outwards = self.spread and set(prompts) != {"classes"}
+            return self._mean(images, prompts, self._automatic if automatic else self._segment)
+        outwards = self.spread and not prompts.automatic
         logits = self._mean(images, prompts, self._spread_sets if outwards else self._segment)
-        if not self.every_class or "classes" not in prompts:
+        if not self.every_class or prompts.classes is None:
             return logits
-        others = self._mean(images, {}, self._automatic) if automatic else None
-        return all_classes(logits, prompts["classes"], images[0].network.num_classes, others=others)
+        others = self._mean(images, Prompts(), self._automatic) if automatic else None
+        return all_classes(logits, prompts.classes, images[0].network.num_classes, others=others)
 
-    def _automatic(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
+    def _automatic(self, slabs: _Slabs, prompts: Prompts) -> Tensor:
         """Logits of every class without prompts (``prompts`` is empty), kept beside the embeddings."""
         cache = slabs.cache
         if cache is None:
@@ -416,24 +427,19 @@ class SlabInferer(Inferer):
         cache.put(key, [kept], network=slabs.name, version=slabs.version)
         return logits
 
-    def _segment(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
+    def _segment(self, slabs: _Slabs, prompts: Prompts) -> Tensor:
         """Decode every slab."""
         groups = range(len(slabs.groups))
         bar = tqdm(groups, desc="slabs", disable=not self.progress or len(groups) < 2, leave=False)
         return self._blend(slabs, ((g, self._decode(slabs, g, prompts)) for g in bar))
 
-    def _spread_sets(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
+    def _spread_sets(self, slabs: _Slabs, prompts: Prompts) -> Tensor:
         """Answer each prompt set from its own slabs outwards."""
-        sets = next(value.shape[1] for name, value in prompts.items() if name != "classes")
-        one = [
-            {name: v[i : i + 1] if name == "classes" else v[:, i : i + 1] for name, v in prompts.items()}
-            for i in range(sets)
-        ]
-        logits = torch.cat([self._spread(slabs, own) for own in one], dim=1)
+        logits = torch.cat([self._spread(slabs, prompts.select([k])) for k in range(prompts.sets)], dim=1)
         slabs.finish()
         return logits
 
-    def _spread(self, slabs: _Slabs, prompts: dict[str, Tensor]) -> Tensor:
+    def _spread(self, slabs: _Slabs, prompts: Prompts) -> Tensor:
         """Decode the slabs that hold prompts, then their neighbours as long as the mask goes on there."""
         waiting = [(g, prompts) for g in slabs.holding(prompts)]
         answers: dict[int, Tensor] = {}
@@ -453,18 +459,18 @@ class SlabInferer(Inferer):
                     waiting.append((n, self._hand_on(slabs, prompts, logits, g, n)))
         return self._blend(slabs, sorted(answers.items()))
 
-    def _witness(self, slabs: _Slabs, prompts: dict[str, Tensor], logits: Tensor, g: int) -> Tensor | None:
+    def _witness(self, slabs: _Slabs, prompts: Prompts, logits: Tensor, g: int) -> Tensor | None:
         """Automatic mask (H, W, D) of the class that was clicked; none where it knows nothing of what the clicks show.
 
         A click that is handed on from slab to slab says that the organ is there; without another opinion, a mask that
         leaves the organ once would follow whatever it has got into through the whole volume.
         """
-        if self.others != "automatic" or "boxes" in prompts or not {"classes", "point_coords"} <= prompts.keys():
+        if self.others != "automatic" or prompts.boxes is not None or prompts.points is None or prompts.classes is None:
             return None
-        index = int(prompts["classes"][0])
+        index = int(prompts.classes[0])
         if index < 0:
             return None
-        mask = self._automatic(slabs, {})[0, index] > 0
+        mask = self._automatic(slabs, Prompts())[0, index] > 0
         own = torch.stack([mask[..., start : start + slabs.depth] for start in slabs.groups[g]])
         return mask if bool((own & (logits[:, 0] > 0)).any()) else None
 
@@ -486,12 +492,12 @@ class SlabInferer(Inferer):
         return s, here, shared
 
     @staticmethod
-    def _hand_on(slabs: _Slabs, prompts: dict[str, Tensor], logits: Tensor, g: int, n: int) -> dict[str, Tensor]:
+    def _hand_on(slabs: _Slabs, prompts: Prompts, logits: Tensor, g: int, n: int) -> Prompts:
         """Prompts of the neighbouring slabs ``n``: clicks, and one more in the middle of what slabs ``g`` found there.
 
         A slab far from the user's clicks would have to trace an organ from a click that lies many slices away.
         """
-        if "boxes" in prompts or "point_coords" not in prompts:
+        if prompts.boxes is not None or prompts.points is None or prompts.labels is None:
             return prompts
         s, here, shared = SlabInferer._meeting(slabs, g, n)
         z = shared[len(shared) // 2]
@@ -500,20 +506,13 @@ class SlabInferer(Inferer):
             return prompts
         depth = ndimage.distance_transform_edt(np.pad(plane, 1))[1:-1, 1:-1]
         row, column = np.unravel_index(int(depth.argmax()), depth.shape)
-        coords, labels = prompts["point_coords"], prompts["point_labels"]
-        return {
-            **prompts,
-            "point_coords": torch.cat([coords, coords.new_tensor([row, column, z]).expand(1, 1, 1, 3)], dim=2),
-            "point_labels": torch.cat([labels, labels.new_ones(1, 1, 1)], dim=2),
-        }
+        return prompts.with_points(prompts.points.new_tensor([[[row, column, z]]]), prompts.labels.new_ones(1, 1))
 
-    def _decode(self, slabs: _Slabs, g: int, prompts: dict[str, Tensor]) -> Tensor:
+    def _decode(self, slabs: _Slabs, g: int, prompts: Prompts) -> Tensor:
         """Logits (S, K, H, W, slab depth) of the slabs of a group, where they are put together."""
-        group = slabs.groups[g]
         embeddings = slabs.embeddings(g)
-        own = {name: self._for_slabs(name, value, group).to(slabs.place) for name, value in prompts.items()}
-        if "masks" in prompts:
-            own["masks"] = torch.cat([prompts["masks"][..., s : s + slabs.depth] for s in group]).to(slabs.place)
+        prompts = prompts.to(slabs.place)
+        own = Prompts.batched([prompts.shift(start, slabs.depth) for start in slabs.groups[g]])
         with autocast(self.amp, slabs.place):
             logits = slabs.network.decode(embeddings.to(slabs.place), **own)
         height, width = slabs.volume.shape[2:4]
@@ -537,15 +536,6 @@ class SlabInferer(Inferer):
         seen = (total > 0).to(result.device)
         result /= torch.where(total > 0, total, torch.ones_like(total)).to(result.device)
         return result if bool(seen.all()) else torch.where(seen, result, torch.full_like(result, absent))
-
-    @staticmethod
-    def _for_slabs(name: str, value: Tensor, starts: list[int]) -> Tensor:
-        """Prompts of the volume as each slab counts its slices."""
-        if name in ("classes", "masks"):
-            return value
-        if name == "point_labels":
-            return value.expand(len(starts), -1, -1)
-        return torch.cat([relative_to_slice({name: value}, start)[name] for start in starts])
 
 
 class _Slabs:
@@ -586,24 +576,24 @@ class _Slabs:
         """The mirror image of a volume, or the volume of a mirror image."""
         return volume.flip([axis + 2 for axis in self.mirrored]) if self.mirrored else volume
 
-    def mirror_prompts(self, prompts: dict[str, Tensor]) -> dict[str, Tensor]:
+    def mirror_prompts(self, prompts: Prompts) -> Prompts:
         """Prompts of the volume as this image of it has them."""
         size = self.volume.shape[2:]
-        if self.mirrored and "masks" in prompts and (size[0] % self.network.stride or size[1] % self.network.stride):
+        uneven = size[0] % self.network.stride or size[1] % self.network.stride
+        if self.mirrored and prompts.masks is not None and uneven:
             raise ValueError(  # they cover the padding too, which lies at the end of a mirror image as well
                 f"mirror_axes with masks needs rows and columns in multiples of {self.network.stride}, got "
                 f"{tuple(size)}. Pad the volume and its masks, or leave mirror_axes empty."
             )
-        return mirror_prompts(prompts, self.mirrored, size)
+        return prompts.mirror(self.mirrored, size)
 
-    def holding(self, prompts: dict[str, Tensor]) -> list[int]:
+    def holding(self, prompts: Prompts) -> list[int]:
         """Groups that hold a click or a part of a box; the first one where none does."""
         slices: set[int] = set()
-        if "point_coords" in prompts:
-            used = prompts["point_labels"] >= 0
-            slices.update(int(z) for z in prompts["point_coords"][..., 2][used].round().tolist())
-        if "boxes" in prompts:
-            for box in prompts["boxes"].reshape(-1, 6).round().long().tolist():
+        if prompts.points is not None and prompts.labels is not None:
+            slices.update(int(z) for z in prompts.points[..., 2][prompts.labels >= 0].round().tolist())
+        if prompts.boxes is not None:
+            for box in prompts.boxes.round().long().tolist():
                 slices.update(range(box[2], box[5] + 1))
         last = self.volume.shape[4] - 1
         slices = {min(max(z, 0), last) for z in slices} or {0}

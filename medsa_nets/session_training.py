@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from medsa_nets.engines import PromptedIteration, VolumeIteration, as_earlier, call_through
 from medsa_nets.interaction.users import SimulatedUser
 from medsa_nets.networks import MedSA
-from medsa_nets.prompts import bounding_box, class_masks, jitter_box
+from medsa_nets.prompts import Prompts, bounding_box, class_masks, jitter_box
 
 STARTS = ("nothing", "automatic", "wrong", "box")
 
@@ -134,7 +135,7 @@ def run_session(
     """
     batch, sets, shape = target.shape[0], target.shape[1], tuple(target.shape[2:])
     masks = list(zip(target.flatten(0, 1), [source for source in places for _ in range(sets)]))
-    prompts: dict[str, Tensor] = {} if classes is None else {"classes": classes}
+    prompts = [Prompts(classes=classes)] * batch
     earlier: Tensor | None = None
     if start == "automatic":
         earlier = automatic.detach().float()
@@ -152,24 +153,21 @@ def run_session(
             else torch.zeros(2 * len(shape))
             for mask, source in masks
         ]
-        prompts["boxes"] = torch.stack([box.to(target.device) for box in boxes]).unflatten(0, (batch, sets))
+        corners = torch.stack([box.to(target.device) for box in boxes]).unflatten(0, (batch, sets))
+        prompts = [replace(one, boxes=own) for one, own in zip(prompts, corners)]
     out: list[tuple[Tensor, Tensor]] = []
     for number in range(answers):
         if start == "box" and number == 0:
-            logits = network.decode(embedding, **prompts)
+            logits = network.decode(embedding, **Prompts.batched(prompts))
             out.append((logits, torch.zeros_like(logits)))
             earlier = logits.detach()
             continue
         before = torch.zeros_like(target) if earlier is None else earlier > 0
         coords, labels = user.clicks(before, target, places)
-        if "point_coords" in prompts:
-            prompts["point_coords"] = torch.cat([prompts["point_coords"], coords.unsqueeze(2)], dim=2)
-            prompts["point_labels"] = torch.cat([prompts["point_labels"], labels.unsqueeze(2)], dim=2)
-        else:
-            prompts.update(point_coords=coords.unsqueeze(2), point_labels=labels.unsqueeze(2))
+        prompts = [one.with_points(*own) for one, *own in zip(prompts, coords.unsqueeze(2), labels.unsqueeze(2))]
         if earlier is not None:
-            prompts["masks"] = as_earlier(earlier, embedding)
-        logits = network.decode(embedding, **prompts)
+            prompts = [replace(one, masks=own) for one, own in zip(prompts, as_earlier(earlier, embedding))]
+        logits = network.decode(embedding, **Prompts.batched(prompts))
         out.append((logits, nearness(coords, labels, shape)))
         earlier = logits.detach()
     return out

@@ -15,6 +15,7 @@ from scipy.ndimage import binary_dilation, binary_erosion
 from torch import Tensor
 
 from medsa_nets.data.photographs import save_png
+from medsa_nets.prompts import Prompts
 
 LABEL_COLOUR, PREDICTION_COLOUR = (60, 220, 60), (255, 70, 40)
 POSITIVE_COLOUR, NEGATIVE_COLOUR, BOX_COLOUR = (0, 200, 255), (255, 0, 255), (255, 230, 0)
@@ -68,10 +69,10 @@ def overlay(
 
 
 def overlay_sample(
-    image: Tensor, *, prediction: Tensor | None = None, label: Tensor | None = None, prompts: dict[str, Tensor]
+    image: Tensor, *, prediction: Tensor | None = None, label: Tensor | None = None, prompts: Prompts
 ) -> Image.Image:
     """:func:`overlay` for one item of a batch: image (3, W, H), masks (1, W, H), prompts with K = 1."""
-    points, labels, boxes = (prompts.get(key) for key in ("point_coords", "point_labels", "boxes"))
+    points, labels, boxes = prompts.points, prompts.labels, prompts.boxes
     return overlay(
         np.asarray(image.cpu(), dtype=np.float32),
         prediction=None if prediction is None else np.asarray(prediction[0].cpu()) > 0.5,
@@ -87,7 +88,7 @@ def overlay_volume(
     logits: Tensor,
     *,
     label: Tensor | None = None,
-    prompts: dict[str, Tensor],
+    prompts: Prompts,
     height: int = 320,
 ) -> Image.Image:
     """Draw an axial, a coronal and a sagittal plane of a volume beside each other, as a radiologist sees them.
@@ -99,17 +100,15 @@ def overlay_volume(
         image: (C, X, Y, Z) in [0, 1], its axes to the right, to the front and to the head (RAS), with its spacing.
         logits: (K, X, Y, Z), one mask per class.
         label: (1, X, Y, Z) of 0 and 1 + class id.
-        prompts: ``point_coords`` (K, P, 3), ``point_labels`` (K, P), ``boxes`` (K, 6), indices of the volume.
+        prompts: of the volume; points and boxes are drawn.
         height: of the picture, in pixels: that of the tallest plane. All planes have one scale.
     """
     highest, index = logits.detach().cpu().max(dim=0)
     prediction = torch.where(highest > 0, index + 1, 0)
     truth = None if label is None else torch.as_tensor(label)[0].cpu()
-    points, labels = (prompts.get(key) for key in ("point_coords", "point_labels"))
-    points = torch.zeros(0, 3) if points is None else points.reshape(-1, 3).cpu().float()
-    labels = torch.zeros(0) if labels is None else labels.reshape(-1).cpu()
-    boxes = prompts.get("boxes")
-    boxes = torch.zeros(0, 6) if boxes is None else boxes.reshape(-1, 6).cpu().float()
+    points = torch.zeros(0, 3) if prompts.points is None else prompts.points.reshape(-1, 3).cpu().float()
+    labels = torch.zeros(0) if prompts.labels is None else prompts.labels.reshape(-1).cpu()
+    boxes = torch.zeros(0, 6) if prompts.boxes is None else prompts.boxes.cpu().float()
     size = torch.tensor(image.shape[1:])
     if bool((labels > 0).any()):
         centre = points[labels > 0][0]

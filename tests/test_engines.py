@@ -17,7 +17,6 @@ from torch import nn
 from medsa_nets import build_medsa
 from medsa_nets.backends import compile_for_training
 from medsa_nets.engines import (
-    PreparePromptBatch,
     PromptedIteration,
     VolumeIteration,
     answer_prompts,
@@ -29,7 +28,7 @@ from medsa_nets.engines import (
 from medsa_nets.inferers import PromptInferer
 from medsa_nets.losses import AnnotatedDiceCELoss
 from medsa_nets.precision import Precision
-from medsa_nets.prompts import PromptSampler
+from medsa_nets.prompts import Prompts, PromptSampler
 
 pytestmark = pytest.mark.usefixtures("small_base")
 SIZE = 64
@@ -368,32 +367,6 @@ def test_gradients_are_clipped_to_their_largest_norm(untrained, batch):
     assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3)
 
 
-def meta_batch(**more) -> dict:
-    return {"image": MetaTensor(torch.zeros(1, 3, 8, 8)), **more}
-
-
-def test_a_batch_without_label_and_prompts_is_prepared():
-    image, label, arguments, prompts = PreparePromptBatch()(meta_batch())
-    assert isinstance(image, MetaTensor)  # its transforms are inverted later
-    assert label is None
-    assert arguments == ()
-    assert prompts == {}
-
-
-@pytest.mark.parametrize(
-    "keys", [("boxes",), ("point_coords", "point_labels"), ("point_coords", "point_labels", "boxes")]
-)
-def test_label_and_prompts_are_prepared_without_metadata(keys):
-    given = {key: MetaTensor(torch.rand(1, 1, 4)) for key in keys}
-    label = torch.ones(1, 1, 8, 8)
-    _, found, _, prompts = PreparePromptBatch()(meta_batch(label=label, **given), "cpu")
-    assert torch.equal(found, label)
-    assert prompts.keys() == set(keys)
-    for key in keys:
-        assert not isinstance(prompts[key], MetaTensor)
-        assert torch.equal(prompts[key], given[key].as_tensor())
-
-
 def test_plain_takes_metadata_off_and_leaves_other_tensors_as_they_are():
     tensor = torch.rand(2)
     assert plain(tensor) is tensor
@@ -404,10 +377,10 @@ def test_plain_takes_metadata_off_and_leaves_other_tensors_as_they_are():
 @pytest.mark.parametrize("amp", [False, True])
 def test_the_inferer_hands_prompts_on_and_gives_single_precision(network, batch, amp):
     network.eval()
-    boxes = torch.tensor([[[16.0, 20.0, 39.0, 49.0]]])
+    prompts = Prompts(boxes=torch.tensor([[16.0, 20.0, 39.0, 49.0]]))
     with torch.no_grad():
-        logits = PromptInferer(amp)(MetaTensor(batch["image"]), network, boxes=boxes)
-        expected = network(batch["image"], boxes=boxes)
+        logits = PromptInferer(amp)(MetaTensor(batch["image"]), network, prompts=prompts)
+        expected = network(batch["image"], **prompts.arguments())
     assert logits.dtype == torch.float32
     assert logits.shape == (1, 1, SIZE, SIZE)
     scale = float(expected.abs().max())

@@ -31,7 +31,7 @@ from medsa_nets.handlers import (
 )
 from medsa_nets.inferers import PromptInferer
 from medsa_nets.precision import Amp, Precision
-from medsa_nets.prompts import PromptSampler
+from medsa_nets.prompts import Prompts, PromptSampler, with_prompts
 
 pytestmark = pytest.mark.usefixtures("small_base")
 
@@ -371,7 +371,8 @@ def sample_items(labels: bool = True) -> list[dict]:
     found = []
     for i in range(3):
         image = MetaTensor(torch.full((3, SIZE, 32), 0.5), meta={"filename_or_obj": f"/data/ISIC_{i}.jpg"})
-        found.append({"image": image, "point_coords": torch.tensor([[[50.0, 8.0]]]), "point_labels": torch.ones(1, 1)})
+        click = Prompts(points=torch.tensor([[[50.0, 8.0]]]), labels=torch.ones(1, 1))
+        found.append({"image": with_prompts(image, click)})
         if labels:
             found[-1]["label"] = torch.zeros(1, 2 * SIZE, 64)  # at the photograph's own size
             found[-1]["label"][:, 8:40, 10:30] = 1

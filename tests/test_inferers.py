@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
-from monai.data import MetaTensor
+from monai.data import MetaTensor, list_data_collate
 from monai.inferers import SlidingWindowInferer
 
 from medsa_nets.bases import build_medsa
@@ -17,7 +18,7 @@ from medsa_nets.inferers import (
     shared_cache,
     tensor_sha256,
 )
-from medsa_nets.prompts import mirror_prompts
+from medsa_nets.prompts import Prompts, with_prompts
 
 pytestmark = pytest.mark.usefixtures("small_base")
 
@@ -42,8 +43,9 @@ def no_gradients():
         yield
 
 
-def click(z: float = 1.0) -> dict[str, torch.Tensor]:
-    return {"point_coords": torch.tensor([[[[20.0, 30.0, z]]]]), "point_labels": torch.ones(1, 1, 1)}
+def click(z: float = 1.0, classes: list[int] | None = None) -> Prompts:
+    named = None if classes is None else torch.tensor(classes)
+    return Prompts(points=torch.tensor([[[20.0, 30.0, z]]]), labels=torch.ones(1, 1), classes=named)
 
 
 def count_encodings(network, function) -> int:
@@ -67,9 +69,10 @@ def test_slabs_give_what_one_pass_gives_where_slices_do_not_see_each_other(flat,
 def test_a_volume_within_one_slab_is_one_pass(network, depth):
     image = torch.rand(2, 1, 32, 32, depth)
     torch.testing.assert_close(SlabInferer(slab_depth=6)(image, network), network(image), atol=1e-5, rtol=1e-5)
-    prompts = {name: value.expand(2, *value.shape[1:]) for name, value in click(0.0).items()}
-    expected = network(image, **prompts)
-    torch.testing.assert_close(SlabInferer(slab_depth=6)(image, network, **prompts), expected, atol=1e-5, rtol=1e-5)
+    prompts = [click(0.0)] * 2
+    expected = network(image, **Prompts.batched(prompts))
+    found = SlabInferer(slab_depth=6)(image, network, prompts=prompts)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("depth", "slab", "overlap"), [(10, 4, 0.5), (11, 4, 0.25), (1000, 16, 0.25), (17, 16, 0.9)])
@@ -80,23 +83,22 @@ def test_slabs_cover_every_slice_and_end_with_the_volume(depth, slab, overlap):
     assert starts == sorted(set(starts))
 
 
-@pytest.mark.parametrize("prompts", [{}, click(5.0), {"boxes": torch.tensor([[[4.0, 5, 2, 20, 25, 6]]])}])
+@pytest.mark.parametrize("prompts", [Prompts(), click(5.0), Prompts(boxes=torch.tensor([[4.0, 5, 2, 20, 25, 6]]))])
 def test_results_do_not_depend_on_how_many_slabs_are_computed_at_once(network, prompts):
     image = torch.rand(1, 1, 32, 32, 11)
-    one = SlabInferer(slab_depth=4, overlap=0.5, sw_batch_size=1)(image, network, **prompts)
+    one = SlabInferer(slab_depth=4, overlap=0.5, sw_batch_size=1)(image, network, prompts=prompts)
     for size in (2, 3, 16):
-        many = SlabInferer(slab_depth=4, overlap=0.5, sw_batch_size=size)(image, network, **prompts)
+        many = SlabInferer(slab_depth=4, overlap=0.5, sw_batch_size=size)(image, network, prompts=prompts)
         torch.testing.assert_close(many, one, atol=1e-4, rtol=1e-4)
 
 
 def test_clicks_are_counted_from_the_first_slice_of_each_slab(flat):
     image = torch.rand(1, 1, 32, 32, 9)
-    found = SlabInferer(slab_depth=4, overlap=0.0)(image, flat, **click(6.0))
-    torch.testing.assert_close(found, flat(image, **click(6.0)), atol=1e-4, rtol=1e-4)
-    box = {"boxes": torch.tensor([[[4.0, 5, 3, 20, 25, 6]]])}
-    torch.testing.assert_close(
-        SlabInferer(slab_depth=4, overlap=0.0)(image, flat, **box), flat(image, **box), atol=1e-4, rtol=1e-4
-    )
+    found = SlabInferer(slab_depth=4, overlap=0.0)(image, flat, prompts=click(6.0))
+    torch.testing.assert_close(found, flat(image, **click(6.0).arguments()), atol=1e-4, rtol=1e-4)
+    box = Prompts(boxes=torch.tensor([[4.0, 5, 3, 20, 25, 6]]))
+    found = SlabInferer(slab_depth=4, overlap=0.0)(image, flat, prompts=box)
+    torch.testing.assert_close(found, flat(image, **box.arguments()), atol=1e-4, rtol=1e-4)
 
 
 def test_any_size_in_plane_is_padded_and_cut_again(network):
@@ -111,20 +113,20 @@ def test_each_slab_is_encoded_once_whatever_the_prompts(network):
     image = torch.rand(1, 1, 32, 32, 10)
     inferer = SlabInferer(slab_depth=4, overlap=0.5)
     slabs = len(inferer.starts(10))
-    many = {"point_coords": torch.rand(1, 5, 1, 3) * 10, "point_labels": torch.ones(1, 5, 1)}
-    for prompts in ({}, click(), many):
-        assert count_encodings(network, lambda p=prompts: inferer(image, network, **p)) == slabs
+    many = Prompts(points=torch.rand(5, 1, 3) * 10, labels=torch.ones(5, 1))
+    for prompts in (Prompts(), click(), many):
+        assert count_encodings(network, lambda p=prompts: inferer(image, network, prompts=p)) == slabs
 
 
 def test_a_second_click_runs_the_decoder_alone_and_gives_the_same_bit_for_bit(network):
     image = MetaTensor(torch.rand(1, 1, 32, 32, 10))
     cached = SlabInferer(slab_depth=4, overlap=0.5, sw_batch_size=2, cache=EmbeddingCache())
     fresh = SlabInferer(slab_depth=4, overlap=0.5, sw_batch_size=2)
-    first = cached(image, network, **click(1.0))
-    assert torch.equal(first, fresh(image, network, **click(1.0)))
+    first = cached(image, network, prompts=click(1.0))
+    assert torch.equal(first, fresh(image, network, prompts=click(1.0)))
     results = []
-    assert count_encodings(network, lambda: results.append(cached(image, network, **click(7.0)))) == 0
-    assert torch.equal(results[0], fresh(image, network, **click(7.0)))
+    assert count_encodings(network, lambda: results.append(cached(image, network, prompts=click(7.0)))) == 0
+    assert torch.equal(results[0], fresh(image, network, prompts=click(7.0)))
     assert torch.equal(cached(image, network), fresh(image, network))
     assert (cached.cache.hits, cached.cache.misses) == (2, 1)
 
@@ -202,9 +204,9 @@ def test_wrong_networks_and_volumes_are_named(network):
         SlabInferer()(torch.rand(1, 1, 8, 8), network)
 
 
-def two_clicks() -> dict[str, torch.Tensor]:
-    points = torch.tensor([[[[20.0, 30.0, 1.0]], [[5.0, 8.0, 9.0]]]])
-    return {"point_coords": points, "point_labels": torch.ones(1, 2, 1), "classes": torch.tensor([0, 2])}
+def two_clicks() -> Prompts:
+    points = torch.tensor([[[20.0, 30.0, 1.0]], [[5.0, 8.0, 9.0]]])
+    return Prompts(points=points, labels=torch.ones(2, 1), classes=torch.tensor([0, 2]))
 
 
 @pytest.fixture(scope="module")
@@ -217,20 +219,31 @@ def three(perturb_adapters):
 def test_prompts_that_travel_with_the_volume_are_taken(network):
     image = MetaTensor(torch.rand(1, 1, 32, 32, 5))
     inferer = SlabInferer(slab_depth=4)
-    expected = inferer(image, network, **click(), classes=torch.tensor([1]))
-    image.meta["prompts"] = {**{key: value[0] for key, value in click().items()}, "classes": torch.tensor([1])}
+    expected = inferer(image, network, prompts=click(classes=[1]))
+    image = with_prompts(image[0], click(classes=[1]))[None]
     assert torch.equal(inferer(image, network), expected)
     assert not torch.equal(inferer(image.as_tensor(), network), expected)
+    assert torch.equal(inferer(image, network, prompts=Prompts()), inferer(image.as_tensor(), network))
+
+
+def test_each_volume_of_a_batch_is_answered_by_its_own_prompts(network):
+    images = MetaTensor(torch.rand(2, 1, 32, 32, 5))
+    inferer = SlabInferer(slab_depth=4)
+    items = [with_prompts(MetaTensor(image), click(z)) for image, z in zip(images.as_tensor(), (1.0, 4.0))]
+    found = inferer(list_data_collate(items), network)
+    assert torch.equal(found, torch.cat([inferer(item[None], network) for item in items]))
+    with pytest.raises(ValueError, match="each of 2 images, got them for 1"):
+        inferer(images, network, prompts=click())
 
 
 def test_classes_without_prompt_stay_as_the_automatic_pass_gave_them(three):
     image = torch.rand(1, 1, 32, 32, 11)
     plain = SlabInferer(slab_depth=4)
     automatic = plain(image, three)
-    clicked = plain(image, three, **two_clicks())
+    clicked = plain(image, three, prompts=two_clicks())
     cache = EmbeddingCache()
     inferer = SlabInferer(slab_depth=4, every_class=True, others="automatic", cache=cache)
-    found = inferer(image, three, **two_clicks())
+    found = inferer(image, three, prompts=two_clicks())
     assert torch.equal(found[:, 1], automatic[:, 1])
     assert torch.equal(found[:, [0, 2]] > 0, clicked > 0)
     taken = (clicked > 0).any(dim=1)
@@ -238,14 +251,16 @@ def test_classes_without_prompt_stay_as_the_automatic_pass_gave_them(three):
     assert not taken.all()
     assert torch.equal(found.argmax(dim=1)[taken], torch.tensor([0, 2])[clicked.argmax(dim=1)][taken])
     assert torch.equal(inferer(image, three), automatic)
-    assert count_encodings(three, lambda: inferer(image, three, **two_clicks())) == 0
-    assert torch.equal(inferer(image, three, **two_clicks()), found)
+    assert count_encodings(three, lambda: inferer(image, three, prompts=two_clicks())) == 0
+    assert torch.equal(inferer(image, three, prompts=two_clicks()), found)
 
 
 @pytest.mark.parametrize("spread", [False, True])
 def test_classes_alone_are_segmented_automatically_in_their_channels(three, spread):
     image = torch.rand(1, 1, 32, 32, 6)
-    found = SlabInferer(slab_depth=4, every_class=True, spread=spread)(image, three, classes=torch.tensor([0, 2]))
+    found = SlabInferer(slab_depth=4, every_class=True, spread=spread)(
+        image, three, prompts=Prompts(classes=torch.tensor([0, 2]))
+    )
     expected = SlabInferer(slab_depth=4)(image, three)
     torch.testing.assert_close(found[:, [0, 2]], expected[:, [0, 2]], atol=1e-4, rtol=1e-4)
     assert (found[:, 1] == -20.0).all()
@@ -266,7 +281,7 @@ def test_a_prompt_spreads_from_its_slab_as_far_as_its_mask():
     network.decode = decode
     inferer = SlabInferer(slab_depth=4, overlap=0.25, spread=True)
     assert inferer.starts(23) == [0, 3, 6, 9, 12, 15, 18, 19]
-    found = inferer(image, network, **click(8.0))
+    found = inferer(image, network, prompts=click(8.0))
     assert sorted(decoded) == [3, 6, 9, 12]
     positive = (found > 0)[0, 0].any(0).any(0)
     assert positive.nonzero().flatten().tolist() == list(range(5, 13))
@@ -292,7 +307,7 @@ def test_the_next_slab_gets_a_click_in_the_middle_of_the_mask_where_the_two_meet
     network = build_medsa("small", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
     network.decode = decode
     inferer = SlabInferer(slab_depth=4, overlap=overlap, spread=True)
-    found = inferer(image, network, **click(8.0))
+    found = inferer(image, network, prompts=click(8.0))
     user = asked[next(first for first, clicks in asked.items() if len(clicks) == 1)][0]
     for first, (own, *handed_on) in asked.items():
         assert own == user
@@ -333,11 +348,11 @@ def test_a_mask_that_leaves_its_organ_goes_on_no_further_than_the_automatic_one(
 
     network = build_medsa("small", pretrained=False, spatial_dims=3, num_classes=2, adapter_dim=8).eval()
     network.encode_image, network.decode = (lambda slab: slab), decode
-    prompts = {**click(8.0), "classes": torch.tensor([1])}
+    prompts = click(8.0, [1])
 
     def slices(**settings):
         found = SlabInferer(slab_depth=4, overlap=0.25, spread=True, every_class=True, **settings)(
-            image, network, **prompts
+            image, network, prompts=prompts
         )
         return (found[0, 1] > 0).any(0).any(0).nonzero().flatten().tolist()
 
@@ -347,10 +362,10 @@ def test_a_mask_that_leaves_its_organ_goes_on_no_further_than_the_automatic_one(
 
 def test_spreading_is_the_whole_answer_where_the_mask_spans_the_volume(network):
     image = torch.rand(1, 1, 32, 32, 11)
-    box = {"boxes": torch.tensor([[[0.0, 0, 0, 31, 31, 10]]])}
+    box = Prompts(boxes=torch.tensor([[0.0, 0, 0, 31, 31, 10]]))
     torch.testing.assert_close(
-        SlabInferer(slab_depth=4, spread=True)(image, network, **box),
-        SlabInferer(slab_depth=4)(image, network, **box),
+        SlabInferer(slab_depth=4, spread=True)(image, network, prompts=box),
+        SlabInferer(slab_depth=4)(image, network, prompts=box),
     )
 
 
@@ -358,11 +373,11 @@ def test_after_a_spreading_click_the_whole_study_is_encoded(three):
     image = torch.rand(1, 1, 32, 32, 20)
     inferer = SlabInferer(slab_depth=4, overlap=0.0, spread=True, every_class=True, cache=EmbeddingCache())
     fresh = SlabInferer(slab_depth=4, overlap=0.0, spread=True, every_class=True)
-    assert torch.equal(inferer(image, three, **two_clicks()), fresh(image, three, **two_clicks()))
-    far = {**two_clicks(), "point_coords": torch.tensor([[[[9.0, 9.0, 19.0]], [[5.0, 8.0, 15.0]]]])}
+    assert torch.equal(inferer(image, three, prompts=two_clicks()), fresh(image, three, prompts=two_clicks()))
+    far = replace(two_clicks(), points=torch.tensor([[[9.0, 9.0, 19.0]], [[5.0, 8.0, 15.0]]]))
     results = []
-    assert count_encodings(three, lambda: results.append(inferer(image, three, **far))) == 0
-    assert torch.equal(results[0], fresh(image, three, **far))
+    assert count_encodings(three, lambda: results.append(inferer(image, three, prompts=far))) == 0
+    assert torch.equal(results[0], fresh(image, three, prompts=far))
 
 
 def test_what_an_older_adapter_computed_is_dropped(three, perturb_adapters):
@@ -382,13 +397,13 @@ def test_what_an_older_adapter_computed_is_dropped(three, perturb_adapters):
 
 def test_users_who_click_at_once_get_what_each_would_get_alone(three):
     images = [torch.rand(1, 1, 32, 32, 9) for _ in range(3)]
-    alone = [SlabInferer(slab_depth=4)(image, three, **click()) for image in images]
+    alone = [SlabInferer(slab_depth=4)(image, three, prompts=click()) for image in images]
     room = 3 * 3 * 4 * 256 * 64 * 4 * 2 // 3  # for two of three volumes
     inferer = SlabInferer(slab_depth=4, cache=EmbeddingCache(max_bytes=room))
 
     def ask(i: int) -> bool:
         with torch.no_grad():
-            return torch.equal(inferer(images[i % 3], three, **click()), alone[i % 3])
+            return torch.equal(inferer(images[i % 3], three, prompts=click()), alone[i % 3])
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(ask, range(24)))
@@ -418,16 +433,21 @@ def test_a_network_in_training_mode_answers_anew_each_time(network):
 @pytest.mark.parametrize("axes", [[0], [1, 2], [0, 1, 2]])
 @pytest.mark.parametrize(
     "prompts",
-    [{}, click(7.0), {"boxes": torch.tensor([[[4.0, 5, 2, 20, 25, 6]]])}, {"masks": torch.randn(1, 1, 32, 32, 10)}],
+    [
+        Prompts(),
+        click(7.0),
+        Prompts(boxes=torch.tensor([[4.0, 5, 2, 20, 25, 6]])),
+        Prompts(masks=torch.randn(1, 32, 32, 10)),
+    ],
 )
 def test_a_mirrored_volume_with_mirrored_prompts_has_the_mirrored_masks(network, axes, prompts):
     image = torch.rand(1, 1, 32, 32, 10)
     dims = [axis + 2 for axis in axes]
     inferer = SlabInferer(slab_depth=4, overlap=0.5, mirror_axes=axes)  # its slabs lie alike from both ends
-    found = inferer(image, network, **prompts)
-    images = inferer(image.flip(dims), network, **mirror_prompts(prompts, axes, image.shape[2:]))
+    found = inferer(image, network, prompts=prompts)
+    images = inferer(image.flip(dims), network, prompts=prompts.mirror(axes, image.shape[2:]))
     torch.testing.assert_close(images.flip(dims), found, atol=1e-4, rtol=1e-4)
-    alone = SlabInferer(slab_depth=4, overlap=0.5)(image, network, **prompts)
+    alone = SlabInferer(slab_depth=4, overlap=0.5)(image, network, prompts=prompts)
     assert (alone - found).abs().max() > 1e-3
 
 
@@ -437,7 +457,7 @@ def test_mirror_images_have_embeddings_of_their_own(network):
     for key in (None, "volume"):
         first = []
         assert count_encodings(network, lambda k=key, f=first: f.append(inferer(image, network, image_key=k))) == 4
-        assert count_encodings(network, lambda k=key: inferer(image, network, image_key=k, **click())) == 0
+        assert count_encodings(network, lambda k=key: inferer(image, network, image_key=k, prompts=click())) == 0
         assert torch.equal(inferer(image, network, image_key=key), first[0])
 
 
@@ -448,16 +468,16 @@ def test_axes_that_a_volume_does_not_have_are_refused(axes):
 
 
 def test_masks_that_cover_padding_are_not_mirrored(network):
-    masks = torch.randn(1, 1, 32, 32, 4)
+    prompts = Prompts(masks=torch.randn(1, 32, 32, 4))
     with pytest.raises(ValueError, match=r"multiples of 4, got \(30, 32, 4\). Pad the volume"):
-        SlabInferer(slab_depth=4, mirror_axes=[0])(torch.rand(1, 1, 30, 32, 4), network, masks=masks)
+        SlabInferer(slab_depth=4, mirror_axes=[0])(torch.rand(1, 1, 30, 32, 4), network, prompts=prompts)
 
 
 def test_the_mean_over_mirror_images_leaves_other_classes_as_they_are(network):
     image = torch.rand(1, 1, 32, 32, 10)
     settings = {"slab_depth": 4, "every_class": True, "others": "automatic", "spread": True}
     inferer = SlabInferer(**settings, mirror_axes=[0], cache=EmbeddingCache())
-    found = inferer(image, network, **click(7.0), classes=torch.tensor([1]))
+    found = inferer(image, network, prompts=click(7.0, [1]))
     torch.testing.assert_close(found[:, 0], inferer(image, network)[:, 0], atol=0, rtol=0)
 
 
@@ -470,26 +490,25 @@ def session_network(small_base):
     return network
 
 
-def _clicks(*labels):
-    coords = torch.tensor([[[[9.0, 9.0], [40.0, 20.0], [20.0, 50.0]]]])[:, :, : len(labels)]
-    return {"point_coords": coords, "point_labels": torch.tensor([[list(labels)]]).float()}
+def _clicks(*labels, classes=None):
+    points = torch.tensor([[[9.0, 9.0], [40.0, 20.0], [20.0, 50.0]]])[:, : len(labels)]
+    return Prompts(points=points, labels=torch.tensor([list(labels)]).float(), classes=classes)
 
 
 @pytest.mark.parametrize("classes", [None, torch.tensor([0])])
 def test_clicks_on_an_image_are_answered_one_after_the_other_and_obeyed(session_network, classes):
     image, network = torch.rand(1, 3, 64, 64), session_network
-    named = {} if classes is None else {"classes": classes}
     with torch.no_grad():
-        found = PromptInferer()(image, network, **_clicks(1, 0, 1), **named)
+        found = PromptInferer()(image, network, prompts=_clicks(1, 0, 1, classes=classes))
         embedding = network.encode_image(image)
         earlier = None if classes is None else network.decode(embedding)
         for number in (1, 2, 3):
-            clicks = _clicks(*[1, 0, 1][:number])
-            masks = {} if earlier is None else {"masks": as_earlier(earlier, embedding)}
-            logits = network.decode(embedding, **clicks, **named, **masks)
+            clicks = _clicks(*[1, 0, 1][:number], classes=classes)
+            before = None if earlier is None else as_earlier(earlier, embedding)[0]
+            logits = network.decode(embedding, **replace(clicks, masks=before).arguments())
             if earlier is not None:
                 logits = torch.minimum(logits, earlier) if number == 2 else torch.maximum(logits, earlier)
-            earlier = obey(logits, image, *clicks.values())
+            earlier = obey(logits, image, [clicks])
     torch.testing.assert_close(found, earlier)
     assert [bool(found[0, 0, y, x] > 0) for y, x in ((9, 9), (40, 20), (20, 50))] == [True, False, True]
 
@@ -497,7 +516,7 @@ def test_clicks_on_an_image_are_answered_one_after_the_other_and_obeyed(session_
 def test_a_padding_click_changes_no_answer(session_network):
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        two, three = (PromptInferer()(image, session_network, **_clicks(1, 0, *more)) for more in ((), (-1,)))
+        two, three = (PromptInferer()(image, session_network, prompts=_clicks(1, 0, *more)) for more in ((), (-1,)))
     assert torch.equal(two, three)
 
 
@@ -505,4 +524,5 @@ def test_clicks_go_to_the_decoder_at_once_where_the_branch_is_not_trained(small_
     network = build_medsa(small_base, pretrained=False, click_feedback=True).eval()
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(PromptInferer()(image, network, **_clicks(1, 0)), network(image, **_clicks(1, 0)))
+        found = PromptInferer()(image, network, prompts=_clicks(1, 0))
+        assert torch.equal(found, network(image, **_clicks(1, 0).arguments()))

@@ -6,6 +6,7 @@ import torch
 from monai.data import MetaTensor
 from PIL import Image
 
+from medsa_nets.prompts import Prompts
 from medsa_nets.visualize import (
     BOX_COLOUR,
     LABEL_COLOUR,
@@ -96,11 +97,11 @@ def test_boxes_are_drawn_at_their_corners(image):
 
 def test_a_sample_of_tensors_gives_the_picture_of_its_arrays(image):
     prediction, label = rectangle(20, 10, 59, 39), rectangle(30, 10, 50, 45)
-    prompts = {
-        "point_coords": torch.tensor([[[10.0, 40.0]]]),
-        "point_labels": torch.tensor([[1.0]]),
-        "boxes": torch.tensor([[12.0, 5.0, 70.0, 44.0]]),
-    }
+    prompts = Prompts(
+        points=torch.tensor([[[10.0, 40.0]]]),
+        labels=torch.tensor([[1.0]]),
+        boxes=torch.tensor([[12.0, 5.0, 70.0, 44.0]]),
+    )
     picture = overlay_sample(
         torch.from_numpy(image),
         prediction=torch.from_numpy(prediction)[None].float(),
@@ -116,7 +117,7 @@ def test_a_sample_of_tensors_gives_the_picture_of_its_arrays(image):
         boxes=np.array([[12, 5, 70, 44]]),
     )
     assert np.array_equal(np.asarray(picture), np.asarray(expected))
-    bare = overlay_sample(torch.from_numpy(image), prompts={})
+    bare = overlay_sample(torch.from_numpy(image), prompts=Prompts())
     assert np.array_equal(np.asarray(bare), np.asarray(overlay(image)))
 
 
@@ -139,7 +140,7 @@ def volume(shape=(40, 30, 20), spacing=(1.0, 1.0, 2.0)) -> MetaTensor:
 
 def test_three_planes_meet_in_the_click_as_a_radiologist_sees_them():
     image = volume()
-    prompts = {"point_coords": torch.tensor([[[10.0, 5.0, 15.0]]]), "point_labels": torch.ones(1, 1)}
+    prompts = Prompts(points=torch.tensor([[[10.0, 5.0, 15.0]]]), labels=torch.ones(1, 1))
     page = overlay_volume(image, torch.full((2, 40, 30, 20), -1.0), prompts=prompts, height=120)
     # planes of 40 x 30, 40 x 20 and 30 x 20 voxels, of 40 x 30, 40 x 40 and 30 x 40 mm, all at 3 pixels per mm
     widths, heights = [120, 120, 90], [90, 120, 120]
@@ -160,7 +161,7 @@ def test_volumes_show_masks_of_every_class_and_boxes_of_their_plane():
     label = torch.zeros(1, 40, 30, 20)
     label[0, 25:35, 15:25, 5:10] = 2
     box = torch.tensor([[5.0, 5.0, 5.0, 9.0, 9.0, 9.0]])
-    page = overlay_volume(image, logits, label=label, prompts={"boxes": box}, height=120)
+    page = overlay_volume(image, logits, label=label, prompts=Prompts(boxes=box), height=120)
     for colour in (PREDICTION_COLOUR, LABEL_COLOUR, BOX_COLOUR):
         assert len(places(page, colour)) > 50
     # two classes side by side keep an outline between them
@@ -169,7 +170,7 @@ def test_volumes_show_masks_of_every_class_and_boxes_of_their_plane():
     border = round(120 * (1 - 10 / 40))
     assert any(tuple(row[x]) == PREDICTION_COLOUR for x in range(border - 3, border + 3))
     # a few slices of a wide volume make a low picture, not an endless one
-    thin = overlay_volume(volume((60, 40, 3)), torch.full((1, 60, 40, 3), -1.0), prompts={}, height=120)
+    thin = overlay_volume(volume((60, 40, 3)), torch.full((1, 60, 40, 3), -1.0), prompts=Prompts(), height=120)
     assert thin.size == (3 * (60 + 60 + 40) + 8, 120)
-    nothing = overlay_volume(image, torch.full((1, 40, 30, 20), -1.0), prompts={}, height=60)
+    nothing = overlay_volume(image, torch.full((1, 40, 30, 20), -1.0), prompts=Prompts(), height=60)
     assert len(places(nothing, PREDICTION_COLOUR)) == 0

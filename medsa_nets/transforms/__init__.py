@@ -1,6 +1,6 @@
 """MONAI transforms for masks, prompts and volumes."""
 
-from medsa_nets.transforms.clicks import PromptsInMetad, ReadClicksd, prompts_of
+from medsa_nets.transforms.clicks import ReadClicksd
 from medsa_nets.transforms.masks import BinarizeMaskd
 from medsa_nets.transforms.overlays import SaveOverlayd, SaveVolumeOverlayd
 from medsa_nets.transforms.prompts import (
@@ -31,7 +31,6 @@ __all__ = [
     "LoadImageVolumed",
     "MasksToSourceLabeld",
     "MatchOrientationd",
-    "PromptsInMetad",
     "PromptsToNetworkd",
     "ReadClassPromptsd",
     "ReadClicksd",
@@ -42,7 +41,6 @@ __all__ = [
     "SaveVolumeOverlayd",
     "SpacingBesidePathsd",
     "all_classes",
-    "prompts_of",
     "to_source_grid",
     "to_tensor_grid",
 ]

@@ -1,4 +1,4 @@
-"""Clicks of an annotation tool (MONAI Label's requests) as prompts, and prompts that travel with their image."""
+"""Clicks of an annotation tool (MONAI Label's requests) as prompts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from monai.transforms import Transform
-from torch import Tensor
 
-from medsa_nets.prompts import join_prompts
+from medsa_nets.prompts import Prompts, with_prompts
 
 logger = logging.getLogger(__name__)
-PROMPT_META = "prompts"
 
 
 class ReadClicksd(Transform):
@@ -45,7 +43,7 @@ class ReadClicksd(Transform):
         self.result_key = result_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Add ``point_coords`` (K, P, dims), ``point_labels`` (K, P) and ``classes`` (K,)."""
+        """Add the points of the clicked classes to the image, and what could not be used to the reply."""
         out = dict(data)
         shape = tuple(int(n) for n in out[self.image_key].shape[1:])
         messages: list[str] = []
@@ -64,7 +62,8 @@ class ReadClicksd(Transform):
                 messages.append(f"label: expected the class that is clicked on, one of {', '.join(self.classes)}.")
             else:
                 positive[focus] = positive.get(focus, []) + unnamed
-        out.update(self._prompts(positive, negative, focus))
+        if positive:
+            out[self.image_key] = with_prompts(out[self.image_key], self._prompts(positive, negative, focus))
         if messages:
             for message in messages:
                 logger.warning(message)
@@ -101,19 +100,15 @@ class ReadClicksd(Transform):
         return inside
 
     @staticmethod
-    def _prompts(
-        positive: Mapping[int, list[list[float]]], negative: list[list[float]], focus: int | None
-    ) -> dict[str, Tensor]:
-        if not positive:
-            return {}
+    def _prompts(positive: Mapping[int, list[list[float]]], negative: list[list[float]], focus: int | None) -> Prompts:
         sets = []
         for index in sorted(positive):
             clicks = positive[index]
             against = negative if focus not in positive or index == focus else []
             points = torch.tensor(clicks + against, dtype=torch.float32)
             labels = torch.tensor([1.0] * len(clicks) + [0.0] * len(against))
-            sets.append({"point_coords": points[None], "point_labels": labels[None]})
-        return {**join_prompts(sets), "classes": torch.tensor(sorted(positive))}
+            sets.append(Prompts(points=points[None], labels=labels[None], classes=torch.tensor([index])))
+        return Prompts.join(sets)
 
 
 def _is_position(value: Any) -> bool:
@@ -125,30 +120,3 @@ def _is_position(value: Any) -> bool:
 def _is_list(value: Any) -> bool:
     """Whether a value looks like a list of clicks."""
     return isinstance(value, list) and bool(value) and all(_is_position(v) and 2 <= len(v) <= 3 for v in value)
-
-
-class PromptsInMetad(Transform):
-    """Put prompts into the image's meta data, so that an inferer that is handed the image alone finds them.
-
-    MONAI Label calls ``inferer(image, network)``. Place it last, behind
-    :class:`~medsa_nets.transforms.PromptsToNetworkd`.
-
-    Args:
-        image_key: key of the image, a :class:`monai.data.MetaTensor`.
-    """
-
-    def __init__(self, image_key: str = "image") -> None:
-        self.image_key = image_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Set ``image.meta["prompts"]``: the prompts of this image, without a batch axis."""
-        out = dict(data)
-        keys = ("point_coords", "point_labels", "boxes", "classes")
-        out[self.image_key].meta[PROMPT_META] = {key: out[key] for key in keys if key in out}
-        return out
-
-
-def prompts_of(image: Tensor) -> dict[str, Tensor]:
-    """Prompts that travel with an image (1, C, spatial…), as the network takes them: with a batch axis."""
-    kept = getattr(image, "meta", {}).get(PROMPT_META) or {}
-    return {key: value if key == "classes" else value[None] for key, value in kept.items()}

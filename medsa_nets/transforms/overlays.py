@@ -15,8 +15,8 @@ from PIL import Image
 
 from medsa_nets.data.photographs import PhotographReader, save_png
 from medsa_nets.data.volumes import volume_id
-from medsa_nets.prompts import PROMPT_KEYS
-from medsa_nets.transforms.prompts import to_source_grid
+from medsa_nets.prompts import prompts_of
+from medsa_nets.transforms.prompts import tensor_to_source
 from medsa_nets.visualize import overlay_sample, overlay_volume
 
 
@@ -66,15 +66,11 @@ class SaveOverlayd(MapTransform):
         """The picture of the mask under ``key``."""
         image = data[self.image_key]
         array, _ = self.reader.get_data(self.reader.read(Path(str(image.meta["filename_or_obj"]))))
-        prompts = {k: torch.as_tensor(data[k]) for k in PROMPT_KEYS if k in data}
-        for name in prompts.keys() & {"point_coords", "boxes"}:
-            shape = prompts[name].shape
-            prompts[name] = to_source_grid(prompts[name].reshape(-1, 2).cpu(), image).reshape(shape)
         return overlay_sample(
             torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1) / 255.0,
             prediction=torch.as_tensor(data[key]),
             label=torch.as_tensor(data[self.label_key]) if self.label_key else None,
-            prompts=prompts,
+            prompts=prompts_of(image).through(tensor_to_source(image)),
         )
 
 
@@ -101,5 +97,4 @@ class SaveVolumeOverlayd(SaveOverlayd):
         label = data.get(self.label_key) if self.label_key else None
         if label is not None:
             label = F.interpolate(torch.as_tensor(label)[None].float(), size=image.shape[1:])[0]
-        prompts = {k: torch.as_tensor(data[k]) for k in PROMPT_KEYS if k in data}
-        return overlay_volume(image, torch.as_tensor(data[key]), label=label, prompts=prompts)
+        return overlay_volume(image, torch.as_tensor(data[key]), label=label, prompts=prompts_of(image))

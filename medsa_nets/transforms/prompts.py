@@ -1,10 +1,14 @@
-"""Prompts as dictionary transforms: drawn from a label, read from a file, and carried to the network's grid."""
+"""Prompts as dictionary transforms: drawn from a label, read from a file, and carried to the network's grid.
+
+They travel with the image (:mod:`medsa_nets.prompts.images`).
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from torch import Tensor
 
 from medsa_nets.data.dataset import stable_seed
 from medsa_nets.errors import DataError
-from medsa_nets.prompts import protocol_prompts
+from medsa_nets.prompts import Prompts, prompts_of, protocol_prompts, transform_positions, with_prompts
 
 
 class SamplePromptsd(MapTransform):
@@ -36,12 +40,15 @@ class SamplePromptsd(MapTransform):
         self.seed = seed
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Add ``point_coords`` and ``point_labels``, or ``boxes``, in the label's grid."""
+        """Add points or a box to the image, in the label's grid."""
         out = dict(data)
         for key in self.key_iterator(out):
-            mask = torch.as_tensor(out[key])[0] > 0.5
-            out.update(protocol_prompts(mask, self.prompt, self.generator(out)))
+            out[self.image_key] = with_prompts(out[self.image_key], self.draw(out, torch.as_tensor(out[key])[0]))
         return out
+
+    def draw(self, data: Mapping[Hashable, Any], label: Tensor) -> Prompts:
+        """The prompts for a label (spatial…) of an item."""
+        return protocol_prompts(label > 0.5, self.prompt, self.generator(data))
 
     def generator(self, data: Mapping[Hashable, Any]) -> torch.Generator:
         """Source of randomness that depends on the seed and the image's file name alone."""
@@ -76,8 +83,11 @@ class ReadPromptsd(MapTransform):
         out = dict(data)
         image = out[self.image_key]
         name = os.path.basename(str(image.meta.get("filename_or_obj", "")))
-        if name in self.table:
-            out.update(parse_prompts(self.table[name], tuple(image.shape[1:]), f"prompts {self.path}, {name}"))
+        if self.table:  # images of a batch carry prompts all or none
+            prompts = Prompts()
+            if name in self.table:
+                prompts = parse_prompts(self.table[name], tuple(image.shape[1:]), f"prompts {self.path}, {name}")
+            out[self.image_key] = with_prompts(image, prompts)
         return out
 
 
@@ -94,9 +104,9 @@ def read_prompt_table(path: str | Path | None) -> dict[str, Any]:
     return table
 
 
-def parse_prompts(entry: Any, shape: tuple[int, ...], source: str) -> dict[str, Tensor]:
+def parse_prompts(entry: Any, shape: tuple[int, ...], source: str) -> Prompts:
     """One prompt set (K = 1) from ``points``, ``labels`` and ``box`` of a file, checked against the image's shape."""
-    out: dict[str, Tensor] = {}
+    out = Prompts()
     try:
         if not set(entry) & {"points", "box"} or set(entry) - {"points", "labels", "box"}:
             raise ValueError(f"found {', '.join(map(str, entry)) or 'nothing'}")
@@ -107,20 +117,20 @@ def parse_prompts(entry: Any, shape: tuple[int, ...], source: str) -> dict[str, 
                 raise ValueError(f"{points.shape[1]} points but {labels.shape[1]} labels")
             if not set(labels.flatten().tolist()) <= {0.0, 1.0}:
                 raise ValueError("labels other than 1 (foreground) and 0 (background)")
-            out.update(point_coords=points, point_labels=labels)
+            out = Prompts(points=points, labels=labels)
         if "box" in entry:
-            out["boxes"] = torch.tensor(entry["box"], dtype=torch.float32).reshape(1, 2 * len(shape))
+            out = replace(out, boxes=torch.tensor(entry["box"], dtype=torch.float32).reshape(1, 2 * len(shape)))
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise DataError(f"{source}: {error}. Expected points, labels, box.") from error
     _require_inside(out, shape, source)
     return out
 
 
-def _require_inside(data: Mapping[Any, Any], shape: tuple[int, ...], source: str) -> None:
+def _require_inside(prompts: Prompts, shape: tuple[int, ...], source: str) -> None:
     last = torch.tensor(shape, dtype=torch.float32) - 1.0
-    for key in ("point_coords", "boxes"):
-        if key in data:
-            corners = data[key].reshape(-1, len(shape))
+    for places in (prompts.points, prompts.boxes):
+        if places is not None:
+            corners = places.reshape(-1, len(shape))
             outside = ((corners < 0) | (corners > last)).any(dim=1)
             if bool(outside.any()):
                 position = corners[outside][0].tolist()
@@ -141,42 +151,36 @@ class PromptsToNetworkd(Transform):
         self.image_key = image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Convert ``point_coords`` and ``boxes`` where they are present."""
+        """Convert the prompts that travel with the image, where there are any."""
         out = dict(data)
         image = out[self.image_key]
-        for key in ("point_coords", "boxes"):
-            if key in out:
-                shape = out[key].shape
-                moved = to_tensor_grid(out[key].reshape(-1, len(image.shape) - 1), image)
-                out[key] = sort_corners(moved.reshape(shape)) if key == "boxes" else moved.reshape(shape)
+        prompts = prompts_of(image)
+        if prompts:
+            out[self.image_key] = with_prompts(image, prompts.through(source_to_tensor(image)))
         return out
+
+
+def source_to_tensor(image: MetaTensor) -> Tensor:
+    """Affine map (4, 4) from voxel indices of the file's grid to those of the image's tensor."""
+    return torch.linalg.solve(image.affine.to(torch.float64), file_affine(image))
+
+
+def tensor_to_source(image: MetaTensor) -> Tensor:
+    """Affine map (4, 4) from voxel indices of the image's tensor to those of the file's grid."""
+    return torch.linalg.solve(file_affine(image), image.affine.to(torch.float64))
 
 
 def to_tensor_grid(positions: Tensor, image: MetaTensor) -> Tensor:
     """Positions (N, dims) in the file's grid to the tensor's grid."""
-    dims = positions.shape[1]
-    source = file_affine(image)
-    matrix = torch.linalg.solve(image.affine.to(torch.float64), source)
-    moved = positions.to(torch.float64) @ matrix[:dims, :dims].T + matrix[:dims, -1]
-    return moved.to(torch.float32)
+    return transform_positions(positions, source_to_tensor(image))
 
 
 def to_source_grid(positions: Tensor, image: MetaTensor) -> Tensor:
     """Positions (N, dims) in the tensor's grid to the file's grid: the inverse of :func:`to_tensor_grid`."""
-    dims = positions.shape[1]
-    source = file_affine(image)
-    matrix = torch.linalg.solve(source, image.affine.to(torch.float64))
-    moved = positions.to(torch.float64) @ matrix[:dims, :dims].T + matrix[:dims, -1]
-    return moved.to(torch.float32)
+    return transform_positions(positions, tensor_to_source(image))
 
 
 def file_affine(image: MetaTensor) -> Tensor:
     """Affine of the file's grid: the identity for photographs, which have none and whose tensors start at it."""
     affine = image.meta.get("original_affine")
     return torch.eye(len(image.affine), dtype=torch.float64) if affine is None else torch.as_tensor(affine).double()
-
-
-def sort_corners(boxes: Tensor) -> Tensor:
-    """First corner before the opposite one on every axis, also after a flip."""
-    first, second = boxes.chunk(2, dim=-1)
-    return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=-1)

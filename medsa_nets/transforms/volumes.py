@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,13 @@ from torch import Tensor
 
 from medsa_nets.data.volumes import read_volume
 from medsa_nets.errors import DataError
-from medsa_nets.prompts import class_protocol_prompts, join_prompts
+from medsa_nets.prompts import Prompts, class_protocol_prompts, with_prompts
 from medsa_nets.transforms.prompts import (
     SamplePromptsd,
     file_affine,
     parse_prompts,
     read_prompt_table,
-    sort_corners,
-    to_source_grid,
+    tensor_to_source,
 )
 
 ABSENT = -20.0  # logit of a class that is not there
@@ -186,19 +186,10 @@ class SampleClassPromptsd(SamplePromptsd):
         super().__init__(keys, prompt, image_key, seed)
         self.num_classes = num_classes
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Add ``point_coords`` and ``point_labels``, or ``boxes``, in the file's grid, and ``classes``."""
-        out = dict(data)
-        for key in self.key_iterator(out):
-            label = torch.as_tensor(out[key])[0]
-            prompts = class_protocol_prompts(label, self.num_classes, self.prompt, self.generator(out))
-            for name in ("point_coords", "boxes"):
-                if name in prompts:
-                    shape = prompts[name].shape
-                    moved = to_source_grid(prompts[name].reshape(-1, label.dim()), out[self.image_key]).reshape(shape)
-                    prompts[name] = sort_corners(moved) if name == "boxes" else moved
-            out.update(prompts)
-        return out
+    def draw(self, data: Mapping[Hashable, Any], label: Tensor) -> Prompts:
+        """The prompts for each class of a label (X, Y, Z) of an item, in the file's grid."""
+        prompts = class_protocol_prompts(label, self.num_classes, self.prompt, self.generator(data))
+        return prompts.through(tensor_to_source(data[self.image_key]))
 
 
 class ReadClassPromptsd(MapTransform):
@@ -230,12 +221,17 @@ class ReadClassPromptsd(MapTransform):
         self.table = read_prompt_table(prompts)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Add ``point_coords``, ``point_labels`` and ``boxes`` in the file's grid, and ``classes``."""
+        """Add the prompts of the volume's classes to it, in the file's grid."""
         out = dict(data)
         image = out[self.image_key]
         name = os.path.basename(str(image.meta.get("filename_or_obj", "")))
-        if name not in self.table:
-            return out
+        if self.table:  # volumes of a batch carry prompts all or none
+            prompts = self._parse(name, tuple(image.shape[1:])) if name in self.table else Prompts()
+            out[self.image_key] = with_prompts(image, prompts)
+        return out
+
+    def _parse(self, name: str, shape: tuple[int, ...]) -> Prompts:
+        """The prompts of a volume of the table, checked against its shape."""
         entry, source = self.table[name], f"prompts {self.path}, {name}"
         if not isinstance(entry, dict) or not entry or set(entry) - set(self.classes):
             named = ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)
@@ -244,15 +240,12 @@ class ReadClassPromptsd(MapTransform):
                 "points and labels, or box."
             )
         ids = sorted(self.classes.index(c) for c in entry)
-        shape = tuple(image.shape[1:])
         sets = [parse_prompts(entry[self.classes[i]], shape, f"{source}, {self.classes[i]}") for i in ids]
-        if len({frozenset(prompts) for prompts in sets}) > 1:
+        if len({prompts.kinds for prompts in sets}) > 1:
             raise DataError(
                 f"{source}: some classes have points, others boxes. Give every class of a volume both, or one kind."
             )
-        out.update(join_prompts(sets))
-        out["classes"] = torch.tensor(ids)
-        return out
+        return replace(Prompts.join(sets), classes=torch.tensor(ids))
 
 
 class HighestProbabilityd(MapTransform):
@@ -303,7 +296,7 @@ class MasksToSourceLabeld(MapTransform):
                     higher = resampled > highest[place]
                     label[place] = torch.where(higher, torch.full_like(resampled, index + 1.0), label[place])
                     highest[place] = torch.where(higher, resampled, highest[place])
-            meta = {k: v for k, v in image.meta.items() if k not in ("affine", "prompts")}
+            meta = {k: v for k, v in image.meta.items() if k != "affine"}
             out[key] = MetaTensor(label[None], affine=affine, meta={**meta, "spatial_shape": np.asarray(shape)})
         return out
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from medsa_nets import build_medsa
 from medsa_nets.data import load_volume_datalist, read_volume
+from medsa_nets.prompts import Prompts
 from medsa_nets.transforms import MasksToSourceLabeld, MatchOrientationd, to_tensor_grid
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv"
@@ -74,8 +75,10 @@ class Tool:
             coords = to_tensor_grid(torch.from_numpy(points).float(), image)
             logits = torch.full((1, *image.shape[1:]), -20.0)
             if self.adapted:
-                prompts = {"point_coords": coords[None, None], "point_labels": torch.from_numpy(labels)[None, None]}
-                logits = self.inferer(image[None], self.network, classes=torch.tensor([index]), **prompts)[0]
+                prompts = Prompts(
+                    points=coords[None], labels=torch.from_numpy(labels)[None], classes=torch.tensor([index])
+                )
+                logits = self.inferer(image[None], self.network, prompts=prompts)[0]
             else:
                 slices = coords[:, 2].round().long().clamp(0, image.shape[3] - 1)
                 for z in slices.unique().tolist():

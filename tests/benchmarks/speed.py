@@ -56,6 +56,7 @@ from medsa_nets.engines import keep_freed_memory, trainable_parameters
 from medsa_nets.inferers import EmbeddingCache, SlabInferer
 from medsa_nets.layers import linear
 from medsa_nets.losses import AnnotatedDiceCELoss
+from medsa_nets.prompts import Prompts
 from medsa_nets.weights import _from_hugging_face
 
 HERE = Path(__file__).resolve().parent
@@ -261,17 +262,16 @@ def click() -> Calls:
     """A click on one organ in a CT of 128 x 112 x 64 voxels: the first encodes the slabs, a later one decodes alone."""
     network = build_medsa("lite_medsam", pretrained=False, spatial_dims=3, num_classes=13).eval().to(DEVICE)
     scan = torch.rand(1, 1, 128, 112, 64, device=DEVICE)
-    prompts = {"point_coords": torch.tensor([[[[60.0, 50.0, 30.0]]]]), "point_labels": torch.ones(1, 1, 1),
-               "classes": torch.tensor([5])}  # fmt: skip
-    prompts = {name: value.to(DEVICE) for name, value in prompts.items()}
+    places = torch.tensor([[[60.0, 50.0, 30.0]]])
+    prompts = Prompts(points=places, labels=torch.ones(1, 1), classes=torch.tensor([5]))
     cache = EmbeddingCache()
     inferer = SlabInferer(slab_depth=8, amp=True, cache=cache, every_class=True, spread=True)
 
     def first() -> object:
         cache.clear()
-        return inferer(scan, network, **prompts)
+        return inferer(scan, network, prompts=prompts)
 
-    return {"first click": inference(first), "later click": inference(lambda: inferer(scan, network, **prompts))}
+    return {"first click": inference(first), "later click": inference(lambda: inferer(scan, network, prompts=prompts))}
 
 
 SECTIONS: dict[str, Callable[[], Calls]] = {

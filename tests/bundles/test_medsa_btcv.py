@@ -26,6 +26,7 @@ from medsa_nets.demo import read_metrics
 from medsa_nets.errors import DataError, find_cause
 from medsa_nets.handlers import save_atomically
 from medsa_nets.networks.medsa import decode_identity
+from medsa_nets.prompts import prompts_of
 from medsa_nets.weights import find_base_file, get_base
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv"
@@ -308,18 +309,18 @@ def test_two_processes_measure_what_one_does(adapted: Path, tmp_path: Path, cli:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "keys"),
+    ("prompt", "kinds"),
     [
         ("none", set()),
-        *((points, {"point_coords", "point_labels"}) for points in ("point", "point_per_slice", "points3")),
-        *((box, {"boxes"}) for box in ("box50", "box75", "box")),
+        *((points, {"points", "classes"}) for points in ("point", "point_per_slice", "points3")),
+        *((box, {"boxes", "classes"}) for box in ("box50", "box75", "box")),
     ],
 )
-def test_every_protocol_gives_its_prompts_to_the_validation(volumes: Path, prompt: str, keys: set[str]) -> None:
+def test_every_protocol_gives_its_prompts_to_the_validation(volumes: Path, prompt: str, kinds: set[str]) -> None:
     parser = ConfigParser(ConfigParser.load_config_files([TRAIN, EVALUATE]))
     parser.update({**COMMON, **SMALL, "dataset_dir": str(volumes), "prompt": prompt})
     item = parser.get_parsed_content("validate#dataset")[0]
-    assert {"point_coords", "point_labels", "boxes"} & item.keys() == keys
+    assert prompts_of(item["image"]).kinds == kinds
 
 
 def test_an_evaluation_gives_metrics_by_class_and_case(volumes: Path, adapted: Path, tmp_path: Path) -> None:
@@ -367,8 +368,9 @@ def test_a_prompt_of_the_file_reaches_the_voxel_that_it_names(tmp_path: Path, si
     parser = ConfigParser(ConfigParser.load_config_file(INFERENCE))
     parser.update({**COMMON, **SMALL, "dataset_dir": str(data / "imagesTr"), "prompts": str(tmp_path / "p.json")})
     item = parser.get_parsed_content("dataset")[0]
-    assert item["classes"].tolist() == [1]
-    place = item["point_coords"][0, 0]
+    prompts = prompts_of(item["image"])
+    assert prompts.classes.tolist() == [1]
+    place = prompts.points[0, 0]
     world = np.asarray(item["image"].affine) @ [*place.tolist(), 1.0]
     np.testing.assert_allclose(world, SIDES[side] @ [*click, 1.0], atol=1e-3)
 

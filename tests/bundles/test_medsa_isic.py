@@ -25,6 +25,7 @@ from medsa_nets import WeightsError, build_medsa
 from medsa_nets.data.phantoms import phantom, write_phantoms
 from medsa_nets.demo import read_metrics
 from medsa_nets.errors import find_cause
+from medsa_nets.prompts import prompts_of
 from medsa_nets.weights import find_base_file, get_base
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_isic"
@@ -244,19 +245,19 @@ def test_evaluation_agrees_with_the_official_scorer(phantoms: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("prompt", "keys"),
+    ("prompt", "kinds"),
     [
         ("none", set()),
-        ("point", {"point_coords", "point_labels"}),
-        ("points3", {"point_coords", "point_labels"}),
+        ("point", {"points"}),
+        ("points3", {"points"}),
         *((box, {"boxes"}) for box in ("box50", "box75", "box")),
     ],
 )
-def test_every_protocol_gives_its_prompts_to_the_validation(phantoms: Path, prompt: str, keys: set[str]) -> None:
+def test_every_protocol_gives_its_prompts_to_the_validation(phantoms: Path, prompt: str, kinds: set[str]) -> None:
     parser = ConfigParser(ConfigParser.load_config_files([TRAIN, EVALUATE]))
     parser.update({**COMMON, "dataset_dir": str(phantoms), "prompt": prompt, "image_size": 64})
     item = parser.get_parsed_content("validate#dataset")[0]
-    assert {"point_coords", "point_labels", "boxes"} & item.keys() == keys
+    assert prompts_of(item["image"]).kinds == kinds
 
 
 def test_an_evaluation_gives_all_metrics_and_raw_values(phantoms: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd, Spacingd
 
-from medsa_nets.transforms import PromptsInMetad, PromptsToNetworkd, ReadClicksd, prompts_of
+from medsa_nets.prompts import Prompts, prompts_of, prompts_of_batch
+from medsa_nets.transforms import PromptsToNetworkd, ReadClicksd
 
 CLASSES = ["Spleen", "left kidney", "liver"]
 
@@ -24,8 +25,8 @@ def read(request: dict, classes: list[str] = CLASSES, shape: tuple[int, ...] = (
 
 def sets(data: dict) -> dict[int, list[tuple[list[float], int]]]:
     """Clicks and their labels of each class, without padding."""
-    out = {}
-    for index, points, labels in zip(data["classes"].tolist(), data["point_coords"], data["point_labels"]):
+    out, prompts = {}, prompts_of(data["image"])
+    for index, points, labels in zip(prompts.classes.tolist(), prompts.points, prompts.labels):
         out[index] = [(p.tolist(), int(v)) for p, v in zip(points, labels) if v >= 0]
     return out
 
@@ -65,6 +66,7 @@ def test_a_negative_click_alone_is_about_the_label_in_focus() -> None:
 def test_without_clicks_there_is_no_prompt(request_: dict) -> None:
     data = read(request_)
     assert set(data) == {"image", *request_}
+    assert prompts_of(data["image"]) == Prompts()
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_without_clicks_there_is_no_prompt(request_: dict) -> None:
 def test_what_cannot_be_used_is_said_in_the_reply(request_: dict, message: str) -> None:
     data = read({**request_, "liver": []})
     assert message in " ".join(data["result"]["messages"])
-    assert "point_coords" not in data
+    assert prompts_of(data["image"]) == Prompts()
 
 
 def test_usable_clicks_count_although_others_are_wrong() -> None:
@@ -104,14 +106,13 @@ def test_prompts_travel_with_the_image_to_the_inferer(signs: tuple[int, int, int
     source[0, 14, 10, 6] = 1.0
     transforms = Compose([
         ReadClicksd(CLASSES), Orientationd("image", "RAS", labels=None),
-        Spacingd("image", (1.0, 1.0, 1.0)), PromptsToNetworkd(), PromptsInMetad(),
+        Spacingd("image", (1.0, 1.0, 1.0)), PromptsToNetworkd(),
     ])  # fmt: skip
     batch = transforms({"image": source, "liver": [click]})["image"][None].to("cpu")
-    prompts = prompts_of(batch)
-    assert prompts["classes"].tolist() == [2]
-    assert prompts["point_coords"].shape == (1, 1, 1, 3)
-    place = prompts["point_coords"][0, 0, 0].round().long().tolist()
+    (prompts,) = prompts_of_batch(batch)
+    assert prompts.classes.tolist() == [2]
+    assert prompts.points.shape == (1, 1, 3)
+    place = prompts.points[0, 0].round().long().tolist()
     assert batch[0, 0][tuple(place)] > 0.5 * batch.max()
     without = transforms({"image": source})["image"][None]
-    assert prompts_of(without) == {}
-    assert prompts_of(torch.zeros(1, 1, 4, 4, 4)) == {}
+    assert prompts_of_batch(without) == [Prompts()]

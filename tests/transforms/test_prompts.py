@@ -7,10 +7,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
+from monai.data import MetaTensor, list_data_collate
 from monai.transforms import (
     Compose,
     Flipd,
+    Lambdad,
     LoadImaged,
     Orientationd,
     Resized,
@@ -21,6 +22,8 @@ from PIL import Image
 
 from medsa_nets.data import PhotographReader
 from medsa_nets.errors import DataError
+from medsa_nets.inferers import PromptInferer
+from medsa_nets.prompts import Prompts, prompts_of, with_prompts
 from medsa_nets.transforms import PromptsToNetworkd, ReadPromptsd, SamplePromptsd, to_source_grid, to_tensor_grid
 
 
@@ -32,12 +35,12 @@ def item(name: str = "a.jpg", size: tuple[int, ...] = (60, 40)) -> dict[str, Met
 
 @pytest.mark.parametrize("prompt", ["point", "points3", "box50", "box75"])
 def test_drawn_prompts_depend_on_name_and_seed_alone(prompt):
-    key = "boxes" if prompt.startswith("box") else "point_coords"
+    kind = "boxes" if prompt.startswith("box") else "points"
     names = [f"{i}.jpg" for i in range(6)]
 
     def draw(seed: int, order: list[str]) -> torch.Tensor:
         transform = SamplePromptsd("label", prompt=prompt, seed=seed)
-        drawn = {name: transform(item(name))[key] for name in order}
+        drawn = {name: getattr(prompts_of(transform(item(name))["image"]), kind) for name in order}
         return torch.cat([drawn[name] for name in names])
 
     first = draw(1, names)
@@ -50,15 +53,18 @@ def test_drawn_prompts_do_not_depend_on_the_folder():
     moved = item("a.jpg")
     moved["image"].meta["filename_or_obj"] = "/another/place/a.jpg"
     draw = SamplePromptsd("label", prompt="points3")
-    assert torch.equal(draw(item("a.jpg"))["point_coords"], draw(moved)["point_coords"])
+    assert prompts_of(draw(item("a.jpg"))["image"]) == prompts_of(draw(moved)["image"]) != Prompts()
 
 
 def test_the_exact_box_is_drawn_in_the_grid_of_the_label():
-    assert SamplePromptsd("label", prompt="box")(item())["boxes"].tolist() == [[15, 10, 29, 19]]
+    drawn = prompts_of(SamplePromptsd("label", prompt="box")(item())["image"])
+    assert drawn.boxes.tolist() == [[15, 10, 29, 19]]
 
 
 def test_without_prompt_nothing_is_added():
-    assert SamplePromptsd("label", prompt="none")(item()).keys() == {"image", "label"}
+    out = SamplePromptsd("label", prompt="none")(item())
+    assert out.keys() == {"image", "label"}
+    assert prompts_of(out["image"]) == Prompts()
 
 
 @pytest.fixture
@@ -80,20 +86,29 @@ def test_prompts_are_read_for_the_image_that_is_named(write_prompts):
         }
     )
     read = ReadPromptsd(path)
-    a, b, c = (read(item(name)) for name in ("a.jpg", "b.jpg", "c.jpg"))
-    assert a["point_coords"].tolist() == [[[12, 30], [59, 0]]]
-    assert a["point_labels"].tolist() == [[1, 0]]
-    assert a["boxes"].tolist() == [[1, 2, 30, 39]]
-    assert b["point_labels"].tolist() == [[1]]
-    assert "boxes" not in b
-    assert c["boxes"].tolist() == [[0, 0, 59, 39]]
-    assert "point_coords" not in c
+    a, b, c = (prompts_of(read(item(name))["image"]) for name in ("a.jpg", "b.jpg", "c.jpg"))
+    assert a.points.tolist() == [[[12, 30], [59, 0]]]
+    assert a.labels.tolist() == [[1, 0]]
+    assert a.boxes.tolist() == [[1, 2, 30, 39]]
+    assert b.labels.tolist() == [[1]]
+    assert b.kinds == {"points"}
+    assert c.boxes.tolist() == [[0, 0, 59, 39]]
+    assert c.kinds == {"boxes"}
 
 
 @pytest.mark.parametrize("given", [True, False])
 def test_an_image_that_is_not_named_is_left_as_it_is(write_prompts, given):
     read = ReadPromptsd(write_prompts({"a.jpg": {"points": [[1, 1]]}}) if given else None)
-    assert read(item("unnamed.jpg")).keys() == {"image", "label"}
+    out = read(item("unnamed.jpg"))
+    assert out.keys() == {"image", "label"}
+    assert prompts_of(out["image"]) == Prompts()
+
+
+def test_a_batch_of_an_image_with_and_one_without_prompts_is_refused(write_prompts):
+    read = ReadPromptsd(write_prompts({"a.jpg": {"points": [[1, 1]]}}))
+    batch = list_data_collate([read(item("unnamed.jpg")), read(item("a.jpg"))])
+    with pytest.raises(ValueError, match=r"got 0 of nothing, 1 of points\. Take batches of one"):
+        PromptInferer()(batch["image"], None)
 
 
 @pytest.mark.parametrize(
@@ -177,8 +192,9 @@ def test_a_point_of_a_photograph_goes_where_its_pixel_goes(tmp_path, place, chai
         ]
     )
     out = transform({"image": str(tmp_path / "a.png")})
-    np.testing.assert_allclose(out["point_coords"][0, 0].numpy(), brightest(out["image"]), atol=1.0)
-    assert out["point_labels"].tolist() == [[1.0]]
+    prompts = prompts_of(out["image"])
+    np.testing.assert_allclose(prompts.points[0, 0].numpy(), brightest(out["image"]), atol=1.0)
+    assert prompts.labels.tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize("chain", PHOTOGRAPH_CHAINS)
@@ -199,7 +215,8 @@ def test_a_box_of_a_photograph_stays_around_its_object_with_ordered_corners(tmp_
     object_ = (out["image"][0] > 127).nonzero().numpy()
     # Corners are voxel centres: where pixels grow, the object's last pixel reaches half a grown pixel further.
     grown = max(1.0, *(n / m for n, m in zip(sorted(out["image"].shape[1:]), (60, 90))))
-    np.testing.assert_allclose(out["boxes"][0].numpy(), [*object_.min(0), *object_.max(0)], atol=0.5 + 0.5 * grown)
+    box = prompts_of(out["image"]).boxes[0]
+    np.testing.assert_allclose(box.numpy(), [*object_.min(0), *object_.max(0)], atol=0.5 + 0.5 * grown)
 
 
 ROTATION = np.array([[0.9363, -0.2896, 0.1987], [0.3130, 0.9447, -0.0980], [-0.1593, 0.1540, 0.9752]])
@@ -232,18 +249,19 @@ def test_a_point_of_a_volume_goes_where_its_voxel_goes(tmp_path, affine, chain):
     matrix = AFFINES[affine].copy()
     matrix[:3, 3] = (-30, 12, 7)
     nib.save(nib.Nifti1Image(volume, matrix), tmp_path / "a.nii.gz")
-    transform = Compose([LoadImaged("image", ensure_channel_first=True), *VOLUME_CHAINS[chain], PromptsToNetworkd()])
-    out = transform(
-        {
-            "image": str(tmp_path / "a.nii.gz"),
-            "point_coords": torch.tensor([[place.tolist()]], dtype=torch.float32),
-            "point_labels": torch.ones(1, 1),
-            "boxes": torch.tensor([[*(place - 3), *(place + 3)]], dtype=torch.float32),
-        }
+    given = Prompts(
+        points=torch.tensor([[place.tolist()]], dtype=torch.float32),
+        labels=torch.ones(1, 1),
+        boxes=torch.tensor([[*(place - 3), *(place + 3)]], dtype=torch.float32),
     )
-    peak = brightest(out["image"])
-    np.testing.assert_allclose(out["point_coords"][0, 0].numpy(), peak, atol=1.0)
-    first, last = out["boxes"][0, :3].numpy(), out["boxes"][0, 3:].numpy()
+    give = Lambdad("image", lambda image: with_prompts(image, given))
+    transform = Compose(
+        [LoadImaged("image", ensure_channel_first=True), give, *VOLUME_CHAINS[chain], PromptsToNetworkd()]
+    )
+    out = transform({"image": str(tmp_path / "a.nii.gz")})
+    peak, prompts = brightest(out["image"]), prompts_of(out["image"])
+    np.testing.assert_allclose(prompts.points[0, 0].numpy(), peak, atol=1.0)
+    first, last = prompts.boxes[0, :3].numpy(), prompts.boxes[0, 3:].numpy()
     np.testing.assert_allclose((first + last) / 2, peak, atol=1.0)
     assert (last > first).all()
 
@@ -259,4 +277,5 @@ def test_positions_come_back_from_the_network_grid(tmp_path):
 
 
 def test_a_batch_without_prompts_is_left_as_it_is():
-    assert PromptsToNetworkd()(item()).keys() == {"image", "label"}
+    given = item()
+    assert PromptsToNetworkd()(given) == given

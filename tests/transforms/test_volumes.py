@@ -11,6 +11,7 @@ from monai.transforms import Compose, Invertd, Orientationd, Spacingd
 from scipy.spatial.transform import Rotation
 
 from medsa_nets.errors import DataError, find_cause
+from medsa_nets.prompts import prompts_of
 from medsa_nets.transforms import (
     CheckLabelsd,
     LoadImageVolumed,
@@ -97,18 +98,18 @@ def test_clicks_lie_on_their_class_after_any_spatial_transforms(tmp_path, prompt
         ]
     )
     out = transforms(case(tmp_path))
-    assert out["classes"].tolist() == [0, 1]
+    prompts = prompts_of(out["image"])
+    assert prompts.classes.tolist() == [0, 1]
     for k in range(2):
-        for point, label in zip(out["point_coords"][k], out["point_labels"][k]):
+        for point, label in zip(prompts.points[k], prompts.labels[k]):
             if label == 1:
                 assert out["label"][0][tuple(point.round().long())] == k + 1
-    again = transforms(case(tmp_path))
-    assert torch.equal(again["point_coords"], out["point_coords"])
+    assert prompts_of(transforms(case(tmp_path))["image"]) == prompts
 
 
 def test_boxes_follow_flips_with_ordered_corners(tmp_path):
     out = Compose([*LOAD, SampleClassPromptsd("label", 2, "box"), PromptsToNetworkd()])(case(tmp_path))
-    for k, box in enumerate(out["boxes"]):
+    for k, box in enumerate(prompts_of(out["image"]).boxes):
         voxels = (out["label"][0] == k + 1).nonzero()
         assert box.tolist() == [*voxels.amin(0).tolist(), *voxels.amax(0).tolist()]
 

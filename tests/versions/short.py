@@ -22,6 +22,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medsa_nets import build_medsa
 from medsa_nets.data.phantoms import FOLDERS, write_phantoms
+from medsa_nets.prompts import Prompts, prompts_of
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 PHOTOGRAPHS, VOLUMES = BUNDLES / "medsa_isic", BUNDLES / "medsa_btcv"
@@ -149,9 +150,9 @@ def test_a_click_is_answered_in_the_grid_of_its_file(tmp_path: Path) -> None:
     network = parser.get_parsed_content("network").eval()
     network.load_state_dict(torch.load(VOLUMES / "models" / "ct_3mm.pt", weights_only=True))
 
-    def answer(**clicks: list[list[int]]) -> tuple[torch.Tensor, dict]:
+    def answer(**clicks: list[list[int]]) -> tuple[torch.Tensor, Prompts]:
         data = parser.get_parsed_content("preprocessing")({"image": str(path), "image_path": str(path), **clicks})
-        prompts = data["image"].meta.get("prompts", {})
+        prompts = prompts_of(data["image"])
         with torch.no_grad():
             data["pred"] = parser.get_parsed_content("inferer")(data["image"][None], network)[0]
         for transform in parser.get_parsed_content("postprocessing").transforms:
@@ -162,8 +163,8 @@ def test_a_click_is_answered_in_the_grid_of_its_file(tmp_path: Path) -> None:
     click = [32, 24, 6]
     automatic, _ = answer()
     clicked, prompts = answer(liver=[click])
-    assert prompts["point_coords"].tolist() == [[[47 - click[0], 43 - click[1], click[2]]]]  # RAS, the file is LPS
-    assert prompts["classes"].tolist() == [liver := parser.get_parsed_content("classes").index("liver")]
+    assert prompts.points.tolist() == [[[47 - click[0], 43 - click[1], click[2]]]]  # RAS, the file is LPS
+    assert prompts.classes.tolist() == [liver := parser.get_parsed_content("classes").index("liver")]
     assert automatic.shape == clicked.shape == (1, 48, 44, 12)
     changed = clicked != automatic
     assert changed.any()

@@ -8,6 +8,7 @@ import torch
 from medsa_nets.prompts import (
     PROTOCOLS,
     VOLUME_PROTOCOLS,
+    Prompts,
     PromptSampler,
     add_correction,
     bounding_box,
@@ -15,11 +16,9 @@ from medsa_nets.prompts import (
     class_protocol_prompts,
     error_point,
     jitter_box,
-    mirror_prompts,
     overlapping_box,
     protocol_prompts,
     random_points,
-    relative_to_slice,
 )
 
 
@@ -144,22 +143,22 @@ def test_a_protocol_gives_its_prompts(protocol, shape, first, last):
     points = {"point": 1, "points3": 3}
     overlaps = {"box50": 0.5, "box75": 0.75, "box": 1.0}
     if protocol in points:
-        assert prompts.keys() == {"point_coords", "point_labels"}
-        assert prompts["point_coords"].shape == (1, points[protocol], dims)
-        assert prompts["point_labels"].tolist() == [[1.0] * points[protocol]]
-        assert all(bool(mask[tuple(point)]) for point in prompts["point_coords"][0].long().tolist())
+        assert prompts.kinds == {"points"}
+        assert prompts.points.shape == (1, points[protocol], dims)
+        assert prompts.labels.tolist() == [[1.0] * points[protocol]]
+        assert all(bool(mask[tuple(point)]) for point in prompts.points[0].long().tolist())
     elif protocol in overlaps:
-        assert prompts.keys() == {"boxes"}
-        assert prompts["boxes"].shape == (1, 2 * dims)
+        assert prompts.kinds == {"boxes"}
+        assert prompts.boxes.shape == (1, 2 * dims)
         exact = torch.tensor([*first, *last], dtype=torch.float32)
-        assert iou(exact, prompts["boxes"][0]) == pytest.approx(overlaps[protocol], abs=1e-5)
+        assert iou(exact, prompts.boxes[0]) == pytest.approx(overlaps[protocol], abs=1e-5)
     else:
-        assert prompts == {}
+        assert prompts == Prompts()
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_an_empty_mask_gives_no_prompts(protocol):
-    assert protocol_prompts(torch.zeros(8, 8, dtype=torch.bool), protocol, generator()) == {}
+    assert protocol_prompts(torch.zeros(8, 8, dtype=torch.bool), protocol, generator()) == Prompts()
 
 
 def test_an_unknown_protocol_lists_those_there_are():
@@ -208,12 +207,12 @@ def test_drawn_points_have_the_label_of_the_place_they_lie_at():
     sampler, source, counts = PromptSampler(max_points=4), generator(), set()
     for _ in range(30):
         prompts = sampler.draw(label, "points", source)
-        coords, labels = prompts["point_coords"], prompts["point_labels"]
-        counts.add(coords.shape[2])
-        assert coords.shape == (3, 1, labels.shape[2], 2)
-        for b in range(3):
-            assert labels[b, 0, 0] == 1  # the first is positive
-            for point, kind in zip(coords[b, 0].long().tolist(), labels[b, 0].tolist()):
+        assert len(prompts) == 3
+        for b, own in enumerate(prompts):
+            counts.add(own.labels.shape[1])
+            assert own.points.shape == (1, prompts[0].labels.shape[1], 2)
+            assert own.labels[0, 0] == 1  # the first is positive
+            for point, kind in zip(own.points[0].long().tolist(), own.labels[0].tolist()):
                 assert label[b, 0, point[0], point[1]] == kind
     assert counts == {1, 2, 3, 4}
 
@@ -222,8 +221,8 @@ def test_drawn_points_have_the_label_of_the_place_they_lie_at():
 def test_points_of_a_mask_of_one_value_have_that_label(value, kind):
     sampler, source = PromptSampler(max_points=5), generator()
     for _ in range(10):
-        labels = sampler.draw(torch.full((2, 1, 6, 7, 4), value), "points", source)["point_labels"]
-        assert set(labels.flatten().tolist()) == {kind}
+        drawn = sampler.draw(torch.full((2, 1, 6, 7, 4), value), "points", source)
+        assert {label for own in drawn for label in own.labels.flatten().tolist()} == {kind}
 
 
 @pytest.mark.parametrize("shape", [(20, 30), (10, 12, 8)])
@@ -233,14 +232,15 @@ def test_a_drawn_box_is_the_jittered_box_of_its_mask(shape):
     label = rectangle(shape, first, last)[None, None].float()
     sampler, source = PromptSampler(box_jitter=0.25), generator()
     for _ in range(20):
-        box = sampler.draw(label, "boxes", source)["boxes"]
-        assert box.shape == (1, 1, 2 * dims)
-        assert float((box[0, 0] - torch.tensor([*first, *last])).abs().max()) <= 0.25 * 4 + 1e-4
+        (drawn,) = sampler.draw(label, "boxes", source)
+        assert drawn.boxes.shape == (1, 2 * dims)
+        assert float((drawn.boxes[0] - torch.tensor([*first, *last])).abs().max()) <= 0.25 * 4 + 1e-4
 
 
 def test_a_box_of_an_empty_mask_lies_anywhere_inside():
     sampler, source = PromptSampler(), generator()
-    boxes = torch.cat([sampler.draw(torch.zeros(2, 1, 20, 30), "boxes", source)["boxes"] for _ in range(50)])[:, 0]
+    draws = [sampler.draw(torch.zeros(2, 1, 20, 30), "boxes", source) for _ in range(50)]
+    boxes = torch.cat([own.boxes for drawn in draws for own in drawn])
     assert bool((boxes[:, :2] <= boxes[:, 2:]).all())
     assert bool((boxes >= 0).all())
     assert bool((boxes <= torch.tensor([19.0, 29.0, 19.0, 29.0])).all())
@@ -248,14 +248,15 @@ def test_a_box_of_an_empty_mask_lies_anywhere_inside():
 
 
 def test_automatic_steps_have_no_prompt():
-    assert PromptSampler().draw(torch.ones(1, 1, 4, 4), "none", generator()) == {}
+    assert PromptSampler().draw(torch.ones(1, 1, 4, 4), "none", generator()) == [Prompts()]
 
 
 def test_draws_depend_on_the_generator_alone():
     label = rectangle((20, 20), (4, 5), (10, 15))[None, None].float()
     for mode in ("points", "boxes"):
         a, b = (PromptSampler().draw(label, mode, generator(3)) for _ in range(2))
-        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert a == b
+        assert a != PromptSampler().draw(label, mode, generator(4))
 
 
 @pytest.mark.parametrize(("missed", "label"), [(True, 1), (False, 0)])
@@ -283,18 +284,18 @@ def test_corrections_are_added_after_the_prompts_that_are_there(kind):
     sampler = PromptSampler(max_points=3)
     prompts = sampler.draw(target.float(), kind, generator(1))
     corrected = add_correction(prompts, prediction, target.float(), generator())
-    before = prompts["point_coords"].shape[2] if kind == "points" else 0
-    coords, labels = corrected["point_coords"], corrected["point_labels"]
-    assert coords.shape == (3, 1, before + 1, 2)
-    assert labels.shape == (3, 1, before + 1)
-    assert coords[:2, 0, -1].tolist() == [[5, 5], [14, 15]]
-    assert labels[:, 0, -1].tolist() == [1.0, 0.0, -1.0]  # the last one has no error: padding
-    if kind == "points":
-        assert torch.equal(coords[:, :, :-1], prompts["point_coords"])
-        assert torch.equal(labels[:, :, :-1], prompts["point_labels"])
-    if kind == "boxes":
-        assert torch.equal(corrected["boxes"], prompts["boxes"])
-    assert "point_coords" not in prompts or prompts["point_coords"].shape[2] == before  # the input is left alone
+    before = prompts[0].points.shape[1] if kind == "points" else 0
+    assert [own.points.shape for own in corrected] == [(1, before + 1, 2)] * 3
+    assert [own.points[0, -1].tolist() for own in corrected[:2]] == [[5, 5], [14, 15]]
+    assert [float(own.labels[0, -1]) for own in corrected] == [1.0, 0.0, -1.0]  # the last has no error: padding
+    for own, there in zip(corrected, prompts):
+        if kind == "points":
+            assert torch.equal(own.points[:, :-1], there.points)
+            assert torch.equal(own.labels[:, :-1], there.labels)
+            assert there.points.shape[1] == before  # the input is left alone
+        if kind == "boxes":
+            assert torch.equal(own.boxes, there.boxes)
+            assert there.points is None
 
 
 # ---------------------------------------------------------------- volumes of several classes
@@ -322,27 +323,27 @@ def test_a_volume_protocol_prompts_for_the_classes_that_are_there(protocol):
     label = organs()
     prompts = class_protocol_prompts(label, 5, protocol, generator())
     if protocol == "none":
-        assert prompts == {}
+        assert prompts == Prompts()
         return
-    assert prompts["classes"].tolist() == [0, 1, 3]
+    assert prompts.classes.tolist() == [0, 1, 3]
     if protocol.startswith("box"):
-        assert prompts["boxes"].shape == (3, 6)
+        assert prompts.boxes.shape == (3, 6)
         if protocol == "box":
-            assert prompts["boxes"][0].tolist() == [1, 2, 1, 3, 4, 3]
+            assert prompts.boxes[0].tolist() == [1, 2, 1, 3, 4, 3]
         return
     counts = {"point": [1, 1, 1], "points3": [3, 3, 3], "point_per_slice": [3, 1, 6]}[protocol]
-    assert prompts["point_labels"].shape == (3, max(counts))
+    assert prompts.labels.shape == (3, max(counts))
     for k, value in enumerate((1, 2, 4)):
-        assert (prompts["point_labels"][k] == 1).sum() == counts[k]
-        assert (prompts["point_labels"][k] == -1).sum() == max(counts) - counts[k]
-        for point in prompts["point_coords"][k, : counts[k]].long().tolist():
+        assert (prompts.labels[k] == 1).sum() == counts[k]
+        assert (prompts.labels[k] == -1).sum() == max(counts) - counts[k]
+        for point in prompts.points[k, : counts[k]].long().tolist():
             assert label[tuple(point)] == value
     if protocol == "point_per_slice":
-        assert prompts["point_coords"][2, :, 2].tolist() == [0, 1, 2, 3, 4, 5]
+        assert prompts.points[2, :, 2].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_an_unlabelled_volume_gives_no_prompts_and_an_unknown_protocol_is_named():
-    assert class_protocol_prompts(torch.zeros(4, 4, 4), 3, "point", generator()) == {}
+    assert class_protocol_prompts(torch.zeros(4, 4, 4), 3, "point", generator()) == Prompts()
     with pytest.raises(ValueError, match="point_per_slice"):
         class_protocol_prompts(organs(), 5, "points", generator())
 
@@ -350,30 +351,18 @@ def test_an_unlabelled_volume_gives_no_prompts_and_an_unknown_protocol_is_named(
 def test_prompts_and_corrections_are_drawn_for_each_class_of_each_volume():
     masks = class_masks(torch.stack([organs(), organs().flip(0)]).unsqueeze(1), torch.tensor([0, 3, 2])).float()
     points = PromptSampler(max_points=3).draw(masks, "points", generator())
-    count = points["point_labels"].shape[2]
-    assert points["point_coords"].shape == (2, 3, count, 3)
-    for b in range(2):
+    count = points[0].labels.shape[1]
+    for b, own in enumerate(points):
+        assert own.points.shape == (3, count, 3)
         for k in range(3):
-            for point, label in zip(points["point_coords"][b, k].long().tolist(), points["point_labels"][b, k]):
+            for point, label in zip(own.points[k].long().tolist(), own.labels[k]):
                 assert masks[b, k][tuple(point)] == label
-    assert (points["point_labels"][:, 2] == 0).all(), "an absent class gets background points"
-    boxes = PromptSampler(box_jitter=0.0).draw(masks, "boxes", generator())["boxes"]
-    assert boxes[:, 0].tolist() == [[1, 2, 1, 3, 4, 3], [6, 2, 1, 8, 4, 3]]
+        assert (own.labels[2] == 0).all(), "an absent class gets background points"
+    boxes = PromptSampler(box_jitter=0.0).draw(masks, "boxes", generator())
+    assert [own.boxes[0].tolist() for own in boxes] == [[1, 2, 1, 3, 4, 3], [6, 2, 1, 8, 4, 3]]
     corrected = add_correction(points, torch.zeros_like(masks) > 0, masks, generator())
-    assert corrected["point_coords"].shape == (2, 3, count + 1, 3)
-    assert corrected["point_labels"][:, :, -1].tolist() == [[1, 1, -1]] * 2
-
-
-def test_a_slab_counts_its_slices_from_its_first():
-    points = torch.tensor([[[[1.0, 2.0, 9.0], [3.0, 4.0, 2.0]]]])
-    prompts = {"point_coords": points, "point_labels": torch.ones(1, 1, 2),
-               "boxes": torch.tensor([[[0.0, 1.0, 4.0, 5.0, 6.0, 8.0]]]), "classes": torch.tensor([4])}  # fmt: skip
-    moved = relative_to_slice(prompts, 5)
-    assert moved["point_coords"].tolist() == [[[[1, 2, 4], [3, 4, -3]]]]
-    assert moved["boxes"].tolist() == [[[0, 1, -1, 5, 6, 3]]]
-    assert moved["point_labels"] is prompts["point_labels"]
-    assert moved["classes"] is prompts["classes"]
-    assert prompts["boxes"][0, 0, 2] == 4, "the volume's own prompts stay"
+    assert [own.points.shape for own in corrected] == [(3, count + 1, 3)] * 2
+    assert [own.labels[:, -1].tolist() for own in corrected] == [[1, 1, -1]] * 2
 
 
 @pytest.mark.parametrize("mode", ["points", "boxes"])
@@ -382,32 +371,12 @@ def test_with_a_generator_for_each_image_its_prompts_do_not_depend_on_the_batch(
     label[:, :, 3:9, 5:13] = 1
     sampler = PromptSampler()
 
-    def prompts(images: list[int]) -> dict[str, torch.Tensor]:
+    def prompts(images: list[int]) -> list[Prompts]:
         generators = [torch.Generator().manual_seed(i) for i in images]
         drawn = sampler.draw(label[images], mode, generators, count=2)
         return add_correction(drawn, label[images] > 2, label[images], generators)
 
     together = prompts([0, 1, 2, 3])
     for images in ([0, 2], [1, 3]):
-        for key, values in prompts(images).items():
-            assert torch.equal(values, together[key][images])
-    assert not torch.equal(together["point_coords"][0], together["point_coords"][1])
-
-
-def test_prompts_of_a_mirrored_image_lie_where_its_mirror_image_has_them():
-    size = (6, 7, 8)
-    mark = torch.zeros(1, 1, *size)
-    mark[0, 0, 1:3, 2:6, 5:7] = 1
-    box = bounding_box(mark[0, 0])
-    point = torch.tensor([[[[1.0, 2.0, 5.0]]]])
-    prompts = {"boxes": box.reshape(1, 1, 6), "point_coords": point, "point_labels": torch.ones(1, 1, 1), "masks": mark}
-    for axes in ([0], [2], [0, 1, 2]):
-        found = mirror_prompts(prompts, axes, size)
-        there = mark.flip([axis + 2 for axis in axes])
-        assert torch.equal(found["masks"], there)
-        assert torch.equal(found["boxes"].reshape(6), bounding_box(there[0, 0]).float())
-        place = tuple(found["point_coords"].long().flatten().tolist())
-        assert there[0, 0][place] == 1
-        assert mirror_prompts(found, axes, size).keys() == prompts.keys()
-        for name, value in mirror_prompts(found, axes, size).items():
-            assert torch.equal(value, prompts[name])
+        assert prompts(images) == [together[i] for i in images]
+    assert together[0] != together[1]

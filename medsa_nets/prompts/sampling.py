@@ -1,19 +1,15 @@
-"""Prompts drawn from masks: clicks, boxes and corrections, for training and for evaluation.
-
-One representation everywhere: coordinates are voxel indices of the image tensor; ``point_coords`` (B, K, P, dims),
-``point_labels`` (B, K, P) with 1 foreground, 0 background, -1 padding; ``boxes`` (B, K, 2 * dims), first corner and
-opposite corner, both inclusive. K prompt sets give K masks.
-"""
+"""Prompts drawn from masks: clicks, boxes and corrections, for training and for evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-PROMPT_KEYS = ("point_coords", "point_labels", "boxes")
+from medsa_nets.prompts.value import Prompts
+
 PROTOCOLS = ("none", "point", "points3", "box50", "box75", "box")
 VOLUME_PROTOCOLS = ("none", "point", "point_per_slice", "points3", "box50", "box75", "box")
 
@@ -118,7 +114,7 @@ def error_point(prediction: Tensor, target: Tensor, generator: torch.Generator) 
     return point, int(target[tuple(point.long())])
 
 
-def protocol_prompts(mask: Tensor, protocol: str, generator: torch.Generator) -> dict[str, Tensor]:
+def protocol_prompts(mask: Tensor, protocol: str, generator: torch.Generator) -> Prompts:
     """The prompts of an evaluation protocol for one mask, K = 1.
 
     ``none``: none. ``point``: 1 random point of the mask. ``points3``: 3 of them. ``box``: the exact box.
@@ -130,7 +126,7 @@ def protocol_prompts(mask: Tensor, protocol: str, generator: torch.Generator) ->
         generator: source of randomness.
 
     Returns:
-        ``point_coords`` (1, P, dims) and ``point_labels`` (1, P), or ``boxes`` (1, 2 * dims), or nothing.
+        P points or a box, or nothing.
 
     Raises:
         ValueError: when the protocol is unknown.
@@ -139,13 +135,13 @@ def protocol_prompts(mask: Tensor, protocol: str, generator: torch.Generator) ->
         raise ValueError(f"prompt must be one of {', '.join(PROTOCOLS)}; got {protocol!r}.")
     box = None if protocol == "none" else bounding_box(mask)
     if box is None:
-        return {}
+        return Prompts()
     if protocol.startswith("point"):
         count = 3 if protocol == "points3" else 1
-        return {"point_coords": random_points(mask, count, generator)[None], "point_labels": torch.ones(1, count)}
+        return Prompts(points=random_points(mask, count, generator)[None], labels=torch.ones(1, count))
     if protocol != "box":
         box = overlapping_box(box, tuple(mask.shape), int(protocol.removeprefix("box")) / 100.0, generator)
-    return {"boxes": box[None]}
+    return Prompts(boxes=box[None])
 
 
 def class_masks(label: Tensor, classes: Tensor) -> Tensor:
@@ -154,9 +150,7 @@ def class_masks(label: Tensor, classes: Tensor) -> Tensor:
     return label == wanted
 
 
-def class_protocol_prompts(
-    label: Tensor, num_classes: int, protocol: str, generator: torch.Generator
-) -> dict[str, Tensor]:
+def class_protocol_prompts(label: Tensor, num_classes: int, protocol: str, generator: torch.Generator) -> Prompts:
     """The prompts of an evaluation protocol for every class that a labelled volume holds.
 
     As :func:`protocol_prompts` for each class. ``point`` is one click per class and *volume*; ``point_per_slice`` is
@@ -169,9 +163,7 @@ def class_protocol_prompts(
         generator: source of randomness.
 
     Returns:
-        ``point_coords`` (K, P, dims) and ``point_labels`` (K, P), -1 where a class has fewer points, or ``boxes``
-        (K, 2 * dims), and ``classes`` (K,): ids of the classes in the volume. Nothing where there is none of them, or
-        with ``none``.
+        Points or a box for each of the K classes in the volume. Nothing where there is none of them, or with ``none``.
 
     Raises:
         ValueError: when the protocol is unknown.
@@ -180,7 +172,7 @@ def class_protocol_prompts(
         raise ValueError(f"prompt must be one of {', '.join(VOLUME_PROTOCOLS)}; got {protocol!r}.")
     present = [i for i in range(num_classes) if bool((label == i + 1).any())]
     if protocol == "none" or not present:
-        return {}
+        return Prompts()
     drawn = []
     for i in present:
         mask = label == i + 1
@@ -189,67 +181,10 @@ def class_protocol_prompts(
             for z in mask.any(0).any(0).nonzero().flatten().tolist():
                 point = random_points(mask[..., z], 1, generator)[0]
                 points.append(torch.cat([point, point.new_tensor([float(z)])]))
-            drawn.append({"point_coords": torch.stack(points)[None], "point_labels": torch.ones(1, len(points))})
+            drawn.append(Prompts(points=torch.stack(points)[None], labels=torch.ones(1, len(points))))
         else:
             drawn.append(protocol_prompts(mask, protocol, generator))
-    return {"classes": torch.tensor(present), **join_prompts(drawn)}
-
-
-def relative_to_slice(prompts: Mapping[str, Tensor], start: int) -> dict[str, Tensor]:
-    """Prompts of a volume as a slab of it counts its slices, of which the first is slice ``start`` of the volume.
-
-    Args:
-        prompts: with ``point_coords`` (…, 3) or ``boxes`` (…, 6), or both; other entries stay as they are.
-        start: index of the slab's first slice.
-    """
-    out = dict(prompts)
-    for name, axes in (("point_coords", (2,)), ("boxes", (2, 5))):
-        if name in out:
-            moved = out[name].float().clone()
-            moved[..., list(axes)] -= start
-            out[name] = moved
-    return out
-
-
-def mirror_prompts(prompts: Mapping[str, Tensor], axes: Sequence[int], size: Sequence[int]) -> dict[str, Tensor]:
-    """Prompts of an image as its mirror image has them.
-
-    Args:
-        prompts: ``point_coords`` (…, dims), ``boxes`` (…, 2 * dims), ``masks`` (B, K, spatial…); other entries stay.
-        axes: spatial axes along which the image is mirrored.
-        size: spatial size of the image, dims numbers.
-    """
-    out = dict(prompts)
-    dims = len(size)
-    for axis in axes:
-        for name, places in (("point_coords", [axis]), ("boxes", [axis, axis + dims])):
-            if name in out:
-                moved = out[name].float().clone()
-                moved[..., places] = size[axis] - 1 - moved[..., places]
-                if name == "boxes":  # the first corner keeps the lower index
-                    moved[..., places] = moved[..., places].flip(-1)
-                out[name] = moved
-        if "masks" in out:
-            out["masks"] = out["masks"].flip(2 + axis)
-    return out
-
-
-def join_prompts(sets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Prompt sets of K = 1 and one kind as one of K, with padding points (label -1) where a set has fewer.
-
-    Args:
-        sets: each ``point_coords`` (1, P, dims) with ``point_labels`` (1, P), ``boxes`` (1, 2 * dims), or both.
-    """
-    out = {}
-    if "boxes" in sets[0]:
-        out["boxes"] = torch.cat([prompts["boxes"] for prompts in sets])
-    if "point_coords" in sets[0]:
-        most = max(prompts["point_labels"].shape[1] for prompts in sets)
-        spare = [most - prompts["point_labels"].shape[1] for prompts in sets]
-        pairs = list(zip(sets, spare))
-        out["point_coords"] = torch.cat([F.pad(prompts["point_coords"], (0, 0, 0, n)) for prompts, n in pairs])
-        out["point_labels"] = torch.cat([F.pad(prompts["point_labels"], (0, n), value=-1.0) for prompts, n in pairs])
-    return out
+    return replace(Prompts.join(drawn), classes=torch.tensor(present))
 
 
 class PromptSampler:
@@ -310,7 +245,7 @@ class PromptSampler:
 
     def draw(
         self, label: Tensor, mode: str, generator: torch.Generator | Sequence[torch.Generator], count: int = 0
-    ) -> dict[str, Tensor]:
+    ) -> list[Prompts]:
         """Draw prompts for a batch.
 
         Args:
@@ -320,25 +255,22 @@ class PromptSampler:
             count: number of points; 0 draws it.
 
         Returns:
-            K prompt sets for each image. An empty mask gets background points only, or a box of any place and size:
-            the answer to both is an empty mask.
+            The prompts of each image, K sets. An empty mask gets background points only, or a box of any place and
+            size: the answer to both is an empty mask.
         """
-        shape = tuple(label.shape[:2])
+        images, sets = label.shape[:2]
         masks = [mask > 0.5 for mask in label.flatten(0, 1)]
-        sources = _for_each_mask(generator, *shape)
+        sources = _for_each_mask(generator, images, sets)
         if mode == "points":
             count = count or self.count(sources[0])
             drawn = [self._points(mask, count, source) for mask, source in zip(masks, sources)]
-            return {
-                "point_coords": torch.stack([coords for coords, _ in drawn]).unflatten(0, shape),
-                "point_labels": torch.stack([labels for _, labels in drawn]).unflatten(0, shape),
-            }
-        if mode == "boxes":
-            boxes = [self._box(mask, source) for mask, source in zip(masks, sources)]
-            return {"boxes": torch.stack(boxes).unflatten(0, shape)}
-        return {}
+        elif mode == "boxes":
+            drawn = [Prompts(boxes=self._box(mask, source)[None]) for mask, source in zip(masks, sources)]
+        else:
+            return [Prompts()] * images
+        return [Prompts.join(drawn[i * sets : (i + 1) * sets]) for i in range(images)]
 
-    def _points(self, mask: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _points(self, mask: Tensor, count: int, generator: torch.Generator) -> Prompts:
         positive = torch.rand(count, generator=generator) < 0.5
         positive[0] = True
         if not bool(mask.any()):
@@ -351,7 +283,7 @@ class PromptSampler:
             coords[positive] = random_points(mask, inside, generator)
         if outside:
             coords[~positive] = random_points(~mask, outside, generator)
-        return coords, positive.float().to(mask.device)
+        return Prompts(points=coords[None], labels=positive.float().to(mask.device)[None])
 
     def _box(self, mask: Tensor, generator: torch.Generator) -> Tensor:
         shape = tuple(mask.shape)
@@ -371,33 +303,28 @@ def _for_each_mask(generator: torch.Generator | Sequence[torch.Generator], image
 
 
 def add_correction(
-    prompts: Mapping[str, Tensor],
+    prompts: Sequence[Prompts],
     prediction: Tensor,
     label: Tensor,
     generator: torch.Generator | Sequence[torch.Generator],
-) -> dict[str, Tensor]:
-    """Add one click on the error of each image's mask to its prompts.
+) -> list[Prompts]:
+    """Add one click on the error of each image's masks to its prompts.
 
     Args:
-        prompts: K prompt sets, as :class:`PromptSampler` draws them.
+        prompts: of each image, as :class:`PromptSampler` draws them.
         prediction: (B, K, spatial…) boolean masks that these prompts gave.
         label: (B, K, spatial…), foreground above 0.5.
         generator: source of randomness, or one for each image.
 
     Returns:
-        Prompts with one point more; a padding point where a mask has no error.
+        Prompts with one point more in each set; a padding point where a mask has no error.
     """
-    coords, labels = [], []
+    clicks = []
     sources = _for_each_mask(generator, *label.shape[:2])
     for mask, target, source in zip(prediction.flatten(0, 1), label.flatten(0, 1) > 0.5, sources):
         click = error_point(mask, target, source)
-        coords.append(torch.zeros(target.dim(), device=label.device) if click is None else click[0])
-        labels.append(-1.0 if click is None else float(click[1]))
-    shape = tuple(label.shape[:2])
-    new_coords = torch.stack(coords).unflatten(0, shape).unsqueeze(2)
-    new_labels = torch.tensor(labels, device=label.device).unflatten(0, shape).unsqueeze(2)
-    out = dict(prompts)
-    if "point_coords" in prompts:
-        new_coords = torch.cat([prompts["point_coords"], new_coords], dim=2)
-        new_labels = torch.cat([prompts["point_labels"], new_labels], dim=2)
-    return {**out, "point_coords": new_coords, "point_labels": new_labels}
+        clicks.append((torch.zeros(target.dim(), device=label.device), -1) if click is None else click)
+    shape = (*label.shape[:2], 1)
+    points = torch.stack([point for point, _ in clicks]).unflatten(0, shape)
+    labels = torch.tensor([float(kind) for _, kind in clicks], device=label.device).unflatten(0, shape)
+    return [one.with_points(*click) for one, *click in zip(prompts, points, labels)]
