@@ -181,10 +181,18 @@ def beside_another(image: Tensor, label: Tensor, generator: torch.Generator) -> 
     )
 
 
-def as_earlier(logits: Tensor, embedding: Tensor) -> Tensor:
-    """Logits of an answer (B, K, H, W[, D]) as the network takes those of an earlier mask: (B, K, 4 h, 4 w[, D])."""
+def as_earlier(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits of an answer as the network takes those of an earlier mask.
+
+    Args:
+        logits: (B, K, H, W[, D]).
+        size: rows h and columns w of the embedding.
+
+    Returns:
+        Logits (B, K, 4 h, 4 w[, D]), within :data:`LIMIT` of 0.
+    """
     logits = logits.detach().float().clamp(-LIMIT, LIMIT)
-    size = [4 * embedding.shape[2], 4 * embedding.shape[3], *logits.shape[4:]]
+    size = [4 * size[0], 4 * size[1], *logits.shape[4:]]
     if list(logits.shape[2:]) != size:
         mode = "bilinear" if logits.dim() == 4 else "trilinear"
         logits = functional.interpolate(logits, size, mode=mode, align_corners=False)
@@ -258,7 +266,7 @@ def correct(
     for click in range(clicks):
         prompts = add_correction(prompts, logits.detach() > 0, target, places)
         if feedback:
-            prompts = [replace(one, masks=own) for one, own in zip(prompts, as_earlier(logits, embedding))]
+            prompts = [replace(one, masks=own) for one, own in zip(prompts, as_earlier(logits, embedding.shape[2:4]))]
         with torch.set_grad_enabled(torch.is_grad_enabled() and click == clicks - 1):
             logits = network.decode(embedding, **Prompts.batched(prompts))
     return logits

@@ -195,10 +195,15 @@ class PromptInferer(SimpleInferer):
             in_order = medsa.click_feedback is not None and medsa.click_feedback.trained
             if self.cache is None and not in_order:
                 return network(inputs, *args, **Prompts.batched(asked)).float()
-            embedding = self._embed(inputs, medsa)
             if in_order:
-                return answer_in_order(medsa, embedding, inputs, asked)
-            return medsa.decode(embedding, **Prompts.batched(asked)).float()
+                return answer_in_order(medsa, self._embed(inputs, medsa), inputs, asked)
+        return self.decode(inputs, medsa, asked)
+
+    def decode(self, inputs: Tensor, network: MedSA, prompts: Sequence[Prompts]) -> Tensor:
+        """Answer all prompts of each image at once, in one pass through the decoder: logits (B, K, H, W)."""
+        inputs = plain(inputs)
+        with autocast(self.amp, inputs.device):
+            return network.decode(self._embed(inputs, network), **Prompts.batched(prompts)).float()
 
     def _embed(self, inputs: Tensor, medsa: MedSA) -> Tensor:
         """Embedding of images, from the cache where it is there."""
@@ -240,7 +245,7 @@ def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: S
         clicked = [one.until(number) for one in prompts]
         now = clicked
         if earlier is not None:
-            now = [replace(one, masks=own) for one, own in zip(clicked, as_earlier(earlier, embedding))]
+            now = [replace(one, masks=own) for one, own in zip(clicked, as_earlier(earlier, embedding.shape[2:4]))]
         arguments = Prompts.batched(now)
         logits = network.decode(embedding, **arguments).float()
         newest = arguments["point_labels"][:, :, number - 1][..., None, None]

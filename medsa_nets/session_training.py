@@ -166,7 +166,7 @@ def run_session(
         coords, labels = user.clicks(before, target, places)
         prompts = [one.with_points(*own) for one, *own in zip(prompts, coords.unsqueeze(2), labels.unsqueeze(2))]
         if earlier is not None:
-            prompts = [replace(one, masks=own) for one, own in zip(prompts, as_earlier(earlier, embedding))]
+            prompts = [replace(one, masks=own) for one, own in zip(prompts, as_earlier(earlier, embedding.shape[2:4]))]
         logits = network.decode(embedding, **Prompts.batched(prompts))
         out.append((logits, nearness(coords, labels, shape)))
         earlier = logits.detach()

@@ -504,7 +504,7 @@ def test_clicks_on_an_image_are_answered_one_after_the_other_and_obeyed(session_
         earlier = None if classes is None else network.decode(embedding)
         for number in (1, 2, 3):
             clicks = _clicks(*[1, 0, 1][:number], classes=classes)
-            before = None if earlier is None else as_earlier(earlier, embedding)[0]
+            before = None if earlier is None else as_earlier(earlier, embedding.shape[2:4])[0]
             logits = network.decode(embedding, **replace(clicks, masks=before).arguments())
             if earlier is not None:
                 logits = torch.minimum(logits, earlier) if number == 2 else torch.maximum(logits, earlier)

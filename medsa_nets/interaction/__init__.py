@@ -1,1 +1,1 @@
-"""Interaction: users who click, and what becomes of their clicks."""
+"""Interaction: sessions of a user who corrects masks, what becomes of the clicks, and users that are simulated."""

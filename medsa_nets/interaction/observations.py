@@ -24,17 +24,21 @@ class Kernel:
         length: standard deviation over place, in mm (volumes) or pixels of the network's grid (images).
         contrast: standard deviation over intensity, which lies in [0, 1]; several channels count by their Euclidean
             distance.
+        margin: logit that a click on foreground measures at least; one on background, at most its negative.
 
     Raises:
-        ValueError: when one of them is not above 0.
+        ValueError: when ``length`` or ``contrast`` is not above 0, or ``margin`` is below :data:`MARGIN`.
     """
 
     length: float = 3.0
     contrast: float = 0.15
+    margin: float = MARGIN
 
     def __post_init__(self) -> None:
         if not (self.length > 0 and self.contrast > 0):
             raise ValueError(f"length and contrast must be above 0, got {self.length} and {self.contrast}.")
+        if self.margin < MARGIN:
+            raise ValueError(f"margin must be {MARGIN:g} or more, got {self.margin}.")
 
     @property
     def radius(self) -> float:
@@ -64,17 +68,17 @@ def observe(
     image: np.ndarray,
     voxels: np.ndarray,
     labels: np.ndarray,
-    spacing: Sequence[float],
+    spacing: Sequence[float] | np.ndarray,
     kernel: Kernel,
 ) -> np.ndarray:
     """Let logits agree with what was clicked, there and where place and intensity are alike.
 
     The logit of a clicked voxel is measured as at least :data:`MARGIN` (foreground), or at most its negative
     (background). The residual between the logits and these measurements, zero where they agree already, is
-    interpolated by Gaussian-process regression (kriging) and added. Every clicked voxel carries its label afterwards;
-    voxels farther than ``kernel.radius`` from each click that disagreed keep their logits, bit for bit. Of
-    contradicting clicks on one voxel the newest wins. Of more than :data:`MAX_POINTS` voxels, those that lie farthest
-    apart make the interpolation, but all carry their label.
+    interpolated by Gaussian-process regression (kriging) and added. Every clicked voxel carries its label
+    afterwards; voxels farther than ``kernel.radius`` from each click that disagreed keep their logits, bit for bit. Of
+    clicks that contradict each other on one voxel the newest wins. Of more than :data:`MAX_POINTS` voxels, those that
+    lie farthest apart make the interpolation, but all carry their label.
 
     Args:
         logits: (spatial…), of one mask.
@@ -102,17 +106,17 @@ def observe(
     if (voxels < 0).any() or (voxels >= np.array(logits.shape)).any():
         raise ValueError(f"a clicked voxel lies outside of {logits.shape}.")
     voxels, labels = newest_labels(voxels.astype(np.int64), labels)
-    measured = _clamped(logits[tuple(voxels.T)], labels)
+    measured = _clamped(logits[tuple(voxels.T)], labels, kernel.margin)
     residual = measured.astype(np.float64) - logits[tuple(voxels.T)]
     out = logits.copy()
     if residual.any():
         out += _interpolated(logits.shape, image, voxels, residual, np.asarray(spacing, dtype=np.float64), kernel)
-    out[tuple(voxels.T)] = _clamped(out[tuple(voxels.T)], labels)
+    out[tuple(voxels.T)] = _clamped(out[tuple(voxels.T)], labels, MARGIN)
     return out
 
 
-def _clamped(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return np.where(labels > 0, np.maximum(values, MARGIN), np.minimum(values, -MARGIN)).astype(np.float32)
+def _clamped(values: np.ndarray, labels: np.ndarray, margin: float) -> np.ndarray:
+    return np.where(labels > 0, np.maximum(values, margin), np.minimum(values, -margin)).astype(np.float32)
 
 
 def _interpolated(
@@ -152,8 +156,8 @@ def _interpolated(
 
 def _features(voxels: np.ndarray, image: np.ndarray, spacing: np.ndarray, kernel: Kernel) -> np.ndarray:
     """Place and intensity in multiples of the kernel's standard deviations: (N, dims + C)."""
-    place = (slice(None), *voxels.T)
-    values = image[place].T.astype(np.float64)
+    everywhere = (slice(None), *voxels.T)
+    values = image[everywhere].T.astype(np.float64)
     return np.concatenate([voxels * spacing / kernel.length, values / kernel.contrast], axis=1)
 
 

@@ -1,0 +1,209 @@
+"""How one answer of a session is made: the network's, then the clicks as measurements, then what may change at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from scipy import ndimage
+from torch import Tensor
+
+from medsa_nets.interaction.grids import Grids, Place, bounding_place
+from medsa_nets.interaction.observations import MARGIN, Kernel, newest_labels, observe
+from medsa_nets.interaction.prompts import UserPrompt
+from medsa_nets.interaction.segmenters import Asked, Segmenter
+
+RULES = ("free", "connected", "monotone")
+# Chosen by tests/benchmarks/sessions.py on validation images: lesions 100 to 115, hippocampi 20 to 28.
+KERNELS = {2: Kernel(length=8.0, contrast=0.3), 3: Kernel(length=2.5, contrast=0.3, margin=2.0)}
+TOKENS = 8  # points of a scribble that the network is told
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How answers are made.
+
+    Args:
+        rule: what a click may change where a mask stood before it. ``free``: everything. ``connected``: what is
+            connected with the click (26 neighbours), and what lies within ``reach`` of it. ``monotone``: of this, a
+            foreground click takes nothing away beyond its reach, and a background click adds nothing there.
+        reach: in mm (volumes) or pixels of the network's grid (images); none takes the kernel's radius.
+        kernel: how far a click speaks for others; none takes that of :data:`KERNELS`.
+        interpolate: whether clicks speak for other voxels at all; false lets them set their own voxel alone.
+        network: ``always`` asks the network again for each answer, ``first`` where there was no mask before; ``auto``
+            asks again in images, and in volumes where the adapter was trained with earlier masks.
+
+    Raises:
+        ValueError: when a setting has another value.
+    """
+
+    rule: str = "connected"
+    reach: float | None = None
+    kernel: Kernel | None = None
+    interpolate: bool = True
+    network: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}.")
+        if self.network not in ("auto", "always", "first"):
+            raise ValueError(f"network must be auto, always or first, got {self.network!r}.")
+        if self.reach is not None and self.reach < 0:
+            raise ValueError(f"reach must be 0 or more, got {self.reach}.")
+
+
+def make_answer(
+    segmenter: Segmenter,
+    image: MetaTensor,
+    grids: Grids,
+    index: int,
+    previous: Tensor | None,
+    prompts: Sequence[UserPrompt],
+    settings: AnswerSettings,
+) -> Tensor:
+    """Logits that answer the prompts of a class.
+
+    Args:
+        segmenter: asks the network.
+        image: (C, spatial…), as the network sees it.
+        grids: of that image.
+        index: id of the class.
+        previous: logits (spatial…) of the answer before this one, or none.
+        prompts: of the class, oldest first; the last one is new.
+        settings: see there.
+
+    Returns:
+        Logits (spatial…): every marked voxel, and every bound, holds.
+    """
+    kernel = settings.kernel or KERNELS[grids.dims]
+    again = settings.network == "always" or (
+        settings.network == "auto" and (segmenter.feedback or not segmenter.volumes)
+    )
+    # Where there is no mask yet, there is nothing to keep, and nothing that clicks alone could mend.
+    empty = previous is None or not bool((previous > 0).any())
+    if empty or again:
+        logits = segmenter.decode(image, index, ask(grids, prompts), previous)
+    else:
+        assert previous is not None
+        logits = previous
+    values = logits.numpy()
+    bounds = [bound_on_tensor(grids, prompt) for prompt in prompts]
+    voxels, labels = marked_voxels(grids, prompts, bounds)
+    if settings.interpolate:
+        values = observe(values, image.numpy(), voxels, labels, grids.spacing, kernel)
+    if previous is not None and not empty and prompts[-1].marks:
+        reach = kernel.radius if settings.reach is None else settings.reach
+        newest = np.unique(grids.voxels(prompts[-1].voxels()), axis=0)
+        values = keep_local(previous.numpy(), values, newest, prompts[-1].label, grids.spacing, settings.rule, reach)
+    return torch.from_numpy(hold(values, voxels, labels, bounds))
+
+
+def ask(grids: Grids, prompts: Sequence[UserPrompt]) -> Asked:
+    """What prompts ask of the network: clicks, a few points of each scribble, and the newest box or outline."""
+    points: list[np.ndarray] = []
+    labels: list[int] = []
+    box = None
+    for prompt in prompts:
+        if prompt.marks:
+            own = grids.positions(prompt.positions)
+            own = own[np.unique(np.linspace(0, len(own) - 1, TOKENS).round().astype(int))] if len(own) > TOKENS else own
+            points.extend(own)
+            labels.extend([prompt.label] * len(own))
+        elif prompt.kind == "box" or (prompt.kind == "lasso" and prompt.label == 1):
+            corners = grids.positions(np.stack([prompt.positions.min(0), prompt.positions.max(0)]))
+            box = np.concatenate([corners.min(0), corners.max(0)])
+    return Asked(np.array(points).reshape(-1, grids.dims), np.array(labels), box)
+
+
+def bound_on_tensor(grids: Grids, prompt: UserPrompt) -> np.ndarray | None:
+    """Voxels of the network's grid (spatial…) in which a prompt lets nothing of the class be; none for other kinds."""
+    if prompt.kind not in ("box", "lasso"):
+        return None
+    indices = np.indices(grids.shape).reshape(grids.dims, -1).T
+    positions = indices @ grids.to_file[:-1, :-1].T + grids.to_file[:-1, -1]
+    return prompt.bound(list(positions.T)).reshape(grids.shape)
+
+
+def marked_voxels(
+    grids: Grids, prompts: Sequence[UserPrompt], bounds: Sequence[np.ndarray | None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (N, dims) of the network's grid that were marked and labels (N,), where nothing newer contradicts them."""
+    voxels = np.empty((0, grids.dims), dtype=np.int64)
+    labels = np.empty(0, dtype=np.int64)
+    for prompt, bound in zip(prompts, bounds):
+        if prompt.marks:
+            own = grids.voxels(prompt.voxels())
+            voxels = np.concatenate([voxels, own])
+            labels = np.concatenate([labels, np.full(len(own), prompt.label)])
+        elif bound is not None:
+            kept = ~bound[tuple(voxels.T)] | (labels == 0)
+            voxels, labels = voxels[kept], labels[kept]
+    return newest_labels(voxels, labels) if len(voxels) else (voxels, labels)
+
+
+def hold(values: np.ndarray, voxels: np.ndarray, labels: np.ndarray, bounds: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Logits with every bound, and the label of every marked voxel."""
+    out = values.copy()
+    for bound in bounds:
+        if bound is not None:
+            np.minimum(out, -MARGIN, out=out, where=bound)
+    place = tuple(voxels.T)
+    out[place] = np.where(labels > 0, np.maximum(out[place], MARGIN), np.minimum(out[place], -MARGIN))
+    return out
+
+
+def keep_local(
+    previous: np.ndarray,
+    values: np.ndarray,
+    newest: np.ndarray,
+    label: int,
+    spacing: np.ndarray,
+    rule: str,
+    reach: float,
+) -> np.ndarray:
+    """Let new logits stand only where a click or scribble may change them, and the previous ones elsewhere.
+
+    Args:
+        previous: logits (spatial…) before.
+        values: logits after.
+        newest: voxels (N, dims) that were marked.
+        label: of them.
+        spacing: size of a voxel along each axis.
+        rule: one of :data:`RULES`.
+        reach: see :class:`AnswerSettings`.
+    """
+    if rule == "free":
+        return values
+    near = within(previous.shape, newest, spacing, reach)
+    changed = (values > 0) != (previous > 0)
+    if rule == "monotone":
+        changed &= near | ((values > 0) == bool(label))
+    parts, count = ndimage.label(changed, np.ones((3,) * changed.ndim))
+    touched = np.zeros(count + 1, dtype=bool)
+    for voxel in newest:
+        touched[np.unique(parts[tuple(slice(max(0, v - 1), v + 2) for v in voxel)])] = True
+    touched[0] = False
+    return np.where(near | touched[parts], values, previous)
+
+
+def within(shape: tuple[int, ...], voxels: np.ndarray, spacing: np.ndarray, reach: float) -> np.ndarray:
+    """Voxels (shape), boolean, at most ``reach`` away from one of ``voxels`` (N, dims)."""
+    out = np.zeros(shape, dtype=bool)
+    margin = np.ceil(reach / np.asarray(spacing)).astype(int)
+    low = np.maximum(voxels.min(0) - margin, 0)
+    high = np.minimum(voxels.max(0) + margin + 1, shape)
+    away = np.ones(high - low, dtype=bool)
+    away[tuple((voxels - low).T)] = False
+    place: Place = tuple(slice(int(a), int(b)) for a, b in zip(low, high))
+    out[place] = ndimage.distance_transform_edt(away, sampling=list(spacing)) <= reach
+    return out
+
+
+def change(previous: Tensor | None, values: Tensor) -> Place | None:
+    """Box of the network's grid that holds every voxel whose logit is another; none where none is."""
+    if previous is None:
+        return tuple(slice(0, n) for n in values.shape)
+    return bounding_place((previous != values).numpy())
