@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +152,63 @@ def overlay_volume(
     for picture in pictures:
         page.paste(picture, (left, 0))
         left += picture.width + 4
+    return page
+
+
+LINE_COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (148, 103, 189))
+
+
+def draw_curves(
+    lines: Mapping[str, Sequence[float]], axis: str, title: str, size: tuple[int, int] = (420, 320)
+) -> Image.Image:
+    """Draw shares between 0 and 1 over 0, 1, 2… as lines with a legend.
+
+    Args:
+        lines: values by name; NaN are left out.
+        axis: name of the horizontal axis.
+        title: text above.
+        size: width and height of the picture, in pixels.
+    """
+    values = [value for line in lines.values() for value in line if not math.isnan(value)]
+    # Curves of good masks lie close together: the axis begins where they do.
+    lowest = math.floor(10.0 * min(values, default=0.0)) / 10.0
+    lowest = min(max(lowest, 0.0), 0.9)
+    last = max(1, *(len(line) - 1 for line in lines.values()))
+    left, top, right, bottom = 42, 26, size[0] - 14, size[1] - 40
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        share = (value - lowest) / (1.0 - lowest)
+        return left + (right - left) * step / last, bottom - (bottom - top) * max(0.0, min(1.0, share))
+
+    page = Image.new("RGB", size, (255, 255, 255))
+    draw = ImageDraw.Draw(page)
+    draw.text((left, 6), title, fill=(0, 0, 0))
+    for tick in range(round(10 * lowest), 11):
+        (x, y) = at(0, tick / 10)
+        draw.line((x, y, right, y), fill=(225, 225, 225))
+        draw.text((8, y - 6), f"{tick / 10:.1f}", fill=(0, 0, 0))
+    for step in range(last + 1):
+        draw.text((at(step, lowest)[0] - 3, bottom + 5), str(step), fill=(0, 0, 0))
+    draw.text((left, size[1] - 18), axis, fill=(0, 0, 0))
+    for number, (name, line) in enumerate(lines.items()):
+        colour = LINE_COLOURS[number % len(LINE_COLOURS)]
+        places = [at(step, value) for step, value in enumerate(line) if not math.isnan(value)]
+        draw.line(places, fill=colour, width=2)
+        for x, y in places:
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+        draw.text((right - 150, bottom - 16 * (len(lines) - number)), name, fill=colour)
+    return page
+
+
+def side_by_side(pictures: Sequence[Image.Image], title: str, height: int = 320) -> Image.Image:
+    """Pictures of one height beside each other, a line of text above."""
+    scaled = [p.resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
+    page = Image.new("RGB", (sum(p.width + 6 for p in scaled) + 6, height + 28), (255, 255, 255))
+    ImageDraw.Draw(page).text((6, 6), title, fill=(0, 0, 0))
+    left = 6
+    for picture in scaled:
+        page.paste(picture, (left, 24))
+        left += picture.width + 6
     return page
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,16 @@ from medsa_nets.transforms.volumes import ABSENT, MasksToSourceLabeld
 from medsa_nets.weights import check_adapter
 
 EMBEDDING_BYTES = 4 * 1024**3
+
+
+def load_adapter(network: MedSA, path: str | Path) -> None:
+    """Load an adapter's file into its network.
+
+    Raises:
+        WeightsError: when the file is missing, damaged or another network's.
+    """
+    state = torch.load(check_adapter(path), map_location="cpu", weights_only=True)
+    network.load_state_dict(state.get("model", state))
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,8 @@ class NetworkSegmenter:
 
     Args:
         network: a :class:`~medsa_nets.networks.MedSA` for images, or a :class:`~medsa_nets.networks.VolumeMedSA`.
-        preprocessing: the bundle's transforms, from a path under ``image`` to the network's input.
+        preprocessing: the bundle's transforms, from a path under ``image`` to the network's input; none where images
+            are opened that went through them already.
         classes: names of the classes, in the order of their ids.
         inferer: the bundle's; none takes one with usual settings.
 
@@ -100,7 +112,7 @@ class NetworkSegmenter:
     def __init__(
         self,
         network: MedSA,
-        preprocessing: Compose,
+        preprocessing: Compose | None,
         classes: Sequence[str],
         inferer: PromptInferer | SlabInferer | None = None,
     ) -> None:
@@ -117,10 +129,11 @@ class NetworkSegmenter:
         cache = EmbeddingCache(EMBEDDING_BYTES)
         if inferer is None:
             inferer = SlabInferer(cache=cache, spread=True) if self.volumes else PromptInferer(cache=cache)
-        self.inferer = inferer
+        self.inferer = copy.copy(inferer)
         self.inferer.cache = self.inferer.cache or cache
         if isinstance(self.inferer, SlabInferer):
             self.inferer.every_class = False
+            self.inferer.spread = True  # a click costs as many slabs as the organ has
             self.inferer.progress = False
 
     @property
@@ -153,10 +166,7 @@ class NetworkSegmenter:
         parser.read_config([str(path) for path in paths])
         parser.update({"bundle_root": str(root), "use_click": True, **(settings or {})})
         network = parser.get_parsed_content("network")
-        state = torch.load(
-            check_adapter(parser.get_parsed_content("checkpoint")), map_location="cpu", weights_only=True
-        )
-        network.load_state_dict(state.get("model", state))
+        load_adapter(network, parser.get_parsed_content("checkpoint"))
         if "classes" in parser:
             classes = parser.get_parsed_content("classes")
         else:
@@ -166,7 +176,11 @@ class NetworkSegmenter:
         return cls(network, parser.get_parsed_content("preprocessing"), classes, parser.get_parsed_content("inferer"))
 
     def open(self, source: Any) -> MetaTensor:
-        """Read and preprocess an image from its path."""
+        """Read and preprocess an image from its path; an image that the network can see stays as it is."""
+        if isinstance(source, MetaTensor):
+            return source
+        if self.preprocessing is None:
+            raise DataError(f"{source}: this session takes images that went through the bundle's transforms, no paths.")
         return self.preprocessing({"image": source})["image"]
 
     @torch.no_grad()
