@@ -10,13 +10,16 @@ from medsa_nets.prompts import Prompts
 from medsa_nets.visualize import (
     BOX_COLOUR,
     LABEL_COLOUR,
+    LINE_COLOURS,
     NEGATIVE_COLOUR,
     POSITIVE_COLOUR,
     PREDICTION_COLOUR,
     contact_sheet,
+    draw_curves,
     overlay,
     overlay_sample,
     overlay_volume,
+    side_by_side,
 )
 
 WIDTH, HEIGHT = 80, 50
@@ -174,3 +177,19 @@ def test_volumes_show_masks_of_every_class_and_boxes_of_their_plane():
     assert thin.size == (3 * (60 + 60 + 40) + 8, 120)
     nothing = overlay_volume(image, torch.full((1, 40, 30, 20), -1.0), prompts=Prompts(), height=60)
     assert len(places(nothing, PREDICTION_COLOUR)) == 0
+
+
+def test_curves_rise_where_their_values_do():
+    picture = np.asarray(draw_curves({"a": [0.5, 0.7, 0.9], "b": [float("nan"), 0.6, 0.6]}, "clicks", "Dice"))
+    heights = {}
+    for number, name in enumerate("ab"):
+        rows, columns = np.nonzero((picture[:280] == LINE_COLOURS[number]).all(-1))  # the legend lies below
+        rows, columns = rows[columns < 230], columns[columns < 230]
+        heights[name] = [rows[columns == c].mean() for c in (columns.min(), columns.max())]
+    assert heights["a"][1] < heights["a"][0] - 30
+    assert heights["b"][1] == pytest.approx(heights["b"][0], abs=2)
+
+
+def test_pictures_beside_each_other_have_one_height():
+    page = side_by_side([Image.new("RGB", (100, 50)), Image.new("RGB", (30, 60))], "two", height=120)
+    assert page.size == (6 + 246 + 66, 148)

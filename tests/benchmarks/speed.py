@@ -318,13 +318,15 @@ def measure_kinds(names: list[str], threads: int) -> dict[str, dict[str, dict[st
 
 def kinds_table(kinds: dict[str, dict[str, dict[str, list[float]]]]) -> list[str]:
     """Rows of the table of ratios, a column for each kind of processor."""
-    lines = ["", "**Kinds of processor.** time of others / time of MedSA on this machine, held back by "
-             "`ONEDNN_MAX_CPU_ISA` and `ATEN_CPU_CAPABILITY`; for MedSA itself, its seconds:", "",
+    lines = ["", "**Kinds of processor.** Seconds of MedSA on this machine, held back by `ONEDNN_MAX_CPU_ISA` and "
+             "`ATEN_CPU_CAPABILITY`; below them times of others, each as a multiple of what its row names:", "",
              f"| | {' | '.join(kinds)} |", "| --- " * (len(kinds) + 1) + "|"]  # fmt: skip
     for section in REDUCED:
         names = dict.fromkeys(name for found in kinds.values() for name in found.get(section, {}))
         for name in names:
             cells = []
+            against = next(reference(name, found[section]) for found in kinds.values() if name in found.get(section, {}))
+            title = name if against == name else f"{name} / {against}"
             for found in kinds.values():
                 times = found.get(section, {})
                 if name not in times:
@@ -333,7 +335,7 @@ def kinds_table(kinds: dict[str, dict[str, dict[str, list[float]]]]) -> list[str
                     cells.append(f"{statistics.median(times[name]):.3f} s")
                 else:
                     cells.append(f"{ratio(times, name, reference(name, times)):.2f}")
-            lines.append(f"| {section}: {name} | {' | '.join(cells)} |")
+            lines.append(f"| {section}: {title} | {' | '.join(cells)} |")
     return lines
 
 

@@ -35,6 +35,8 @@ class StandIn:
         self.decoded = 0
 
     def open(self, source: Any) -> MetaTensor:
+        if isinstance(source, MetaTensor):
+            return source
         random = np.random.default_rng(int(str(source).rpartition("_")[2].split(".")[0]))
         if not self.volumes:
             photograph = MetaTensor(torch.from_numpy(random.random((3, 22, 17))).float())
