@@ -57,8 +57,9 @@ class _Bundle:
         quiet = ("CheckpointLoader", "Progress", "StatsHandler")
         parser["handlers"] = [h for h in handlers if not str(h.get("_target_")).endswith(quiet)]
         parser["adapter_loaders"] = loaders
-        if "progress" in parser["inferer"]:
-            parser["inferer#progress"] = False
+        for name in ("inferer", "slab_inferer"):
+            if name in parser and "progress" in parser[name]:
+                parser[f"{name}#progress"] = False
         parser["dataset#data"] = [{}]
         if "initialize" in parser:
             parser.get_parsed_content("initialize")

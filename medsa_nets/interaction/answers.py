@@ -13,8 +13,8 @@ from torch import Tensor
 
 from medsa_nets.interaction.grids import Grids, Place, bounding_place
 from medsa_nets.interaction.observations import MARGIN, Kernel, newest_labels, observe
-from medsa_nets.interaction.prompts import UserPrompt
 from medsa_nets.interaction.segmenters import Asked, Segmenter
+from medsa_nets.prompts.user import UserPrompt
 
 RULES = ("free", "connected", "monotone")
 # Chosen by tests/benchmarks/sessions.py on validation images: lesions 100 to 115, hippocampi 20 to 28.
@@ -82,10 +82,12 @@ def make_answer(
     again = settings.network == "always" or (
         settings.network == "auto" and (segmenter.feedback or not segmenter.volumes)
     )
-    # Where there is no mask yet, there is nothing to keep, and nothing that clicks alone could mend.
+    # Where there is no mask yet, there is nothing to keep, and nothing that clicks alone could mend. A box says where
+    # the whole class is, whatever there was.
     empty = previous is None or not bool((previous > 0).any())
-    if empty or again:
-        logits = segmenter.decode(image, index, ask(grids, prompts), previous)
+    anew = _surrounds(prompts[-1], grids.dims)
+    if empty or again or anew:
+        logits = segmenter.decode(image, index, ask(grids, prompts), None if anew else previous)
     else:
         assert previous is not None
         logits = previous
@@ -112,10 +114,15 @@ def ask(grids: Grids, prompts: Sequence[UserPrompt]) -> Asked:
             own = own[np.unique(np.linspace(0, len(own) - 1, TOKENS).round().astype(int))] if len(own) > TOKENS else own
             points.extend(own)
             labels.extend([prompt.label] * len(own))
-        elif prompt.kind == "box" or (prompt.kind == "lasso" and prompt.label == 1):
+        elif _surrounds(prompt, grids.dims):
             corners = grids.positions(np.stack([prompt.positions.min(0), prompt.positions.max(0)]))
             box = np.concatenate([corners.min(0), corners.max(0)])
     return Asked(np.array(points).reshape(-1, grids.dims), np.array(labels), box)
+
+
+def _surrounds(prompt: UserPrompt, dims: int) -> bool:
+    """Whether it lies around the whole class: a lasso in a volume does so in one slice alone."""
+    return prompt.kind == "box" or (prompt.kind == "lasso" and prompt.label == 1 and dims == 2)
 
 
 def bound_on_tensor(grids: Grids, prompt: UserPrompt) -> np.ndarray | None:

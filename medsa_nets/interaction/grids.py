@@ -128,24 +128,3 @@ def bounding_place(mask: np.ndarray, margin: int | Sequence[int] = 0) -> Place |
         last = min(mask.shape[axis], int(found[-1]) + 1 + margins[axis])
         out.append(slice(max(0, int(found[0]) - margins[axis]), last))
     return tuple(out)
-
-
-def polygon_mask(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Pixels whose centre lies in a closed polygon (even-odd rule), or on its line.
-
-    Args:
-        corners: (N, 2), positions in pixels; the last corner joins the first.
-        shape: of the plane.
-    """
-    corners = np.asarray(corners, dtype=np.float64)
-    inside, on_line = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-    rows, columns = np.ogrid[: shape[0], : shape[1]]
-    for (r0, c0), (r1, c1) in zip(corners, np.roll(corners, -1, axis=0)):
-        if c0 != c1:
-            crosses = (c0 > columns) != (c1 > columns)
-            inside ^= crosses & (rows < (r1 - r0) * (columns - c0) / (c1 - c0) + r0)
-        square = (r1 - r0) ** 2 + (c1 - c0) ** 2
-        along = ((rows - r0) * (r1 - r0) + (columns - c0) * (c1 - c0)) / max(square, 1e-12)
-        along = along.clip(0.0, 1.0)
-        on_line |= (rows - r0 - along * (r1 - r0)) ** 2 + (columns - c0 - along * (c1 - c0)) ** 2 <= 1e-12
-    return inside | on_line

@@ -20,7 +20,7 @@ from medsa_nets.data.atomic import temporary_name
 from medsa_nets.errors import DataError, describe
 from medsa_nets.interaction.answers import KERNELS, AnswerSettings
 from medsa_nets.interaction.observations import Kernel
-from medsa_nets.interaction.prompts import prompt_from_json, prompt_to_json
+from medsa_nets.prompts.user import prompt_from_json, prompt_to_json
 from medsa_nets.weights import file_sha256
 
 if TYPE_CHECKING:

@@ -173,7 +173,8 @@ class NetworkSegmenter:
             metadata = json.loads((root / "configs" / "metadata.json").read_text(encoding="utf-8"))
             names: dict[str, str] = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
             classes = [names[number] for number in sorted(names, key=int)][-network.num_classes :]
-        return cls(network, parser.get_parsed_content("preprocessing"), classes, parser.get_parsed_content("inferer"))
+        inferer = parser.get_parsed_content("inferer")
+        return cls(network, parser.get_parsed_content("preprocessing"), classes, getattr(inferer, "inferer", inferer))
 
     def open(self, source: Any) -> MetaTensor:
         """Read and preprocess an image from its path; an image that the network can see stays as it is."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from medsa_nets.errors import DataError
 from medsa_nets.interaction.answers import AnswerSettings, change, make_answer
 from medsa_nets.interaction.grids import Grids, Place, bounding_place
-from medsa_nets.interaction.prompts import UserPrompt, read_positions
 from medsa_nets.interaction.segmenters import NetworkSegmenter, Segmenter
+from medsa_nets.prompts.user import UserPrompt, make_lasso, read_positions
 
 STARTS = ("automatic", "nothing")
 START_LOGIT = 4.0  # of a mask that came without logits: sure, but a click on it is no surprise
@@ -31,7 +32,16 @@ class _Step:
     prompt: UserPrompt
     place: Place | None  # of the logits before, none where there were none
     logits: Tensor | None
-    mask: np.ndarray
+    mask_place: Place | None  # where the mask was another, none where it was the same
+    mask: np.ndarray | None
+
+    def mask_before(self, mask: np.ndarray) -> np.ndarray:
+        """The mask that there was, given the one that followed."""
+        if self.mask_place is None:
+            return mask
+        out = mask.copy()
+        out[self.mask_place] = self.mask
+        return out
 
 
 @dataclass
@@ -222,20 +232,10 @@ class InteractiveSession:
         """
         index = self._index(class_name)
         self._check_label(label)
-        found = read_positions("lasso", corners, self.file_shape)
-        axis = slice_index = None
-        if len(found) < 3:
-            raise DataError(f"lasso: expected 3 or more corners, got {len(found)}.")
-        if self.grids.dims == 3:
-            whole = np.rint(found)
-            flat = [a for a in range(3) if (whole[:, a] == whole[0, a]).all()]
-            if not flat:
-                raise DataError(
-                    "lasso: its corners lie in no slice; one of their three indices must be the same for all."
-                )
-            axis = flat[-1]
-            slice_index = int(whole[0, axis])
-        return self._answer("lasso", index, found, label=int(label), axis=axis, slice_index=slice_index)
+        lasso = make_lasso(corners, int(label), index, self.file_shape)
+        return self._answer(
+            "lasso", index, lasso.positions, label=lasso.label, axis=lasso.axis, slice_index=lasso.slice_index
+        )
 
     def start_from(self, mask: Any, class_name: str | int | None = None) -> np.ndarray:
         """Start from a mask of another tool or of a file; prompts before it no longer count, until :meth:`undo`.
@@ -289,7 +289,7 @@ class InteractiveSession:
         if state is None or not state.steps:
             raise DataError("undo: there is nothing to take back.")
         step = state.steps.pop()
-        state.mask = step.mask
+        state.mask = step.mask_before(state.mask)
         if step.logits is None or step.place is None:
             state.logits = step.logits
         else:
@@ -321,6 +321,18 @@ class InteractiveSession:
             return self.label_map() == index + 1
         state = self._known.get(index)
         return self._first[index].copy() if state is None else state.mask.copy()
+
+    @property
+    def automatic(self) -> Tensor | None:
+        """Logits (K, spatial…) without prompts on the network's grid; none where classes start from nothing."""
+        self._require_open()
+        return self._automatic
+
+    def fork(self) -> InteractiveSession:
+        """A second session in the same state, which goes its own way; what does not change is held once."""
+        out = copy.copy(self)
+        out._known = {index: replace(state, steps=list(state.steps)) for index, state in self._known.items()}
+        return out
 
     def logits(self, class_name: str | int | None = None) -> Tensor | None:
         """Logits (spatial…) of the last answer on the network's grid, or none before the first one from nothing."""
@@ -467,12 +479,10 @@ class InteractiveSession:
         return self.mask(index)
 
     def _computed(self, state: _Class, prompt: UserPrompt) -> tuple[_Step, Tensor | None, np.ndarray]:
-        before = state.logits
+        before, logits = state.logits, state.logits
         if prompt.kind == "accept":
-            nothing = tuple(slice(0, 0) for _ in self.grids.shape)
-            kept = before if before is None else before[nothing].clone()
-            return _Step(prompt, nothing, kept, state.mask), before, self.mask(prompt.index)
-        if prompt.kind == "mask":
+            mask = self.mask(prompt.index)
+        elif prompt.kind == "mask":
             assert prompt.mask is not None
             logits = (2.0 * self.grids.on_tensor(prompt.mask) - 1.0) * START_LOGIT
             mask = prompt.mask.copy()
@@ -482,11 +492,13 @@ class InteractiveSession:
                 [*self._counting(state), prompt], self.settings,
             )  # fmt: skip
             mask = self._mask_after(state, prompt, logits)
-        place = change(before, logits)
+        mask_place = bounding_place(mask != state.mask)
+        old_mask = None if mask_place is None else state.mask[mask_place].copy()
         if before is None:
-            return _Step(prompt, None, None, state.mask), logits, mask
+            return _Step(prompt, None, None, mask_place, old_mask), logits, mask
+        place = None if logits is None or logits is before else change(before, logits)
         place = place or tuple(slice(0, 0) for _ in self.grids.shape)
-        return _Step(prompt, place, before[place].clone(), state.mask), logits, mask
+        return _Step(prompt, place, before[place].clone(), mask_place, old_mask), logits, mask
 
     @staticmethod
     def _counting(state: _Class) -> list[UserPrompt]:

@@ -1,6 +1,13 @@
 """Prompts: the value that says what is asked of the network, how it is drawn, and how it travels with an image."""
 
-from medsa_nets.prompts.images import prompts_of, prompts_of_batch, with_prompts
+from medsa_nets.prompts.images import (
+    prompts_of,
+    prompts_of_batch,
+    user_prompts_of,
+    user_prompts_of_batch,
+    with_prompts,
+    with_user_prompts,
+)
 from medsa_nets.prompts.sampling import (
     PROTOCOLS,
     VOLUME_PROTOCOLS,
@@ -15,6 +22,7 @@ from medsa_nets.prompts.sampling import (
     protocol_prompts,
     random_points,
 )
+from medsa_nets.prompts.user import UserPrompt, read_user_prompts
 from medsa_nets.prompts.value import Prompts, transform_positions
 
 __all__ = [
@@ -22,6 +30,7 @@ __all__ = [
     "VOLUME_PROTOCOLS",
     "PromptSampler",
     "Prompts",
+    "UserPrompt",
     "add_correction",
     "bounding_box",
     "class_masks",
@@ -33,6 +42,10 @@ __all__ = [
     "prompts_of_batch",
     "protocol_prompts",
     "random_points",
+    "read_user_prompts",
     "transform_positions",
+    "user_prompts_of",
+    "user_prompts_of_batch",
     "with_prompts",
+    "with_user_prompts",
 ]

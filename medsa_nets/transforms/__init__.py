@@ -4,6 +4,7 @@ from medsa_nets.transforms.clicks import ReadClicksd
 from medsa_nets.transforms.masks import BinarizeMaskd
 from medsa_nets.transforms.overlays import SaveOverlayd, SaveVolumeOverlayd
 from medsa_nets.transforms.prompts import (
+    EnforceUserPromptsd,
     PromptsToNetworkd,
     ReadPromptsd,
     SamplePromptsd,
@@ -27,6 +28,7 @@ __all__ = [
     "ABSENT",
     "BinarizeMaskd",
     "CheckLabelsd",
+    "EnforceUserPromptsd",
     "HighestProbabilityd",
     "LoadImageVolumed",
     "MasksToSourceLabeld",

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 from monai.transforms import Transform
 
-from medsa_nets.prompts import Prompts, with_prompts
+from medsa_nets.prompts import UserPrompt, with_prompts, with_user_prompts
+from medsa_nets.transforms.prompts import prompts_of_user
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,9 @@ class ReadClicksd(Transform):
             else:
                 positive[focus] = positive.get(focus, []) + unnamed
         if positive:
-            out[self.image_key] = with_prompts(out[self.image_key], self._prompts(positive, negative, focus))
+            prompts = self._prompts(positive, negative, focus)
+            network = prompts_of_user(prompts, len(shape))
+            out[self.image_key] = with_user_prompts(with_prompts(out[self.image_key], network), prompts)
         if messages:
             for message in messages:
                 logger.warning(message)
@@ -100,15 +103,15 @@ class ReadClicksd(Transform):
         return inside
 
     @staticmethod
-    def _prompts(positive: Mapping[int, list[list[float]]], negative: list[list[float]], focus: int | None) -> Prompts:
-        sets = []
+    def _prompts(
+        positive: Mapping[int, list[list[float]]], negative: list[list[float]], focus: int | None
+    ) -> list[UserPrompt]:
+        out = []
         for index in sorted(positive):
-            clicks = positive[index]
             against = negative if focus not in positive or index == focus else []
-            points = torch.tensor(clicks + against, dtype=torch.float32)
-            labels = torch.tensor([1.0] * len(clicks) + [0.0] * len(against))
-            sets.append(Prompts(points=points[None], labels=labels[None], classes=torch.tensor([index])))
-        return Prompts.join(sets)
+            for clicks, label in ((positive[index], 1), (against, 0)):
+                out += [UserPrompt("point", index, 0, 0.0, np.array([click]), label=label) for click in clicks]
+        return out
 
 
 def _is_position(value: Any) -> bool:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -19,8 +20,19 @@ from monai.transforms import MapTransform, Transform
 from torch import Tensor
 
 from medsa_nets.data.dataset import stable_seed
+from medsa_nets.data.photographs import PhotographReader
 from medsa_nets.errors import DataError
-from medsa_nets.prompts import Prompts, prompts_of, protocol_prompts, transform_positions, with_prompts
+from medsa_nets.prompts import (
+    Prompts,
+    UserPrompt,
+    prompts_of,
+    protocol_prompts,
+    read_user_prompts,
+    transform_positions,
+    user_prompts_of,
+    with_prompts,
+    with_user_prompts,
+)
 
 
 class SamplePromptsd(MapTransform):
@@ -59,10 +71,19 @@ class SamplePromptsd(MapTransform):
 class ReadPromptsd(MapTransform):
     """Read an image's prompts from a JSON file; images that it does not name are segmented automatically.
 
-    The file maps a file name to ``points`` (list of pixel positions [x, y]), ``labels`` (1 foreground, 0 background;
-    all 1 where absent) and ``box`` ([x0, y0, x1, y1])::
+    The file maps a file name to some of these, in pixel positions [x, y] of the file:
+
+    - ``points``, and ``labels`` (1 foreground, 0 background; all 1 where absent);
+    - ``box``: [x0, y0, x1, y1];
+    - ``scribbles``: lines ``{"points": [[x, y], …], "label": 1}``;
+    - ``lasso``: closed lines of that form, around what is the lesion (label 1), or is not (0);
+    - ``mask``: path of a mask to start from, as seen from the folder of the JSON file.
+
+    ::
 
         {"ISIC_0000001.jpg": {"points": [[512, 380]], "labels": [1]}, "ISIC_0000002.jpg": {"box": [90, 60, 700, 540]}}
+
+    Place it after the image is loaded, before any spatial transform.
 
     Args:
         prompts: path of the file; none or empty reads nothing.
@@ -81,14 +102,72 @@ class ReadPromptsd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the image's prompts, in its own grid."""
         out = dict(data)
-        image = out[self.image_key]
-        name = os.path.basename(str(image.meta.get("filename_or_obj", "")))
         if self.table:  # images of a batch carry prompts all or none
-            prompts = Prompts()
-            if name in self.table:
-                prompts = parse_prompts(self.table[name], tuple(image.shape[1:]), f"prompts {self.path}, {name}")
-            out[self.image_key] = with_prompts(image, prompts)
+            out[self.image_key] = self.add(out[self.image_key])
         return out
+
+    def add(self, image: MetaTensor) -> MetaTensor:
+        """The image with its prompts of the table."""
+        name = os.path.basename(str(image.meta.get("filename_or_obj", "")))
+        given: list[UserPrompt] = []
+        if name in self.table:
+            given = self.parse(self.table[name], image, f"prompts {self.path}, {name}")
+        return with_user_prompts(with_prompts(image, prompts_of_user(given, image.dim() - 1, image.dim() == 4)), given)
+
+    def parse(self, entry: Any, image: MetaTensor, source: str, index: int = 0) -> list[UserPrompt]:
+        """Prompts of a class of an image, from its entry in the file."""
+
+        def read_mask(path: str) -> np.ndarray:
+            there = Path(self.path or "").parent / path
+            if not there.exists():
+                raise DataError(f"mask {there}: there is no such file.")
+            return self.read_mask(there, image)
+
+        try:
+            return read_user_prompts(entry, index, tuple(image.shape[1:]), read_mask)
+        except (DataError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise DataError(f"{source}: {str(error).removesuffix('.')}.") from error
+
+    def read_mask(self, path: Path, image: MetaTensor) -> np.ndarray:
+        """A mask of an image, boolean on the image's own grid."""
+        reader = PhotographReader(mode="L")
+        mask = np.asarray(reader.get_data(reader.read(path))[0])
+        if mask.shape != image.shape[1:]:
+            sizes = [" x ".join(map(str, shape)) for shape in (mask.shape, image.shape[1:])]
+            raise DataError(f"mask {path}: its size is {sizes[0]}, that of the image {sizes[1]}. Resample the mask.")
+        return mask > 127
+
+
+def prompts_of_user(prompts: Sequence[UserPrompt], dims: int, named: bool = True) -> Prompts:
+    """Of what a user said of an image, what a network can be asked at once and what pictures show: points or boxes.
+
+    Args:
+        prompts: in the grid of the file.
+        dims: of the image.
+        named: whether they say which class is meant.
+
+    Returns:
+        A prompt set for each class with points, and the boxes too where all of these have one; sets of boxes alone
+        where no class has points. Empty where there are neither.
+    """
+    points: dict[int, list[UserPrompt]] = {}
+    boxes: dict[int, UserPrompt] = {}
+    for prompt in prompts:
+        if prompt.kind == "point":
+            points.setdefault(prompt.index, []).append(prompt)
+        elif prompt.kind == "box":
+            boxes[prompt.index] = prompt
+    sets = []
+    for index in sorted(points or boxes):
+        one = Prompts(classes=torch.tensor([index]) if named else None)
+        if points:
+            own = np.stack([prompt.positions[0] for prompt in points[index]])
+            labels = torch.tensor([[float(prompt.label) for prompt in points[index]]])
+            one = one.with_points(torch.from_numpy(own).float()[None], labels)
+        if set(boxes) >= set(points):
+            one = replace(one, boxes=torch.from_numpy(boxes[index].positions).float().reshape(1, 2 * dims))
+        sets.append(one)
+    return Prompts.join(sets) if sets else Prompts()
 
 
 def read_prompt_table(path: str | Path | None) -> dict[str, Any]:
@@ -102,39 +181,6 @@ def read_prompt_table(path: str | Path | None) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise DataError(f"prompts {path}: expected an object that maps file names to prompts.")
     return table
-
-
-def parse_prompts(entry: Any, shape: tuple[int, ...], source: str) -> Prompts:
-    """One prompt set (K = 1) from ``points``, ``labels`` and ``box`` of a file, checked against the image's shape."""
-    out = Prompts()
-    try:
-        if not set(entry) & {"points", "box"} or set(entry) - {"points", "labels", "box"}:
-            raise ValueError(f"found {', '.join(map(str, entry)) or 'nothing'}")
-        if "points" in entry:
-            points = torch.tensor(entry["points"], dtype=torch.float32).reshape(1, -1, len(shape))
-            labels = torch.tensor(entry.get("labels", [1] * points.shape[1]), dtype=torch.float32).reshape(1, -1)
-            if labels.shape[1] != points.shape[1]:
-                raise ValueError(f"{points.shape[1]} points but {labels.shape[1]} labels")
-            if not set(labels.flatten().tolist()) <= {0.0, 1.0}:
-                raise ValueError("labels other than 1 (foreground) and 0 (background)")
-            out = Prompts(points=points, labels=labels)
-        if "box" in entry:
-            out = replace(out, boxes=torch.tensor(entry["box"], dtype=torch.float32).reshape(1, 2 * len(shape)))
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise DataError(f"{source}: {error}. Expected points, labels, box.") from error
-    _require_inside(out, shape, source)
-    return out
-
-
-def _require_inside(prompts: Prompts, shape: tuple[int, ...], source: str) -> None:
-    last = torch.tensor(shape, dtype=torch.float32) - 1.0
-    for places in (prompts.points, prompts.boxes):
-        if places is not None:
-            corners = places.reshape(-1, len(shape))
-            outside = ((corners < 0) | (corners > last)).any(dim=1)
-            if bool(outside.any()):
-                position = corners[outside][0].tolist()
-                raise DataError(f"{source}: {position} lies outside the image, which is {' x '.join(map(str, shape))}.")
 
 
 class PromptsToNetworkd(Transform):
@@ -184,3 +230,44 @@ def file_affine(image: MetaTensor) -> Tensor:
     """Affine of the file's grid: the identity for photographs, which have none and whose tensors start at it."""
     affine = image.meta.get("original_affine")
     return torch.eye(len(image.affine), dtype=torch.float64) if affine is None else torch.as_tensor(affine).double()
+
+
+class EnforceUserPromptsd(MapTransform):
+    """Let masks on the grid of the image's file be as its user said (:class:`~medsa_nets.prompts.UserPrompt`).
+
+    Marked voxels get their label and bounds hold, the newest last; on the network's grid, which may be coarser, a click
+    stands for more than its voxel, and two may fall on one. Place it after masks came back to the file's grid.
+
+    Args:
+        keys: keys of a mask (1, spatial…), foreground above 0.5, or of a label map of 0 and 1 + class id.
+        image_key: key of the image that the prompts travel with.
+        label_map: whether masks are label maps.
+    """
+
+    def __init__(self, keys: KeysCollection, image_key: str = "image", label_map: bool = False) -> None:
+        super().__init__(keys)
+        self.image_key = image_key
+        self.label_map = label_map
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Change voxels that prompts speak of."""
+        out = dict(data)
+        prompts = user_prompts_of(out[self.image_key])
+        if not prompts:
+            return out
+        for key in self.key_iterator(out):
+            pred = out[key].clone()
+            values = pred.as_tensor()[0] if isinstance(pred, MetaTensor) else pred[0]
+            for prompt in prompts:
+                value = float(prompt.index + 1) if self.label_map else 1.0
+                if prompt.marks:
+                    place = tuple(torch.from_numpy(prompt.voxels().T).to(values.device))
+                    held = values[place]
+                    values[place] = value if prompt.label else torch.where(held == value, 0.0, held)
+                else:
+                    before = (values == value).cpu().numpy()
+                    after = before.copy()
+                    prompt.enforce(after)
+                    values[torch.from_numpy(before & ~after).to(values.device)] = 0.0
+            out[key] = pred
+        return out

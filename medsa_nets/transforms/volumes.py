@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,16 +17,11 @@ from torch import Tensor
 
 from medsa_nets.data.volumes import read_volume
 from medsa_nets.errors import DataError
-from medsa_nets.prompts import Prompts, class_protocol_prompts, with_prompts
-from medsa_nets.transforms.prompts import (
-    SamplePromptsd,
-    file_affine,
-    parse_prompts,
-    read_prompt_table,
-    tensor_to_source,
-)
+from medsa_nets.prompts import Prompts, UserPrompt, class_protocol_prompts
+from medsa_nets.transforms.prompts import ReadPromptsd, SamplePromptsd, file_affine, tensor_to_source
 
 ABSENT = -20.0  # logit of a class that is not there
+GRID_TOLERANCE = 0.1  # mm that corners of two grids may lie apart
 
 
 class LoadImageVolumed(MapTransform):
@@ -120,7 +114,7 @@ class CheckLabelsd(MapTransform):
         keys: KeysCollection,
         classes: Sequence[str],
         image_key: str = "image",
-        tolerance: float = 0.1,
+        tolerance: float = GRID_TOLERANCE,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
@@ -192,11 +186,12 @@ class SampleClassPromptsd(SamplePromptsd):
         return prompts.through(tensor_to_source(data[self.image_key]))
 
 
-class ReadClassPromptsd(MapTransform):
+class ReadClassPromptsd(ReadPromptsd):
     """Read a volume's prompts from a JSON file; volumes that it does not name are segmented automatically.
 
-    The file maps the name of a file (or DICOM folder) to classes, and these to ``points`` (voxel indices [i, j, k] of
-    the file's own grid), ``labels`` (1 foreground, 0 background; all 1 where absent) or ``box`` (two corners)::
+    The file maps the name of a file (or DICOM folder) to classes, and these to what
+    :class:`~medsa_nets.transforms.ReadPromptsd` takes, in voxel indices [i, j, k] of the file's own grid: ``points``
+    and ``labels``, ``box`` (two corners), ``scribbles``, ``lasso`` (in one slice, of any axis) and ``mask``::
 
         {"ct.nii.gz": {"liver": {"points": [[210, 180, 40]]}, "spleen": {"points": [[90, 160, 42], [80, 99, 42]],
                                                                          "labels": [1, 0]}}}
@@ -214,38 +209,32 @@ class ReadClassPromptsd(MapTransform):
     """
 
     def __init__(self, prompts: str | None = None, classes: Sequence[str] = (), image_key: str = "image") -> None:
-        super().__init__(image_key)  # MONAI Deploy asks the first transform whether it takes a dictionary
-        self.path = prompts
+        super().__init__(prompts, image_key)
         self.classes = list(classes)
-        self.image_key = image_key
-        self.table = read_prompt_table(prompts)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Add the prompts of the volume's classes to it, in the file's grid."""
-        out = dict(data)
-        image = out[self.image_key]
-        name = os.path.basename(str(image.meta.get("filename_or_obj", "")))
-        if self.table:  # volumes of a batch carry prompts all or none
-            prompts = self._parse(name, tuple(image.shape[1:])) if name in self.table else Prompts()
-            out[self.image_key] = with_prompts(image, prompts)
-        return out
-
-    def _parse(self, name: str, shape: tuple[int, ...]) -> Prompts:
-        """The prompts of a volume of the table, checked against its shape."""
-        entry, source = self.table[name], f"prompts {self.path}, {name}"
+    def parse(self, entry: Any, image: MetaTensor, source: str, index: int = 0) -> list[UserPrompt]:
+        """Prompts of all classes of a volume, from its entry in the file."""
         if not isinstance(entry, dict) or not entry or set(entry) - set(self.classes):
             named = ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)
             raise DataError(
                 f"{source}: found {named or 'nothing'}; expected classes out of {', '.join(self.classes)}, each with "
-                "points and labels, or box."
+                "points and labels, box, scribbles, lasso or mask."
             )
-        ids = sorted(self.classes.index(c) for c in entry)
-        sets = [parse_prompts(entry[self.classes[i]], shape, f"{source}, {self.classes[i]}") for i in ids]
-        if len({prompts.kinds for prompts in sets}) > 1:
+        given: list[UserPrompt] = []
+        for number in sorted(self.classes.index(name) for name in entry):
+            own = super().parse(entry[self.classes[number]], image, f"{source}, {self.classes[number]}", number)
+            given.extend(own)
+        return given
+
+    def read_mask(self, path: Path, image: MetaTensor) -> np.ndarray:
+        """A mask of a volume, boolean on the volume's own grid."""
+        pair: dict[Hashable, Any] = {self.image_key: image, "mask": read_volume(path)}
+        mask = MatchOrientationd("mask", self.image_key)(pair)["mask"]
+        if mask.shape[1:] != image.shape[1:] or _distance(mask, image) > GRID_TOLERANCE:
             raise DataError(
-                f"{source}: some classes have points, others boxes. Give every class of a volume both, or one kind."
+                f"mask {path}: its grid is {_grid(mask)}; that of the volume {_grid(image)}. Resample the mask."
             )
-        return replace(Prompts.join(sets), classes=torch.tensor(ids))
+        return (mask.as_tensor()[0] > 0.5).numpy()
 
 
 class HighestProbabilityd(MapTransform):

@@ -61,7 +61,7 @@ class Tool:
         if self.adapted:
             checkpoint = torch.load(parser.get_parsed_content("checkpoint"), weights_only=True)
             self.network.load_state_dict(checkpoint)
-            self.inferer = parser.get_parsed_content("inferer")
+            self.inferer = parser.get_parsed_content("inferer").inferer
             self.inferer.every_class = self.inferer.progress = False
         self.network.eval()
 

@@ -325,7 +325,9 @@ def kinds_table(kinds: dict[str, dict[str, dict[str, list[float]]]]) -> list[str
         names = dict.fromkeys(name for found in kinds.values() for name in found.get(section, {}))
         for name in names:
             cells = []
-            against = next(reference(name, found[section]) for found in kinds.values() if name in found.get(section, {}))
+            against = next(
+                reference(name, found[section]) for found in kinds.values() if name in found.get(section, {})
+            )
             title = name if against == name else f"{name} / {against}"
             for found in kinds.values():
                 times = found.get(section, {})

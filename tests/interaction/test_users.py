@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from medsa_nets.interaction.grids import polygon_mask
 from medsa_nets.interaction.users import SimulatedUser, largest_error
+from medsa_nets.prompts.user import polygon_mask
 
 
 def scene(seed: int, shape: tuple[int, ...] = (20, 18, 12)) -> tuple[np.ndarray, np.ndarray]:

@@ -23,8 +23,16 @@ from PIL import Image
 from medsa_nets.data import PhotographReader
 from medsa_nets.errors import DataError
 from medsa_nets.inferers import PromptInferer
-from medsa_nets.prompts import Prompts, prompts_of, with_prompts
-from medsa_nets.transforms import PromptsToNetworkd, ReadPromptsd, SamplePromptsd, to_source_grid, to_tensor_grid
+from medsa_nets.prompts import Prompts, UserPrompt, prompts_of, user_prompts_of, with_prompts, with_user_prompts
+from medsa_nets.transforms import (
+    EnforceUserPromptsd,
+    PromptsToNetworkd,
+    ReadClassPromptsd,
+    ReadPromptsd,
+    SamplePromptsd,
+    to_source_grid,
+    to_tensor_grid,
+)
 
 
 def item(name: str = "a.jpg", size: tuple[int, ...] = (60, 40)) -> dict[str, MetaTensor]:
@@ -119,13 +127,19 @@ def test_a_batch_of_an_image_with_and_one_without_prompts_is_refused(write_promp
         ({"box": [0, 0, 30, 40]}, r"\[30\.0, 40\.0\] lies outside"),
         ({"points": [[5, 5], [6, 6]], "labels": [1]}, "2 points but 1 labels"),
         ({"points": [[5, 5]], "labels": [2]}, "labels other than 1"),
-        ({"points": [[5, 5, 5]]}, "Expected points, labels, box"),
-        ({"points": "5, 5"}, "Expected points, labels, box"),
-        ({"box": [1, 2, 3]}, "Expected points, labels, box"),
-        ({"point": [[5, 5]]}, "Expected points, labels, box"),
-        ({"points": [[5, 5]], "boxes": [1, 2, 3, 4]}, "Expected points, labels, box"),
-        ({}, "Expected points, labels, box"),
-        ([[5, 5]], "Expected points, labels, box"),
+        ({"points": [[5, 5, 5]]}, "points: expected positions of 2 voxel indices"),
+        ({"points": "5, 5"}, "points: expected positions of 2 voxel indices"),
+        ({"box": [1, 2, 3]}, r"box: expected 4 numbers, got \[1, 2, 3\]"),
+        ({"point": [[5, 5]]}, "found point; expected some of mask, box, lasso, points"),
+        ({"points": [[5, 5]], "boxes": [1, 2, 3, 4]}, "found points, boxes; expected some of"),
+        ({}, "found nothing; expected some of"),
+        ([[5, 5]], "expected some of mask, box"),
+        ({"labels": [1]}, "expected some of mask, box"),
+        ({"scribbles": [[[1, 1], [2, 2]]]}, "scribbles: expected points and label"),
+        ({"scribbles": [{"points": [[1, 1]], "label": 2}]}, "label 2 other than 1"),
+        ({"scribbles": [{"points": [[1, 1], [99, 1]]}]}, r"\[99\.0, 1\.0\] lies outside"),
+        ({"lasso": {"points": [[1, 1], [2, 2]]}}, "3 or more corners, got 2"),
+        ({"mask": "absent.png"}, r"absent\.png: there is no such file"),
     ],
 )
 def test_a_prompt_that_cannot_be_used_names_file_and_image(write_prompts, entry, told):
@@ -279,3 +293,88 @@ def test_positions_come_back_from_the_network_grid(tmp_path):
 def test_a_batch_without_prompts_is_left_as_it_is():
     given = item()
     assert PromptsToNetworkd()(given) == given
+
+
+def test_all_kinds_of_prompts_are_read_in_the_order_of_a_session(write_prompts, tmp_path):
+    mask = np.zeros((40, 60), dtype=np.uint8)
+    mask[10:20, 30:50] = 255  # rows, columns
+    Image.fromarray(mask).save(tmp_path / "before.png")
+    entry = {
+        "points": [[3, 4], [5, 6]], "labels": [1, 0], "scribbles": [{"points": [[10, 10], [13, 16]], "label": 0}],
+        "lasso": {"points": [[1, 1], [20, 1], [20, 20]]}, "box": [30, 35, 2, 1], "mask": "before.png",
+    }  # fmt: skip
+    given = user_prompts_of(ReadPromptsd(write_prompts({"a.jpg": entry}))(item())["image"])
+    assert [(one.kind, one.label) for one in given] == [
+        ("mask", 1), ("box", 1), ("lasso", 1), ("point", 1), ("point", 0), ("scribble", 0)
+    ]  # fmt: skip
+    assert np.array_equal(given[0].mask, mask.T > 0)
+    assert given[1].positions.tolist() == [[2, 1], [30, 35]]
+    line = given[5].voxels()
+    assert line[0].tolist() == [10, 10]
+    assert line[-1].tolist() == [13, 16]
+    assert np.abs(np.diff(line, axis=0)).max() == 1  # without gaps
+
+
+def test_a_mask_of_another_size_is_named_with_both(write_prompts, tmp_path):
+    Image.fromarray(np.zeros((5, 7), dtype=np.uint8)).save(tmp_path / "small.png")
+    with pytest.raises(DataError, match=r"small\.png: its size is 7 x 5, that of the image 60 x 40"):
+        ReadPromptsd(write_prompts({"a.jpg": {"mask": "small.png"}}))(item())
+
+
+def test_a_mask_of_a_volume_is_read_in_the_volume_s_axes(write_prompts, tmp_path):
+    affine = np.diag([2.0, 1.0, 3.0, 1.0])
+    volume = MetaTensor(torch.zeros(1, 8, 6, 5), affine=affine, meta={"filename_or_obj": "/ct.nii.gz"})
+    mask = np.zeros((8, 6, 5), dtype=np.uint8)
+    mask[1:3, 2:5, 4] = 1
+    turned = affine @ np.array([[-1.0, 0, 0, 7], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(mask[::-1].copy(), turned), tmp_path / "liver.nii.gz")
+    table = {"ct.nii.gz": {"liver": {"mask": "liver.nii.gz", "lasso": {"points": [[0, 3, 0], [5, 3, 0], [5, 3, 4]]}}}}
+    read = ReadClassPromptsd(write_prompts(table), ["spleen", "liver"])
+    start, lasso = user_prompts_of(read({"image": volume})["image"])
+    assert np.array_equal(start.mask, mask > 0)
+    assert (start.index, lasso.index, lasso.axis, lasso.slice_index) == (1, 1, 1, 3)
+    nib.save(nib.Nifti1Image(mask, np.diag([2.0, 1.0, 2.0, 1.0])), tmp_path / "liver.nii.gz")
+    with pytest.raises(DataError, match=r"liver\.nii\.gz: its grid is 8 x 6 x 5 voxels of 2 x 1 x 2 mm.*2 x 1 x 3 mm"):
+        read({"image": volume})
+
+
+def test_classes_of_one_volume_may_have_prompts_of_different_kinds(write_prompts):
+    volume = MetaTensor(torch.zeros(1, 8, 6, 5), meta={"filename_or_obj": "/ct.nii.gz"})
+    table = {"ct.nii.gz": {"liver": {"box": [0, 0, 0, 3, 3, 3]}, "spleen": {"points": [[1, 2, 3]]}}}
+    out = ReadClassPromptsd(write_prompts(table), ["spleen", "liver"])({"image": volume})["image"]
+    assert [(one.kind, one.index) for one in user_prompts_of(out)] == [("point", 0), ("box", 1)]
+    assert prompts_of(out).kinds == {"points", "classes"}  # what a picture shows
+
+
+def marked(kind: str, positions: list, label: int = 1, index: int = 0) -> UserPrompt:
+    return UserPrompt(kind, index, 0, 0.0, np.array(positions, dtype=float), label=label)
+
+
+def test_masks_of_the_file_become_what_their_user_said():
+    image = with_user_prompts(
+        MetaTensor(torch.zeros(3, 8, 9)),
+        [marked("box", [[2, 2], [5, 6]]), marked("point", [[0, 0]]), marked("scribble", [[3, 3], [3, 4]], label=0)],
+    )
+    pred = torch.zeros(1, 8, 9)
+    pred[0, 1:6, 1:6] = 1
+    out = EnforceUserPromptsd("pred")({"image": image, "pred": pred})["pred"]
+    wanted = torch.zeros(1, 8, 9)
+    wanted[0, 2:6, 2:6] = 1
+    wanted[0, 0, 0] = 1
+    wanted[0, 3, 3:5] = 0
+    assert torch.equal(out, wanted)
+    assert pred[0, 1, 1] == 1  # what was given stays
+    untouched = {"image": MetaTensor(torch.zeros(3, 8, 9)), "pred": pred}
+    assert EnforceUserPromptsd("pred")(untouched)["pred"] is pred
+
+
+def test_a_class_of_a_label_map_leaves_the_others_alone():
+    said = [marked("point", [[1, 1, 1]], index=1), marked("point", [[2, 2, 2], [0, 0, 0]], label=0, index=0)]
+    image = with_user_prompts(MetaTensor(torch.zeros(1, 4, 4, 4)), said)
+    label = torch.full((1, 4, 4, 4), 1.0)
+    label[0, 0] = 3
+    out = EnforceUserPromptsd("pred", label_map=True)({"image": image, "pred": label})["pred"][0]
+    assert out[1, 1, 1] == 2
+    assert out[2, 2, 2] == 0
+    assert out[0, 0, 0] == 3  # never was of class 0
+    assert (out != label[0]).sum() == 2

@@ -1,17 +1,17 @@
-"""What a user says of a mask: points, scribbles, boxes, lassos, masks to start from, and that a mask is accepted."""
+"""What a user says of a mask: points, scribbles, boxes, lassos, masks to start from, acceptance; in the file's grid."""
 
 from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from medsa_nets.errors import DataError
-from medsa_nets.interaction.grids import polygon_mask
 
 KINDS = ("point", "scribble", "box", "lasso", "mask", "accept")
 
@@ -102,6 +102,27 @@ class UserPrompt:
             mask[place] &= ~polygon if self.label == 0 else polygon
 
 
+def polygon_mask(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Pixels whose centre lies in a closed polygon (even-odd rule), or on its line.
+
+    Args:
+        corners: (N, 2), positions in pixels; the last corner joins the first.
+        shape: of the plane.
+    """
+    corners = np.asarray(corners, dtype=np.float64)
+    inside, on_line = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    rows, columns = np.ogrid[: shape[0], : shape[1]]
+    for (r0, c0), (r1, c1) in zip(corners, np.roll(corners, -1, axis=0)):
+        if c0 != c1:
+            crosses = (c0 > columns) != (c1 > columns)
+            inside ^= crosses & (rows < (r1 - r0) * (columns - c0) / (c1 - c0) + r0)
+        square = (r1 - r0) ** 2 + (c1 - c0) ** 2
+        along = ((rows - r0) * (r1 - r0) + (columns - c0) * (c1 - c0)) / max(square, 1e-12)
+        along = along.clip(0.0, 1.0)
+        on_line |= (rows - r0 - along * (r1 - r0)) ** 2 + (columns - c0 - along * (c1 - c0)) ** 2 <= 1e-12
+    return inside | on_line
+
+
 def _in_polygon(corners: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Whether positions lie in the pixels of a polygon (:func:`polygon_mask`), for positions of any spacing."""
     last = np.ceil(corners.max(0)).astype(int) + 2
@@ -132,6 +153,107 @@ def read_positions(what: str, positions: Any, shape: tuple[int, ...]) -> np.ndar
         size = " x ".join(map(str, shape))
         raise DataError(f"{what}: {found[outside][0].tolist()} lies outside the image, which is {size}.")
     return found
+
+
+def draw_line(positions: np.ndarray) -> np.ndarray:
+    """Voxels (N, dims), each once, of a line that joins positions (M, dims) one after the other."""
+    steps = [positions[:1]]
+    for first, last in pairwise(positions):
+        count = max(1, int(np.ceil(np.abs(last - first).max())))
+        steps.append(first + (last - first) * np.arange(1, count + 1)[:, None] / count)
+    return np.unique(np.rint(np.concatenate(steps)).astype(np.int64), axis=0)
+
+
+def make_lasso(corners: Any, label: int, index: int, shape: tuple[int, ...]) -> UserPrompt:
+    """A closed line in a slice of a volume, or in an image.
+
+    Args:
+        corners: (N, dims) with N of 3 or more, in voxels of the file; in volumes one index is the same for all.
+        label: 1 for a line around the class, 0 for one around what is not of it.
+        index: id of the class.
+        shape: of the file.
+
+    Raises:
+        DataError: when corners are too few, lie outside, or in no slice.
+    """
+    found = read_positions("lasso", corners, shape)
+    axis = slice_index = None
+    if len(found) < 3:
+        raise DataError(f"lasso: expected 3 or more corners, got {len(found)}.")
+    if len(shape) == 3:
+        whole = np.rint(found)
+        flat = [a for a in range(3) if (whole[:, a] == whole[0, a]).all()]
+        if not flat:
+            raise DataError("lasso: its corners lie in no slice; one of their three indices must be the same for all.")
+        axis = flat[-1]
+        slice_index = int(whole[0, axis])
+    return UserPrompt("lasso", index, 0, 0.0, found, label=label, axis=axis, slice_index=slice_index)
+
+
+ENTRIES = ("mask", "box", "lasso", "points", "labels", "scribbles")
+
+
+def read_user_prompts(
+    entry: Any, index: int, shape: tuple[int, ...], read_mask: Callable[[str], np.ndarray]
+) -> list[UserPrompt]:
+    """Prompts of a class as a prompts file lists them, in the order in which a session takes them.
+
+    Args:
+        entry: some of ``mask`` (path of a mask to start from), ``box`` (first and last corner in one list), ``lasso``
+            (a closed line, or several: ``{"points": […], "label": 1}``), ``points`` with ``labels`` (all 1 where
+            absent), and ``scribbles`` (lines: ``[{"points": […], "label": 1}, …]``).
+        index: id of the class.
+        shape: of the image's file.
+        read_mask: reads the mask of a path, boolean (shape).
+
+    Raises:
+        ValueError: when an entry has another form.
+        DataError: when a position lies outside the image, or the mask can't be read.
+    """
+    dims = len(shape)
+    if not isinstance(entry, Mapping) or not set(entry) & set(ENTRIES) - {"labels"} or set(entry) - set(ENTRIES):
+        found = ", ".join(map(str, entry)) if isinstance(entry, (Mapping, list, tuple)) else repr(entry)
+        raise ValueError(f"found {found or 'nothing'}; expected some of {', '.join(ENTRIES)}")
+    out: list[UserPrompt] = []
+    if "mask" in entry:
+        out.append(UserPrompt("mask", index, 0, 0.0, np.empty((0, dims)), mask=read_mask(str(entry["mask"]))))
+    if "box" in entry:
+        box = np.asarray(entry["box"], dtype=np.float64)
+        if box.shape != (2 * dims,):
+            raise ValueError(f"box: expected {2 * dims} numbers, got {entry['box']!r}")
+        corners = read_positions("box", box.reshape(2, dims), shape)
+        out.append(UserPrompt("box", index, 0, 0.0, np.stack([corners.min(0), corners.max(0)])))
+    for line in _lines("lasso", entry.get("lasso", [])):
+        out.append(make_lasso(line["points"], line["label"], index, shape))
+    if "points" in entry:
+        points = read_positions("points", entry["points"], shape)
+        labels = entry.get("labels", [1] * len(points))
+        if not isinstance(labels, (list, tuple)):
+            raise ValueError(f"labels: expected a list, got {labels!r}")
+        if len(labels) != len(points):
+            raise ValueError(f"{len(points)} points but {len(labels)} labels")
+        if not set(labels) <= {0, 1}:
+            raise ValueError("labels other than 1 (foreground) and 0 (background)")
+        out += [UserPrompt("point", index, 0, 0.0, p[None], label=int(v)) for p, v in zip(points, labels)]
+    elif "labels" in entry:
+        raise ValueError("labels without points")
+    for line in _lines("scribbles", entry.get("scribbles", [])):
+        voxels = draw_line(read_positions("scribbles", line["points"], shape))
+        out.append(UserPrompt("scribble", index, 0, 0.0, voxels.astype(np.float64), label=line["label"]))
+    return out
+
+
+def _lines(what: str, entry: Any) -> list[dict[str, Any]]:
+    """Lines of a file: one, or several, each with points and a label, 1 where it has none."""
+    out = []
+    for line in [entry] if isinstance(entry, Mapping) else entry:
+        if not isinstance(line, Mapping) or not {"points"} <= set(line) <= {"points", "label"}:
+            raise ValueError(f"{what}: expected points and label, got {line!r}")
+        label = line.get("label", 1)
+        if label not in (0, 1):
+            raise ValueError(f"{what}: label {label!r} other than 1 (foreground) and 0 (background)")
+        out.append({"points": line["points"], "label": int(label)})
+    return out
 
 
 def pack_mask(mask: np.ndarray) -> str:
