@@ -261,7 +261,7 @@ def correct(
         clicks: number of clicks for each mask, 1 or more.
         places: source of randomness, or one for each image.
         feedback: whether each answer is made from the mask before it, as
-            :func:`~medsa_nets.inferers.answer_in_order` makes it; slabs of volumes are answered without.
+            :class:`~medsa_nets.interaction.session.InteractiveSession` makes it.
     """
     for click in range(clicks):
         prompts = add_correction(prompts, logits.detach() > 0, target, places)
@@ -522,7 +522,8 @@ class VolumeIteration(PromptedIteration):
             answers.append((logits, masks, known))
             clicks = self.sampler.corrections(kinds)
             if clicks:
-                logits = correct(network, embedding, prompts, logits, masks.float(), clicks, places)
+                feedback = network.click_feedback is not None
+                logits = correct(network, embedding, prompts, logits, masks.float(), clicks, places, feedback)
                 answers.append((logits, masks, known))
         return answers
 

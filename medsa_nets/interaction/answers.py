@@ -16,9 +16,10 @@ from medsa_nets.interaction.observations import MARGIN, Kernel, newest_labels, o
 from medsa_nets.interaction.segmenters import Asked, Segmenter
 from medsa_nets.prompts.user import UserPrompt
 
-RULES = ("free", "connected", "monotone")
+RULES = ("free", "directed", "connected", "monotone")
 # Chosen by tests/benchmarks/sessions.py on validation images: lesions 100 to 115, hippocampi 20 to 28.
 KERNELS = {2: Kernel(length=8.0, contrast=0.3), 3: Kernel(length=2.5, contrast=0.3, margin=2.0)}
+AGREEMENT = 0.5  # Dice from which a mask and the answer to clicks on it show the same
 TOKENS = 8  # points of a scribble that the network is told
 
 
@@ -27,14 +28,18 @@ class AnswerSettings:
     """How answers are made.
 
     Args:
-        rule: what a click may change where a mask stood before it. ``free``: everything. ``connected``: what is
-            connected with the click (26 neighbours), and what lies within ``reach`` of it. ``monotone``: of this, a
-            foreground click takes nothing away beyond its reach, and a background click adds nothing there.
+        rule: what a click may change where a mask stood before it. ``free``: everything. ``directed``: a
+            foreground click takes nothing away beyond ``reach``, and a background click adds nothing there.
+            ``connected``: what is connected with the click (26 neighbours), and what lies within ``reach`` of it.
+            ``monotone``: both.
         reach: in mm (volumes) or pixels of the network's grid (images); none takes the kernel's radius.
         kernel: how far a click speaks for others; none takes that of :data:`KERNELS`.
+        certainty: logit that a voxel beyond ``reach`` must have on its new side to change sides: at borders that are
+            far from a click, answers differ by chance.
         interpolate: whether clicks speak for other voxels at all; false lets them set their own voxel alone.
         network: ``always`` asks the network again for each answer, ``first`` where there was no mask before; ``auto``
-            asks again in images, and in volumes where the adapter was trained with earlier masks.
+            asks again in images, and in volumes where the adapter was trained with earlier masks; of one that knows
+            clicks alone, it takes an answer that shows something else than the mask before.
 
     Raises:
         ValueError: when a setting has another value.
@@ -43,6 +48,7 @@ class AnswerSettings:
     rule: str = "connected"
     reach: float | None = None
     kernel: Kernel | None = None
+    certainty: float = 0.0
     interpolate: bool = True
     network: str = "auto"
 
@@ -51,6 +57,8 @@ class AnswerSettings:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}.")
         if self.network not in ("auto", "always", "first"):
             raise ValueError(f"network must be auto, always or first, got {self.network!r}.")
+        if self.certainty < 0:
+            raise ValueError(f"certainty must be 0 or more, got {self.certainty}.")
         if self.reach is not None and self.reach < 0:
             raise ValueError(f"reach must be 0 or more, got {self.reach}.")
 
@@ -91,6 +99,11 @@ def make_answer(
     else:
         assert previous is not None
         logits = previous
+        if settings.network == "auto" and segmenter.prompted and prompts[-1].marks:
+            # Where clicks show something else than the mask, it was a wrong one, and no border of it to be moved.
+            other = segmenter.decode(image, index, ask(grids, prompts), None)
+            if _dice(other > 0, previous > 0) < AGREEMENT and _agrees(other.numpy(), grids, prompts[-1]):
+                logits, empty = other, True
     values = logits.numpy()
     bounds = [bound_on_tensor(grids, prompt) for prompt in prompts]
     voxels, labels = marked_voxels(grids, prompts, bounds)
@@ -99,7 +112,9 @@ def make_answer(
     if previous is not None and not empty and prompts[-1].marks:
         reach = kernel.radius if settings.reach is None else settings.reach
         newest = np.unique(grids.voxels(prompts[-1].voxels()), axis=0)
-        values = keep_local(previous.numpy(), values, newest, prompts[-1].label, grids.spacing, settings.rule, reach)
+        values = keep_local(
+            previous.numpy(), values, newest, prompts[-1].label, grids.spacing, settings.rule, reach, settings.certainty
+        )
     return torch.from_numpy(hold(values, voxels, labels, bounds))
 
 
@@ -118,6 +133,15 @@ def ask(grids: Grids, prompts: Sequence[UserPrompt]) -> Asked:
             corners = grids.positions(np.stack([prompt.positions.min(0), prompt.positions.max(0)]))
             box = np.concatenate([corners.min(0), corners.max(0)])
     return Asked(np.array(points).reshape(-1, grids.dims), np.array(labels), box)
+
+
+def _dice(one: Tensor, other: Tensor) -> float:
+    return float(2.0 * (one & other).sum() / (one.sum() + other.sum()).clamp_min(1))
+
+
+def _agrees(values: np.ndarray, grids: Grids, prompt: UserPrompt) -> bool:
+    """Whether logits carry the label of what a prompt marked."""
+    return bool(((values[tuple(grids.voxels(prompt.voxels()).T)] > 0) == bool(prompt.label)).all())
 
 
 def _surrounds(prompt: UserPrompt, dims: int) -> bool:
@@ -170,6 +194,7 @@ def keep_local(
     spacing: np.ndarray,
     rule: str,
     reach: float,
+    certainty: float = 0.0,
 ) -> np.ndarray:
     """Let new logits stand only where a click or scribble may change them, and the previous ones elsewhere.
 
@@ -181,11 +206,19 @@ def keep_local(
         spacing: size of a voxel along each axis.
         rule: one of :data:`RULES`.
         reach: see :class:`AnswerSettings`.
+        certainty: see there.
     """
-    if rule == "free":
+    if rule == "free" and not certainty:
         return values
     near = within(previous.shape, newest, spacing, reach)
     changed = (values > 0) != (previous > 0)
+    if certainty:
+        values = np.where(near | ~changed | (np.abs(values) >= certainty), values, previous)
+        changed = (values > 0) != (previous > 0)
+    if rule == "free":
+        return values
+    if rule == "directed":
+        return np.where(near | ~changed | ((values > 0) == bool(label)), values, previous)
     if rule == "monotone":
         changed &= near | ((values > 0) == bool(label))
     parts, count = ndimage.label(changed, np.ones((3,) * changed.ndim))

@@ -67,6 +67,11 @@ class Segmenter(Protocol):
         """Whether the network was trained with earlier masks."""
         ...
 
+    @property
+    def prompted(self) -> bool:
+        """Whether the network was trained with clicks or boxes."""
+        ...
+
     def open(self, source: Any) -> MetaTensor:
         """Read and preprocess an image: (C, spatial…) in [0, 1], a tensor with affine and history."""
         ...
@@ -141,6 +146,11 @@ class NetworkSegmenter:
         """Whether the adapter was trained with earlier masks; one that was made without them knows nothing of them."""
         branch = self.network.click_feedback
         return branch is not None and branch.trained
+
+    @property
+    def prompted(self) -> bool:
+        """Whether the adapter was trained with prompts; in volumes, what tells slices of distant ones shows it."""
+        return self.feedback or not isinstance(self.network, VolumeMedSA) or self.network.distant_prompt.trained
 
     @classmethod
     def from_bundle(

@@ -107,12 +107,19 @@ class DistantPrompt(nn.Module):
         frequencies: number of sine and cosine pairs that describe the distance.
     """
 
+    __jit_unused_properties__ = ("trained",)
+
     def __init__(self, features: int, *, hidden: int = 64, frequencies: int = 8) -> None:
         super().__init__()
         self.frequencies = frequencies
         self.down = nn.Linear(features + 2 * frequencies, hidden)
         self.activation = nn.ReLU()
         self.up = zero_linear(hidden, features)
+
+    @property
+    def trained(self) -> bool:
+        """Whether it says anything."""
+        return bool(self.up.weight.any()) or bool(self.up.bias.any())
 
     def forward(self, tokens: Tensor, distance: Tensor) -> Tensor:
         """Describe distant prompts.

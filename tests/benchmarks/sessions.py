@@ -52,7 +52,7 @@ def variant(text: str) -> AnswerSettings:
         elif name == "interpolate":
             values[name] = value not in ("0", "false")
         else:
-            values[name] = float(value) if name == "reach" else value
+            values[name] = float(value) if name in ("reach", "certainty") else value
     return AnswerSettings(**values, kernel=Kernel(**kernel) if kernel else None)
 
 
@@ -61,13 +61,18 @@ def items(
 ) -> Iterator[tuple[str, list[tuple[str | None, np.ndarray]], list[float]]]:
     """Path of each image, its classes with their truth on the file's grid, and its spacing."""
     if kind == "lesions":
-        for entry in load_datalist("validation", folder, None, validation_fraction=0.1)[skip : skip + limit]:
+        left_out = load_datalist("validation", folder, None, limit=skip) if skip else []
+        for entry in load_datalist("validation", folder, None, limit=skip + limit):  # chosen by a hash of their names
+            if entry in left_out:
+                continue
             label = LoadImage(reader=PhotographReader(mode="L"), image_only=True)(entry["label"])
             yield entry["image"], [(None, np.asarray(label) > 127)], [1.0, 1.0]
         return
     classes = KINDS[kind][2] or []
-    found = load_volume_datalist("validation", folder, None, classes=classes, validation_fraction=0.2)
-    for entry in found[skip : skip + limit]:
+    left_out = load_volume_datalist("validation", folder, None, classes=classes, limit=skip) if skip else []
+    for entry in load_volume_datalist("validation", folder, None, classes=classes, limit=skip + limit):
+        if entry in left_out:
+            continue
         pair = {"image": read_volume(entry["image"]), "label": read_volume(entry["label"])}
         label = MatchOrientationd("label")(pair)["label"][0].numpy()
         spacing = [float(s) for s in pair["image"].pixdim]
@@ -79,7 +84,9 @@ def main() -> None:
     parser.add_argument("--lesions", type=Path, help="the ISIC 2017 data set")
     parser.add_argument("--hippocampus", type=Path, help="the hippocampus data set")
     parser.add_argument("--limit", type=int, default=36, help="images of each kind")
-    parser.add_argument("--skip", type=int, default=0, help="images to leave out at the beginning of the split")
+    parser.add_argument(
+        "--skip", type=int, default=0, help="images to leave out: those of a smaller limit"
+    )
     parser.add_argument("--clicks", type=int, default=10)
     parser.add_argument("--variants", default="default", help="settings, separated by commas; see variant()")
     parser.add_argument("--starts", default="automatic,nothing")

@@ -29,7 +29,7 @@ class StandIn:
 
     def __init__(self, volumes: bool, feedback: bool = True, name: str = "one") -> None:
         self.volumes = self.exclusive = volumes
-        self.feedback = feedback
+        self.feedback = self.prompted = feedback
         self.name = name
         self.classes: Sequence[str] = ["liver", "spleen", "aorta"] if volumes else ["lesion"]
         self.decoded = 0
