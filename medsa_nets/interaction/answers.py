@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,11 @@ from medsa_nets.prompts.user import UserPrompt
 
 RULES = ("free", "directed", "connected", "monotone")
 # Chosen by tests/benchmarks/sessions.py on validation images: lesions 100 to 115, hippocampi 20 to 28.
-KERNELS = {2: Kernel(length=8.0, contrast=0.3), 3: Kernel(length=2.5, contrast=0.3, margin=2.0)}
+USUAL: dict[int, dict[str, Any]] = {
+    2: {"kernel": Kernel(length=8.0, contrast=0.3), "rule": "free", "certainty": 2.0, "depth": 2.0},
+    3: {"kernel": Kernel(length=2.5, contrast=0.3, margin=2.0), "rule": "connected", "certainty": 0.0, "depth": 0.0},
+}
+SLACK = 2.0  # voxels by which a change may go deeper than a click says
 AGREEMENT = 0.5  # Dice from which a mask and the answer to clicks on it show the same
 TOKENS = 8  # points of a scribble that the network is told
 
@@ -28,14 +33,17 @@ class AnswerSettings:
     """How answers are made.
 
     Args:
-        rule: what a click may change where a mask stood before it. ``free``: everything. ``directed``: a
-            foreground click takes nothing away beyond ``reach``, and a background click adds nothing there.
-            ``connected``: what is connected with the click (26 neighbours), and what lies within ``reach`` of it.
-            ``monotone``: both.
+        rule: what a click may change where a mask stood before it; none takes that of :data:`USUAL`. ``free``:
+            everything. ``directed``: a foreground click takes nothing away beyond ``reach``, and a background click
+            adds nothing there. ``connected``: what is connected with the click (26 neighbours), and what lies within
+            ``reach`` of it. ``monotone``: both.
         reach: in mm (volumes) or pixels of the network's grid (images); none takes the kernel's radius.
-        kernel: how far a click speaks for others; none takes that of :data:`KERNELS`.
+        kernel: how far a click speaks for others; none takes that of :data:`USUAL`.
         certainty: logit that a voxel beyond ``reach`` must have on its new side to change sides: at borders that are
-            far from a click, answers differ by chance.
+            far from a click, answers differ by chance. None takes that of :data:`USUAL`.
+        depth: how far from the border of the mask before a voxel may change sides, as a multiple of how far the click
+            lies from it (the deepest voxel of a scribble), and ``SLACK`` voxels: people click in the middle of what is
+            wrong. 0 bounds nothing; none takes that of :data:`USUAL`.
         interpolate: whether clicks speak for other voxels at all; false lets them set their own voxel alone.
         network: ``always`` asks the network again for each answer, ``first`` where there was no mask before; ``auto``
             asks again in images, and in volumes where the adapter was trained with earlier masks; of one that knows
@@ -45,22 +53,29 @@ class AnswerSettings:
         ValueError: when a setting has another value.
     """
 
-    rule: str = "connected"
+    rule: str | None = None
     reach: float | None = None
     kernel: Kernel | None = None
-    certainty: float = 0.0
+    certainty: float | None = None
+    depth: float | None = None
     interpolate: bool = True
     network: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
+        if self.rule is not None and self.rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}.")
         if self.network not in ("auto", "always", "first"):
             raise ValueError(f"network must be auto, always or first, got {self.network!r}.")
-        if self.certainty < 0:
-            raise ValueError(f"certainty must be 0 or more, got {self.certainty}.")
-        if self.reach is not None and self.reach < 0:
-            raise ValueError(f"reach must be 0 or more, got {self.reach}.")
+        for name in ("reach", "certainty", "depth"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be 0 or more, got {value}.")
+
+    def of(self, dims: int) -> AnswerSettings:
+        """Settings for images of 2 or volumes of 3 dimensions, with the usual values where there are none."""
+        usual = {name: value for name, value in USUAL[dims].items() if getattr(self, name) is None}
+        out = replace(self, **usual)
+        return out if out.reach is not None or out.kernel is None else replace(out, reach=out.kernel.radius)
 
 
 def make_answer(
@@ -86,7 +101,8 @@ def make_answer(
     Returns:
         Logits (spatial…): every marked voxel, and every bound, holds.
     """
-    kernel = settings.kernel or KERNELS[grids.dims]
+    settings = settings.of(grids.dims)
+    assert settings.kernel is not None
     again = settings.network == "always" or (
         settings.network == "auto" and (segmenter.feedback or not segmenter.volumes)
     )
@@ -108,13 +124,10 @@ def make_answer(
     bounds = [bound_on_tensor(grids, prompt) for prompt in prompts]
     voxels, labels = marked_voxels(grids, prompts, bounds)
     if settings.interpolate:
-        values = observe(values, image.numpy(), voxels, labels, grids.spacing, kernel)
+        values = observe(values, image.numpy(), voxels, labels, grids.spacing, settings.kernel)
     if previous is not None and not empty and prompts[-1].marks:
-        reach = kernel.radius if settings.reach is None else settings.reach
         newest = np.unique(grids.voxels(prompts[-1].voxels()), axis=0)
-        values = keep_local(
-            previous.numpy(), values, newest, prompts[-1].label, grids.spacing, settings.rule, reach, settings.certainty
-        )
+        values = keep_local(previous.numpy(), values, newest, prompts[-1].label, grids.spacing, settings)
     return torch.from_numpy(hold(values, voxels, labels, bounds))
 
 
@@ -192,9 +205,7 @@ def keep_local(
     newest: np.ndarray,
     label: int,
     spacing: np.ndarray,
-    rule: str,
-    reach: float,
-    certainty: float = 0.0,
+    settings: AnswerSettings,
 ) -> np.ndarray:
     """Let new logits stand only where a click or scribble may change them, and the previous ones elsewhere.
 
@@ -204,12 +215,18 @@ def keep_local(
         newest: voxels (N, dims) that were marked.
         label: of them.
         spacing: size of a voxel along each axis.
-        rule: one of :data:`RULES`.
-        reach: see :class:`AnswerSettings`.
-        certainty: see there.
+        settings: with all of ``rule``, ``reach``, ``certainty`` and ``depth``.
     """
-    if rule == "free" and not certainty:
+    rule, reach, certainty, depth = settings.rule, settings.reach, settings.certainty, settings.depth
+    assert reach is not None
+    if rule == "free" and not certainty and not depth:
         return values
+    if depth:
+        mask = previous > 0
+        sampling = list(spacing)
+        deep = ndimage.distance_transform_edt(mask, sampling) + ndimage.distance_transform_edt(~mask, sampling)
+        most = depth * float(deep[tuple(newest.T)].max()) + SLACK * float(min(spacing))
+        values = np.where((deep > most) & ((values > 0) != mask), previous, values)
     near = within(previous.shape, newest, spacing, reach)
     changed = (values > 0) != (previous > 0)
     if certainty:

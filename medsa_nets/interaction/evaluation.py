@@ -185,9 +185,10 @@ class SessionEvaluation:
     def _identity(self, segmenter: NetworkSegmenter) -> str:
         """What measured sessions depend on, beside the images."""
         user = {"shares": self.user.shares.tolist(), "jitter": self.user.jitter, "apart": self.user.apart}
+        answers = dataclasses.asdict(self.settings.of(3 if segmenter.volumes else 2))
         settings = {
             "network": segmenter.identity(), "inferer": str(segmenter.inferer.amp), "user": user, "seed": self.seed,
-            "answers": dataclasses.asdict(self.settings), "clicks": self.clicks, "tolerance": self.tolerance,
+            "answers": answers, "clicks": self.clicks, "tolerance": self.tolerance,
             "classes": self.classes,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

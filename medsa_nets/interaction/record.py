@@ -18,7 +18,7 @@ from monai.data import MetaTensor
 from medsa_nets.data import save_png, volume_writer
 from medsa_nets.data.atomic import temporary_name
 from medsa_nets.errors import DataError, describe
-from medsa_nets.interaction.answers import KERNELS, AnswerSettings
+from medsa_nets.interaction.answers import AnswerSettings
 from medsa_nets.interaction.observations import Kernel
 from medsa_nets.prompts.user import prompt_from_json, prompt_to_json
 from medsa_nets.weights import file_sha256
@@ -45,8 +45,7 @@ def source_sha256(source: Any) -> str:
 def describe_session(session: InteractiveSession) -> dict[str, Any]:
     """A session as JSON."""
     grids = session.grids
-    settings = dataclasses.asdict(session.settings)
-    settings["kernel"] = dataclasses.asdict(session.settings.kernel or KERNELS[grids.dims])
+    settings = dataclasses.asdict(session.settings.of(grids.dims))
     return {
         "schema": SCHEMA,
         "image": {

@@ -52,7 +52,7 @@ def variant(text: str) -> AnswerSettings:
         elif name == "interpolate":
             values[name] = value not in ("0", "false")
         else:
-            values[name] = float(value) if name in ("reach", "certainty") else value
+            values[name] = float(value) if name in ("reach", "certainty", "blend", "depth") else value
     return AnswerSettings(**values, kernel=Kernel(**kernel) if kernel else None)
 
 
@@ -84,9 +84,7 @@ def main() -> None:
     parser.add_argument("--lesions", type=Path, help="the ISIC 2017 data set")
     parser.add_argument("--hippocampus", type=Path, help="the hippocampus data set")
     parser.add_argument("--limit", type=int, default=36, help="images of each kind")
-    parser.add_argument(
-        "--skip", type=int, default=0, help="images to leave out: those of a smaller limit"
-    )
+    parser.add_argument("--skip", type=int, default=0, help="images to leave out: those of a smaller limit")
     parser.add_argument("--clicks", type=int, default=10)
     parser.add_argument("--variants", default="default", help="settings, separated by commas; see variant()")
     parser.add_argument("--starts", default="automatic,nothing")
