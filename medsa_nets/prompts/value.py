@@ -39,6 +39,9 @@ class Prompts:
     classes: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name, value in self._tensors().items():  # what is drawn from a label comes with its metadata
+            if type(value) is not Tensor:
+                object.__setattr__(self, name, value.as_subclass(Tensor))
         if (self.points is None) != (self.labels is None):
             given, absent = ("labels", "points") if self.points is None else ("points", "labels")
             raise ValueError(f"{given} came without {absent} (labels: 1 foreground, 0 background, -1 padding).")

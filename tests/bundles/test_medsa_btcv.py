@@ -454,7 +454,7 @@ def test_bad_input_ends_with_one_clear_line(tmp_path: Path, cli: Command) -> Non
     [
         ({"lung": {"points": [[1, 1, 1]]}}, "found lung; expected classes out of spleen"),
         ({"spleen": {"points": [[1, 1, 99]]}}, "lies outside the image, which is 24 x 28 x 9"),
-        ({"spleen": {"points": [[1, 1, 1]]}, "left kidney": {"box": [0, 0, 0, 1, 1, 1]}}, "some classes have points"),
+        ({"spleen": {"lasso": {"points": [[1, 1, 1], [5, 1, 2], [5, 5, 3]]}}}, "its corners lie in no slice"),
         ({"spleen": {}}, "found nothing"),
     ],
 )
@@ -469,6 +469,35 @@ def test_prompts_that_make_no_sense_are_named(adapted: Path, tmp_path: Path, pro
     assert message in str(cause)
     assert "img0000.nii.gz" in str(cause)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_file_of_prompts_marks_is_in_the_masks(adapted: Path, tmp_path: Path) -> None:
+    source = data_set(tmp_path / "data", 1, 0) / "imagesTr"
+    start = np.zeros((24, 28, 9), np.uint8)
+    start[14:20, 16:24, 3:7] = 1
+    nib.save(nib.Nifti1Image(start, nib.load(source / "img0000.nii.gz").affine), tmp_path / "third.nii.gz")
+    prompts = {
+        "spleen": {"points": [[4, 5, 4], [9, 9, 4]], "labels": [1, 0],
+                   "scribbles": [{"points": [[2, 20, 2], [9, 20, 2]], "label": 1}]},
+        "right kidney": {"box": [2, 2, 1, 12, 12, 7]},
+        "left kidney": {"mask": "third.nii.gz",
+                        "lasso": {"points": [[15, 0, 4], [23, 0, 4], [23, 27, 4], [15, 27, 4]]}},
+    }  # fmt: skip
+    (tmp_path / "p.json").write_text(json.dumps({"img0000.nii.gz": prompts}))
+    run("inferring", config_file=INFERENCE, dataset_dir=str(source), ckpt_dir=str(adapted),
+        output_dir=str(tmp_path / "out"), prompts=str(tmp_path / "p.json"), **COMMON, **SMALL)  # fmt: skip
+    (path,) = (tmp_path / "out").glob("*segmentation.nii.gz")
+    label = np.asarray(nib.load(path).dataobj)
+    spleen, kidney, third = (CLASSES.index(name) + 1 for name in prompts)
+    assert label[4, 5, 4] == spleen
+    assert label[9, 9, 4] != spleen
+    assert (label[2:10, 20, 2] == spleen).all()
+    there = np.argwhere(label == kidney)
+    assert len(there) == 0 or (there.min(0) >= [2, 2, 1]).all()
+    assert len(there) == 0 or (there.max(0) <= [12, 12, 7]).all()
+    assert not (label[:15, :, 4] == third).any()  # outside of the lasso
+    assert (label[16:18, 18:22, 4] == third).all()  # of the mask to start from
+    assert set(np.unique(label)) <= {0, spleen, kidney, third}
 
 
 def test_an_unknown_output_format_is_refused(adapted: Path, volumes: Path, tmp_path: Path) -> None:

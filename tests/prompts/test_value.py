@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
+from monai.data import MetaTensor
 
 from medsa_nets.prompts import Prompts, bounding_box
 
@@ -194,3 +195,9 @@ def test_a_batch_asks_the_same_of_each_image(other, message):
         Prompts.batched([Prompts(boxes=torch.zeros(1, 4)), other])
     with pytest.raises(ValueError, match=r"same classes, got \[1\], \[2\]"):
         Prompts.batched([Prompts(classes=torch.tensor([i])) for i in (1, 2)])
+
+
+def test_tensors_with_metadata_become_plain_ones() -> None:
+    boxes = MetaTensor(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    assert type(Prompts(boxes=boxes).boxes) is torch.Tensor
+    assert type(Prompts.batched([Prompts(boxes=boxes)])["boxes"]) is torch.Tensor
