@@ -216,6 +216,34 @@ def test_volumes_are_learned_from_sessions_where_they_are_annotated(untrained):
     assert all(shape[2:] == (SIZE, SIZE, 4) and annotated == shape[:2] for shape, annotated in seen)
 
 
+@pytest.mark.parametrize("held", [[], [0], [9], [4, 5], list(range(10))])
+def test_sessions_see_slices_around_one_that_holds_a_class(held):
+    iteration = VolumeSessionIteration(num_classes=2, session_depth=4, sessions=SessionSampler(), **SETTINGS)
+    label = torch.zeros(1, 1, 8, 8, 10)
+    label[..., held] = 2.0
+    seen = set()
+    for seed in range(40):
+        shown = iteration.choose_slices(label, torch.Generator().manual_seed(seed))
+        assert 0 <= shown.start < shown.stop == shown.start + 4 <= 10
+        assert not held or label[..., shown].any()
+        seen.add(shown.start)
+    assert len(seen) > 1 or len(held) == 1
+    assert iteration.choose_slices(label[..., :3], torch.Generator()) == slice(0, 3)
+
+
+def test_answers_of_sessions_have_the_slices_that_they_see(untrained):
+    label = _target(1, 1, SIZE, SIZE).float().unsqueeze(-1).expand(-1, -1, -1, -1, 6).contiguous()
+    iteration = VolumeSessionIteration(
+        num_classes=2, session_depth=3, sessions=SessionSampler(max_answers=2), **{**SETTINGS, "draws": 1}
+    )
+    answers = iteration.answer_slab(
+        untrained[3], label, label, torch.ones(1, 2, dtype=torch.bool), torch.Generator(), _places()
+    )
+    assert all(logits.shape[-1] == target.shape[-1] == 3 for logits, target, *_ in answers)
+    with pytest.raises(ValueError, match="session_depth must be 0"):
+        VolumeSessionIteration(num_classes=2, session_depth=-1, sessions=SessionSampler(), **SETTINGS)
+
+
 def test_the_same_seed_gives_the_same_step(untrained):
     label = _target(1, 1, SIZE, SIZE).float()
     batch = {"image": label.expand(-1, 3, -1, -1), "label": label}
