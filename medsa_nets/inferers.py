@@ -29,7 +29,7 @@ from medsa_nets.machine import limit_threads
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import Amp, autocast, choose_amp, read_amp
 from medsa_nets.prompts import Prompts, prompts_of_batch
-from medsa_nets.transforms import ABSENT, all_classes
+from medsa_nets.transforms import ABSENT, all_classes, keep_main_components
 
 logger = logging.getLogger(__name__)
 CLICK_KERNEL = Kernel(length=3.0, contrast=0.15)  # pixels of the network's grid, share of the intensity range
@@ -297,6 +297,9 @@ class SlabInferer(Inferer):
             logits are the mean over the volume and its mirror images, one for each combination of axes, and each costs
             what the volume costs. For tasks that train on mirror images.
         progress: whether a bar shows the slabs.
+        component_share: of automatic masks, connected components smaller than this share of their class's largest one
+            are dropped (:func:`~medsa_nets.transforms.keep_main_components`); 0 keeps all. What prompts ask for is not
+            touched.
 
     Raises:
         ValueError: when a setting is out of range.
@@ -316,6 +319,7 @@ class SlabInferer(Inferer):
         spread: bool = False,
         mirror_axes: Sequence[int] = (),
         progress: bool = False,
+        component_share: float = 0.0,
     ) -> None:
         super().__init__()
         if slab_depth < 1 or sw_batch_size < 1:
@@ -326,6 +330,8 @@ class SlabInferer(Inferer):
             raise ValueError(f"others must be absent or automatic, got {others!r}.")
         if len(set(mirror_axes)) < len(mirror_axes) or not set(mirror_axes) <= {0, 1, 2}:
             raise ValueError(f"mirror_axes must hold 0, 1 or 2, each once at most, got {list(mirror_axes)}.")
+        if not 0.0 <= component_share <= 1.0:
+            raise ValueError(f"component_share must lie between 0 and 1, got {component_share}.")
         self.slab_depth = slab_depth
         self.overlap = overlap
         self.sw_batch_size = sw_batch_size
@@ -336,6 +342,7 @@ class SlabInferer(Inferer):
         self.every_class = every_class
         self.others = others
         self.spread = spread
+        self.component_share = component_share
         self.mirror_axes = tuple(mirror_axes)
         self.progress = progress
 
@@ -410,12 +417,15 @@ class SlabInferer(Inferer):
     def _answer(self, images: list[_Slabs], prompts: Prompts) -> Tensor:
         automatic = self.every_class and self.others == "automatic"
         if not prompts:
-            return self._mean(images, prompts, self._automatic if automatic else self._segment)
+            logits = self._mean(images, prompts, self._automatic if automatic else self._segment)
+            return keep_main_components(logits, self.component_share)
         outwards = self.spread and not prompts.automatic
         logits = self._mean(images, prompts, self._spread_sets if outwards else self._segment)
         if not self.every_class or prompts.classes is None:
             return logits
         others = self._mean(images, Prompts(), self._automatic) if automatic else None
+        if others is not None:
+            others = keep_main_components(others, self.component_share)
         return all_classes(logits, prompts.classes, images[0].network.num_classes, others=others)
 
     def _automatic(self, slabs: _Slabs, prompts: Prompts) -> Tensor:

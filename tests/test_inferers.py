@@ -526,3 +526,23 @@ def test_clicks_go_to_the_decoder_at_once_where_the_branch_is_not_trained(small_
     with torch.no_grad():
         found = PromptInferer()(image, network, prompts=_clicks(1, 0))
         assert torch.equal(found, network(image, **_clicks(1, 0).arguments()))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_small_parts_of_automatic_masks_are_dropped_and_those_of_prompts_are_not(share, monkeypatch):
+    network = build_medsa("small", pretrained=False, spatial_dims=3, num_classes=2).eval()
+    shown = torch.full((1, 2, 32, 32, 4), -2.0)
+    shown[:, 0, :20, :20, :] = 2.0
+    shown[:, 0, 28:, 28:, 1] = 2.0
+
+    def decode(embedding, classes=None, **prompts):
+        return shown if not prompts else shown[:, :1]
+
+    monkeypatch.setattr(network, "decode", decode)
+    inferer = SlabInferer(slab_depth=4, component_share=share)
+    volume = torch.rand(1, 1, 32, 32, 4)
+    assert bool((inferer(volume, network)[..., 28:, 28:, 1] > 0).any()) == (share == 0.0)
+    click = Prompts(points=torch.tensor([[[30.0, 30.0, 1.0]]]), labels=torch.ones(1, 1), classes=torch.tensor([0]))
+    assert bool((inferer(volume, network, prompts=click)[0, 0, 28:, 28:, 1] > 0).all())
+    with pytest.raises(ValueError, match="component_share must lie between 0 and 1"):
+        SlabInferer(component_share=2.0)

@@ -22,6 +22,7 @@ from medsa_nets.transforms.volumes import (
     SampleClassPromptsd,
     SpacingBesidePathsd,
     all_classes,
+    keep_main_components,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "SaveVolumeOverlayd",
     "SpacingBesidePathsd",
     "all_classes",
+    "keep_main_components",
     "to_source_grid",
     "to_tensor_grid",
 ]

@@ -13,6 +13,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Orientation, Spacingd, SpatialResample
 from nibabel.orientations import aff2axcodes
+from scipy import ndimage
 from torch import Tensor
 
 from medsa_nets.data.volumes import read_volume
@@ -327,6 +328,42 @@ def _resample_positive(
     size = [b - a for a, b in zip(begin, end)]
     resampled = resample(MetaTensor(part[None], affine=own), dst_affine=target @ start, spatial_size=size)
     return tuple(slice(a, b) for a, b in zip(begin, end)), resampled[0].as_tensor()
+
+
+def keep_main_components(logits: Tensor, share: float) -> Tensor:
+    """Masks of organs without what lies apart from them and is small beside them.
+
+    Of the voxels at which a class has the highest positive logit, connected components (26 neighbours; 8 in images)
+    that are smaller than a share of the class's largest one lose the class: its logits change their sign there. An
+    organ has one place; a far component is a mistake more often than a part of it.
+
+    Args:
+        logits: (B, K, spatial…).
+        share: of the size of the largest component, in [0, 1]; 0 keeps everything, 1 the largest one alone.
+
+    Returns:
+        (B, K, spatial…).
+
+    Raises:
+        ValueError: when ``share`` lies outside.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"share must be between 0 and 1, got {share}.")
+    if share == 0.0:
+        return logits
+    out = logits.clone()
+    highest, winner = logits.max(dim=1)
+    winner = torch.where(highest > 0, winner, torch.full_like(winner, -1)).cpu()
+    structure = np.ones((3,) * (logits.dim() - 2))
+    for b, classes in enumerate(winner):
+        for k in torch.unique(classes[classes >= 0]).tolist():
+            parts, count = ndimage.label((classes == k).numpy(), structure)
+            sizes = np.bincount(parts.ravel())[1:]
+            if count > 1 and sizes.min() < share * sizes.max():
+                small = np.concatenate([[False], sizes < share * sizes.max()])[parts]
+                there = torch.from_numpy(small).to(logits.device)
+                out[b, k][there] = -out[b, k][there]
+    return out
 
 
 def all_classes(

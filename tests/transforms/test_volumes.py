@@ -21,6 +21,7 @@ from medsa_nets.transforms import (
     SampleClassPromptsd,
     SpacingBesidePathsd,
     all_classes,
+    keep_main_components,
 )
 
 CLASSES = ["spleen", "liver"]
@@ -168,3 +169,46 @@ def test_volumes_are_respaced_beside_entries_that_are_no_metadata(tmp_path: Path
     back = Invertd("image", transforms, nearest_interp=True, to_tensor=True)(moved)["image"]
     assert back.shape == image.shape
     assert torch.equal(back.affine, image.affine)
+
+
+def two_organs() -> torch.Tensor:
+    """Logits of two classes: each has a large part, the first one a small part and a tiny one, far away."""
+    logits = torch.full((1, 2, 12, 12, 8), -3.0)
+    logits[0, 0, 1:6, 1:6, 1:5] = 4.0  # 100 voxels
+    logits[0, 0, 9:11, 9:11, 1:6] = 4.0  # 20
+    logits[0, 0, 9, 1, 7] = 4.0
+    logits[0, 1, 7:12, 1:6, 1:5] = 4.0
+    return logits
+
+
+@pytest.mark.parametrize(("share", "small", "tiny"), [(0.0, True, True), (0.1, True, False), (0.5, False, False)])
+def test_parts_that_are_small_beside_the_largest_are_dropped(share: float, small: bool, tiny: bool) -> None:
+    logits = two_organs()
+    out = keep_main_components(logits, share)
+    assert bool((out[0, 0, 9:11, 9:11, 1:6] > 0).all()) == small
+    assert bool((out[0, 0, 9:11, 9:11, 1:6] > 0).any()) == small
+    assert bool(out[0, 0, 9, 1, 7] > 0) == tiny
+    assert torch.equal(out[0, 0, :7], logits[0, 0, :7])
+    assert torch.equal(out[0, 1], logits[0, 1])
+    assert torch.equal(logits, two_organs())  # what was given stays
+
+
+def test_a_voxel_of_a_dropped_part_falls_to_the_next_class() -> None:
+    logits = two_organs()
+    logits[0, 1, 9, 1, 7] = 1.0
+    out = keep_main_components(logits, 0.005)
+    assert out[0, :, 9, 1, 7].tolist() == [4.0, 1.0]  # nothing is as small as that
+    assert keep_main_components(logits, 0.1)[0, :, 9, 1, 7].tolist() == [-4.0, 1.0]
+
+
+def test_parts_that_touch_in_a_corner_are_one() -> None:
+    logits = torch.full((1, 1, 6, 6, 6), -1.0)
+    logits[0, 0, :3, :3, :3] = 1.0
+    logits[0, 0, 3, 3, 3] = 1.0
+    assert torch.equal(keep_main_components(logits, 1.0), logits)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_of_components_lies_between_0_and_1(share: float) -> None:
+    with pytest.raises(ValueError, match="share must be between 0 and 1"):
+        keep_main_components(two_organs(), share)
