@@ -243,11 +243,29 @@ def _plain_meta(volume: MetaTensor, path: Path) -> dict[str, Any]:
     }
 
 
-class AtomicNibabelWriter(AtomicWriter, NibabelWriter):
+class _VolumeWriter(AtomicWriter):
+    """Keeps the third axis of a volume of one slice; MONAI's writers drop it, and then can't place the volume."""
+
+    data_obj: Any
+
+    def set_data_array(
+        self, data_array: Any, channel_dim: int | None = 0, squeeze_end_dims: bool = True, **kwargs: Any
+    ) -> None:
+        """Set the voxels (1, X, Y, Z), or whatever else MONAI's writer takes."""
+        if channel_dim == 0 and data_array.ndim == 4 and data_array.shape[0] == 1:
+            data_array, channel_dim, squeeze_end_dims = data_array[0], None, False
+        super().set_data_array(  # type: ignore[misc]
+            data_array, channel_dim=channel_dim, squeeze_end_dims=squeeze_end_dims, **kwargs
+        )
+        if channel_dim is None and self.data_obj.ndim == 4:
+            self.data_obj = self.data_obj[..., 0]  # MONAI's NIfTI writer adds an axis of channels
+
+
+class AtomicNibabelWriter(_VolumeWriter, NibabelWriter):
     """MONAI's NIfTI writer, whole files only."""
 
 
-class AtomicITKWriter(AtomicWriter, ITKWriter):
+class AtomicITKWriter(_VolumeWriter, ITKWriter):
     """MONAI's ITK writer (NRRD, MetaImage), whole files only."""
 
 

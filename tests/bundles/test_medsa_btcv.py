@@ -500,6 +500,21 @@ def test_what_a_file_of_prompts_marks_is_in_the_masks(adapted: Path, tmp_path: P
     assert set(np.unique(label)) <= {0, spleen, kidney, third}
 
 
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd"])
+def test_a_volume_of_one_slice_is_segmented(adapted: Path, tmp_path: Path, suffix: str) -> None:
+    source, affine = tmp_path / "data", oblique([2.0, 2.0, 3.0])
+    source.mkdir()
+    voxels = np.random.default_rng(0).normal(0, 100, (24, 28, 1)).astype(np.float32)
+    nib.save(nib.Nifti1Image(voxels, affine), source / "slice.nii.gz")
+    run("inferring", config_file=INFERENCE, dataset_dir=str(source), ckpt_dir=str(adapted),
+        output_dir=str(tmp_path / "out"), output_ext=suffix, **COMMON, **SMALL)  # fmt: skip
+    path = tmp_path / "out" / f"slice_segmentation{suffix}"
+    assert suffix == ".nrrd" or nib.load(path).shape == (24, 28, 1)
+    label = read_volume(path)
+    assert label.shape == (1, 24, 28, 1)
+    np.testing.assert_allclose(label.affine.numpy(), affine, atol=1e-4)
+
+
 def test_an_unknown_output_format_is_refused(adapted: Path, volumes: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as caught:
         run("inferring", config_file=INFERENCE, dataset_dir=str(volumes / "imagesTr"), ckpt_dir=str(adapted),
