@@ -28,7 +28,17 @@ class HausdorffDistanceMM(HausdorffDistanceMetric):
 
 
 class SurfaceDiceMM(SurfaceDiceMetric):
-    """``monai.metrics.SurfaceDiceMetric`` (NSD) with each volume's spacing; thresholds are tolerances in mm."""
+    """``monai.metrics.SurfaceDiceMetric`` (NSD) with each volume's spacing; thresholds are tolerances in mm.
+
+    A class of which the label holds nothing is undefined (NaN) and counts in no mean, as in ``DiceMetric`` with
+    ``ignore_empty``: it may be there and not be annotated.
+    """
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
+        result = super()._compute_tensor(y_pred, y, **kwargs)
+        reference = y if self.include_background else y[:, 1:]
+        empty = reference.flatten(2).amax(-1) == 0
+        return torch.where(empty.to(result.device), torch.full_like(result, float("nan")), result)
 
     def __call__(self, y_pred: Any, y: Any = None, **kwargs: Any) -> Any:
         """Compare lists of one-hot volumes (classes, X, Y, Z)."""

@@ -41,3 +41,16 @@ def test_volumes_of_one_batch_have_spacings_of_their_own():
     near, far = volumes((1.0, 1.0, 1.0)), volumes((1.0, 1.0, 3.0))
     values = metric(near[0] + far[0], near[1] + far[1])
     assert values.flatten().tolist() == pytest.approx([2.0, 6.0])
+
+
+def test_a_class_that_the_label_does_not_hold_counts_in_no_surface_dice():
+    predicted, labels = volumes((1.0, 1.0, 1.0))
+    empty = MetaTensor(torch.zeros(1, 16, 16, 16))
+    metric = SurfaceDiceMM([2.0, 2.0], include_background=False)
+    stacked = []
+    for (volume,), last in ((predicted, predicted[0][1:]), (labels, empty)):
+        stacked.append([MetaTensor(torch.cat([volume.as_tensor(), last.as_tensor()]), affine=volume.affine)])
+    values = metric(*stacked)
+    assert values[0, 0].item() == pytest.approx(1.0)
+    assert torch.isnan(values[0, 1])
+    assert metric.aggregate().item() == pytest.approx(1.0)
