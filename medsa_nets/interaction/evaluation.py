@@ -253,7 +253,8 @@ class SessionEvaluation:
             "harmful",
             "obeyed",
         ]
-        with temporary_name(self.output_dir / "sessions.csv") as part, open(part, "w", newline="") as file:
+        path = self.output_dir / "sessions.csv"
+        with temporary_name(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(head)
             for key, row in sorted(measured.items()):
