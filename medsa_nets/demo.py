@@ -23,7 +23,7 @@ from monai.bundle import ConfigParser, run
 from PIL import Image
 
 from medsa_nets.data.phantoms import write_phantoms
-from medsa_nets.errors import find_cause, print_anything
+from medsa_nets.errors import DataError, find_cause, print_anything
 from medsa_nets.machine import limit_threads
 from medsa_nets.visualize import contact_sheet
 
@@ -275,6 +275,11 @@ def main(arguments: list[str] | None = None) -> int:
     limit_threads()
     dataset_dir = options.dataset_dir
     try:
+        if not (options.bundle / "configs" / "train.yaml").is_file():
+            raise DataError(
+                f"--bundle {options.bundle}: there is no configs/train.yaml. Run this in the project's folder, or "
+                "pass the folder of the bundle medsa_isic."
+            )
         if dataset_dir is None:
             dataset_dir = write_phantoms(options.output_dir / "phantoms", training=IMAGES, validation=VALIDATION)
             print("No DATASET_DIR: using phantoms, generated pictures that look a little like dermoscopy.")

@@ -120,3 +120,12 @@ def test_a_demo_that_goes_on_begins_with_the_adapter_of_the_one_before(bundle):
     main([*arguments, "--go_on"])
     (training,) = (settings for command, settings in calls if command == "training")
     assert training["start_from"].endswith("model.pt")
+
+
+def test_without_its_bundle_the_demo_says_where_to_run_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 1
+    assert "medsa_isic: there is no configs/train.yaml" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
