@@ -209,6 +209,8 @@ def keep_local(
 ) -> np.ndarray:
     """Let new logits stand only where a click or scribble may change them, and the previous ones elsewhere.
 
+    A mark that the mask carried already only adds (foreground) or only takes away (background), whatever the rule.
+
     Args:
         previous: logits (spatial…) before.
         values: logits after.
@@ -217,6 +219,10 @@ def keep_local(
         spacing: size of a voxel along each axis.
         settings: with all of ``rule``, ``reach``, ``certainty`` and ``depth``.
     """
+    right = (values > 0) == bool(label)
+    if bool(((previous[tuple(newest.T)] > 0) == bool(label)).all()):
+        # A mark on what the mask holds already says that it is right: it is no reason to take away what is like it.
+        values = np.where(right | (previous <= 0 if label else previous > 0), values, previous)
     rule, reach, certainty, depth = settings.rule, settings.reach, settings.certainty, settings.depth
     assert reach is not None
     if rule == "free" and not certainty and not depth:

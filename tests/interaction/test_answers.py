@@ -56,6 +56,15 @@ def test_a_mask_changes_no_deeper_than_a_click_says() -> None:
     assert not shallow[12, 20:].any()
 
 
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_mark_on_what_is_right_already_is_no_reason_to_take_it_back(label: int) -> None:
+    before, after = square(4, 12), square(8, 16)
+    newest = np.array([[5, 5]]) if label else np.array([[15, 15]])
+    settings = AnswerSettings("free", reach=20.0, certainty=0.0, depth=0.0)
+    out = keep_local(before, after, newest, label, np.ones(2), settings) > 0
+    assert np.array_equal(out, (before > 0) | (after > 0) if label else (before > 0) & (after > 0))
+
+
 class Fixed:
     """A network with one answer to prompts, whatever they are."""
 
