@@ -7,6 +7,7 @@ from medsa_nets.data.dataset import (
     SeededDataset,
     SeededPersistentDataset,
     make_dataset,
+    repeat_volumes,
     stable_seed,
 )
 from medsa_nets.data.photographs import AtomicPILWriter, PhotographReader, read_dicom_photograph, save_png
@@ -27,6 +28,7 @@ __all__ = [
     "make_dataset",
     "read_dicom_photograph",
     "read_volume",
+    "repeat_volumes",
     "save_png",
     "stable_seed",
     "volume_id",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from monai.transforms import Compose, RandomizableTrait, Transform
 from monai.utils import get_seed
 from torch.utils.data import Sampler
 
-from medsa_nets.errors import find_cause
+from medsa_nets.errors import DataError, find_cause
 from medsa_nets.machine import usable_cpus, usable_memory
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,46 @@ def make_dataset(
     if cache == "none":
         return SeededDataset(data, transform, seed=seed)
     raise ValueError(f"cache must be memory, disk or none, got {cache!r}.")
+
+
+def repeat_volumes(data: Sequence[dict[str, Any]], repeats: int) -> list[dict[str, Any]]:
+    """A training list that names each volume several times, and each single slice once.
+
+    Where single annotated slices stand beside whole volumes, an epoch that shows each entry once hardly shows the
+    volumes, which hold most of what there is to learn.
+
+    Args:
+        data: entries with a path under ``image``.
+        repeats: how often an entry of several slices (or a folder of files) is named; 1 changes nothing.
+
+    Raises:
+        ValueError: when ``repeats`` is below 1.
+        DataError: when an image's header can't be read.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be 1 or more, got {repeats}.")
+    if repeats == 1:
+        return list(data)
+    return [entry for entry in data for _ in range(repeats if _slices(entry["image"]) > 1 else 1)]
+
+
+def _slices(path: str) -> int:
+    """Slices of a volume, by the header of its file or the number of files in its folder."""
+    if Path(path).is_dir():
+        return sum(1 for file in Path(path).iterdir() if file.is_file())
+    import itk  # takes a second, and few need it
+
+    reader = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
+    if reader is None:
+        raise DataError(
+            f"{path}: its header can't be read. Expected NIfTI, NRRD, MetaImage or DICOM; replace the file."
+        )
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise DataError(f"{path}: its header can't be read. Replace the file, or take it from the list.") from error
+    return int(reader.GetDimensions(2)) if reader.GetNumberOfDimensions() > 2 else 1
 
 
 def stable_seed(*parts: object) -> int:

@@ -600,3 +600,58 @@ def test_clicks_of_an_annotation_server_change_the_organs_that_they_name(tmp_pat
     wrong = server.infer(source, **{"left kidney": [[700, 9, 3]]})
     assert "left kidney: the click [700, 9, 3] lies outside" in wrong["result"]["messages"][0]
     assert torch.equal(wrong["pred"].as_tensor(), automatic["pred"].as_tensor())
+
+
+def test_the_recipe_trains_stage_after_stage_and_goes_on_where_it_was(
+    cli: Command, volumes: Path, tmp_path: Path
+) -> None:
+    own = {"classes": CLASSES, "pixdim": [2.0, 2.0, 3.0], "base": "small", "warmup_steps": 1, "samples_interval": 0,
+           "class_chunk": 0, "max_epochs": 1, "val_interval": 1, "classes_per_pass": 3,
+           "samples_per_epoch": 2}  # fmt: skip
+    stages = [
+        {"name": "slices", "configs": ["train.yaml", "slices.yaml"], "settings": {**own, "roi_size": [32, 32, 1]}},
+        {"name": "clicks", "configs": ["train.yaml", "decoder.yaml", "clicks.yaml"],
+         "settings": {**own, "slab_depth": 4, "session_answers": 2, "embedding_dir": str(tmp_path / "embeddings")}},
+    ]  # fmt: skip
+    settings = {"bundle_root": BUNDLE, "config_file": CONFIGS / "recipe.yaml", "dataset_dir": volumes, "amp": False,
+                "ckpt_dir": tmp_path / "models", "output_dir": tmp_path / "out", "stages": stages}  # fmt: skip
+    first = cli("run", "training", **settings)
+    assert first.returncode == 0, first.stderr[-2000:]
+    made = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
+    parts = {
+        name: torch.load(tmp_path / "models" / "stages" / name / "adapter.pt", weights_only=True)
+        for name in ("slices", "clicks")
+    }
+    assert all(torch.equal(made[key], value) for key, value in parts["clicks"].items())
+    encoder = [key for key in made if key.startswith("image_encoder.")]  # the second stage trains the decoder alone
+    assert encoder
+    assert all(torch.equal(parts["slices"][key], parts["clicks"][key]) for key in encoder)
+    assert any(not torch.equal(parts["slices"][key], parts["clicks"][key]) for key in made)
+    with (tmp_path / "out" / "stages.csv").open(encoding="utf-8") as table:
+        rows = list(csv.DictReader(table))
+    assert [row["stage"] for row in rows] == ["slices", "clicks"]
+    assert all(0.0 <= float(row["after"]) <= 1.0 for row in rows)
+
+    # Once more: nothing is done again. Then with another setting of the second stage: that one is, alone.
+    kept = {name: (tmp_path / "models" / "stages" / name / "adapter.pt").stat().st_mtime_ns for name in parts}
+    (tmp_path / "models" / "model.pt").unlink()
+    again = cli("run", "training", **settings)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert {n: (tmp_path / "models" / "stages" / n / "adapter.pt").stat().st_mtime_ns for n in parts} == kept
+    assert (tmp_path / "models" / "model.pt").is_file()
+    stages[1]["settings"]["session_answers"] = 3
+    assert cli("run", "training", **settings).returncode == 0
+    changed = {n: (tmp_path / "models" / "stages" / n / "adapter.pt").stat().st_mtime_ns for n in parts}
+    assert changed["slices"] == kept["slices"]
+    assert changed["clicks"] > kept["clicks"]
+
+
+def test_a_recipe_names_the_stage_that_lacks_a_file(cli: Command, volumes: Path, tmp_path: Path) -> None:
+    stages = [{"name": "slices", "configs": ["train.yaml", "slab.yaml"]}]
+    result = cli("run", "training", bundle_root=BUNDLE, config_file=CONFIGS / "recipe.yaml", dataset_dir=volumes,
+                 ckpt_dir=tmp_path / "models", output_dir=tmp_path / "out", stages=stages)  # fmt: skip
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert "stage slices" in last
+    assert "slab.yaml" in last
+    assert not (tmp_path / "models").exists()

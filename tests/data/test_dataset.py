@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from pathlib import Path
 
+import itk
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from monai.transforms import Compose, LoadImaged, MapTransform, RandFlipd, RandG
 from monai.utils import set_determinism
 from PIL import Image
 
-from medsa_nets.data import EpochSampler, PhotographReader, SeededDataset, stable_seed
+from medsa_nets.data import EpochSampler, PhotographReader, SeededDataset, repeat_volumes, stable_seed
 from medsa_nets.data import make_dataset as make_cached_dataset
 from medsa_nets.errors import DataError
 
@@ -192,3 +195,27 @@ def test_the_sampler_tells_the_dataset_its_epoch():
     dataset = make_dataset()
     EpochSampler(dataset).set_epoch(5)
     assert dataset.epoch == 5
+
+
+def test_volumes_are_named_more_often_than_single_slices(tmp_path: Path) -> None:
+    entries = []
+    for name, shape in (("volume.nii.gz", (4, 5, 6)), ("slice.nii.gz", (4, 5, 1)), ("volume.nrrd", (4, 5, 3))):
+        if name.endswith(".nrrd"):
+            itk.imwrite(itk.image_from_array(np.zeros(shape[::-1], np.float32)), str(tmp_path / name))
+        else:
+            nib.save(nib.Nifti1Image(np.zeros(shape, np.float32), np.eye(4)), tmp_path / name)
+        entries.append({"image": str(tmp_path / name)})
+    folder = tmp_path / "series"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.dcm").touch()
+    entries.append({"image": str(folder)})
+    assert [e["image"] for e in repeat_volumes(entries, 3)] == [
+        entries[i]["image"] for i in (0, 0, 0, 1, 2, 2, 2, 3, 3, 3)
+    ]
+    assert repeat_volumes(entries, 1) == entries
+    with pytest.raises(ValueError, match="repeats must be 1 or more, got 0"):
+        repeat_volumes(entries, 0)
+    (tmp_path / "broken.nii.gz").write_bytes(b"no header")
+    with pytest.raises(DataError, match=r"broken.nii.gz: its header can't be read"):
+        repeat_volumes([{"image": str(tmp_path / "broken.nii.gz")}], 2)
