@@ -9,7 +9,7 @@ import numpy as np
 from monai.data import PILReader, PILWriter
 from PIL import Image, ImageFile
 
-from medsa_nets.data.atomic import AtomicWriter, temporary_name
+from medsa_nets.data.atomic import AtomicWriter, make_folder, temporary_name
 from medsa_nets.data.datalists import is_dicom
 from medsa_nets.errors import DataError
 
@@ -111,7 +111,7 @@ class AtomicPILWriter(AtomicWriter, PILWriter):
 def save_png(image: Image.Image, path: str | Path) -> Path:
     """Save a picture as PNG, under a temporary name until complete; folders are made."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with temporary_name(path) as part:
         image.save(part, format="PNG")
     return path
