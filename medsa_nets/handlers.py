@@ -1,15 +1,17 @@
-"""Ignite handlers: checkpoints that survive a kill, and pictures of samples during training."""
+"""Ignite handlers: checkpoints that survive a kill, tables that are whole, and pictures of samples during training."""
 
 from __future__ import annotations
 
 import io
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.handlers
+import monai.handlers
 import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Average
@@ -17,10 +19,10 @@ from monai.handlers import from_engine
 from monai.utils import CommonKeys as Keys
 from torch import nn
 
-from medsa_nets.data import image_id, save_png, volume_id
-from medsa_nets.data.atomic import remove_leftovers, temporary_name
+from medsa_nets.data import output_name, save_png, unique_names
+from medsa_nets.data.atomic import make_folder, remove_leftovers, temporary_name
 from medsa_nets.engines import plain
-from medsa_nets.errors import WeightsError, describe
+from medsa_nets.errors import OutputError, WeightsError, describe
 from medsa_nets.prompts import prompts_of
 from medsa_nets.visualize import overlay_sample, overlay_volume
 
@@ -33,7 +35,7 @@ except ImportError:  # before 0.5, as MONAI Label pins it
 def save_atomically(obj: Any, path: str | Path) -> Path:
     """``torch.save`` under a temporary name in the same folder, then rename: a reader never sees half a file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     buffer = io.BytesIO()  # torch hides why it can't write to a file
     torch.save(obj, buffer)
     with temporary_name(path) as part, open(part, "wb") as file:
@@ -243,6 +245,44 @@ class TrainingCheckpoint:
         self.state.unlink(missing_ok=True)
 
 
+class MetricsSaver(monai.handlers.MetricsSaver):
+    """MONAI's ``MetricsSaver``, whose tables are whole or absent; a name with a comma or a quote stays one field.
+
+    Raises:
+        OutputError: when they can't be written; it names the folder.
+    """
+
+    save_dir: Any
+    _filenames: list[str]
+
+    def _get_filenames(self, engine: Engine) -> None:
+        before = len(self._filenames)
+        super()._get_filenames(engine)
+        for i in range(before, len(self._filenames)):
+            if set(self._filenames[i]) & set(',"\n'):
+                self._filenames[i] = '"' + self._filenames[i].replace('"', '""') + '"'
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the tables."""
+        folder = self.save_dir
+        try:
+            make_folder(folder)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".metrics-") as part:
+                self.save_dir = part
+                super().__call__(engine)
+                for file in Path(part).iterdir():
+                    file.replace(Path(folder) / file.name)
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(
+                f"{folder}: the tables of metrics can't be written ({error.strerror or error}). Make room there, or "
+                "name another folder (--output_dir)."
+            ) from error
+        finally:
+            self.save_dir = folder
+
+
 class EarlyStop:
     """Ends a training that no longer gains, judged by the evaluator's best metric, which a resumed run keeps.
 
@@ -319,6 +359,7 @@ class SampleOverlays:
         self.device = device
         self.interval = interval
         self.count = count
+        self.names = unique_names(entry["image"] for entry in getattr(dataset, "data", ()))
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer."""
@@ -343,7 +384,7 @@ class SampleOverlays:
                 picture = overlay_volume(item["image"], logits[0], label=label, prompts=prompts)
             else:
                 picture = overlay_sample(plain(item["image"]), prediction=logits[0] > 0, label=label, prompts=prompts)
-            path = item["image"].meta.get("filename_or_obj", f"sample_{i}")
-            name = volume_id(path) if logits.dim() == 5 else image_id({"image": path})
+            path = str(item["image"].meta.get("filename_or_obj", f"sample_{i}"))
+            name = self.names.get(path) or output_name(path)
             save_png(picture, self.folder / f"epoch_{engine.state.epoch:04d}_{name}.png")
         network.train()

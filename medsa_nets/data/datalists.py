@@ -12,6 +12,7 @@ from typing import Any
 
 from monai.data import load_decathlon_datalist
 
+from medsa_nets.data.outputs import output_name
 from medsa_nets.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ _KVASIR_FOLDERS = ("images", "masks")
 
 def image_id(item: dict[str, Any]) -> str:
     """Name of an image without folder and suffix."""
-    return Path(str(item["image"])).stem
+    return output_name(str(item["image"]))
 
 
 def load_datalist(

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medsa_nets.bundle import ADAPTER, copy_bundle
+from medsa_nets.data.atomic import make_writable
 from medsa_nets.deploy.settings import read_settings
 from medsa_nets.deploy.studies import find_sources
-from medsa_nets.errors import DataError, MedSAError, OutputError, WeightsError
+from medsa_nets.errors import DataError, MedSAError, WeightsError
 
 logger = logging.getLogger("medsa_nets.deploy")
 
@@ -137,14 +138,7 @@ def make_output(folder: Path) -> None:
     Raises:
         OutputError: when it can't be made or written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"output {folder}: it can't be written ({error.strerror}). Name another folder (-o)."
-        ) from error
+    make_writable(folder, "-o")
 
 
 def find_model(path: Path) -> Path:

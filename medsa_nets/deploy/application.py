@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from monai.deploy.operators.monai_bundle_inference_operator import IOMapping, Mo
 from PIL import Image as Picture
 from pydicom.uid import generate_uid
 
+from medsa_nets.data import output_name, unique_names
 from medsa_nets.data.photographs import save_png
 from medsa_nets.deploy.objects import SidedSegmentDescription, measurement_report
 from medsa_nets.deploy.report import Measurement, key_images, measure, write_report
@@ -40,9 +42,9 @@ class Outcome:
 
     def fail(self, source: Source, error: Exception) -> None:
         """Note that a source could not be segmented."""
-        cause = find_cause(error) or error
-        self.failures.append(f"{source.name}: {cause if cause is not error else describe(error)}")
-        logger.error("not segmented: %s", self.failures[-1], exc_info=error if cause is error else None)
+        cause = find_cause(error)
+        self.failures.append(f"{source.name}: {describe(error) if cause is None else cause}")
+        logger.error("not segmented: %s", self.failures[-1], exc_info=error if cause is None else None)
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,11 @@ class ResultOperator(DICOMSegmentationWriterOperator):
         settings: Settings,
         output_folder: Path,
         outcome: Outcome,
+        names: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.settings = settings
+        self.names = dict(names or {})  # of the folders of photographs without a UID, by their path
         self.outcome = outcome
         super().__init__(
             fragment,
@@ -247,7 +251,7 @@ class ResultOperator(DICOMSegmentationWriterOperator):
         """Give the folder its name; an earlier run's folder of that name stays."""
         first = source.headers[0] if source.headers else None
         if first is None:
-            name = source.files[0].stem
+            name = self.names.get(str(source.files[0])) or output_name(source.files[0])
         else:
             name = str(first.SeriesInstanceUID if source.volume else first.SOPInstanceUID)
         for number in range(1, 10**6):
@@ -292,7 +296,12 @@ class MedSAApplication(Application):
             name="inference",
         )
         result = ResultOperator(
-            self, settings=self.settings, output_folder=self.output, outcome=self.outcome, name="result"
+            self,
+            settings=self.settings,
+            output_folder=self.output,
+            outcome=self.outcome,
+            names=unique_names(source.files[0] for source in self.sources if not source.headers),
+            name="result",
         )
         self.add_flow(source, inference, {("image", "image")})
         self.add_flow(source, result, {("job", "job")})

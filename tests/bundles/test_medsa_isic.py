@@ -341,6 +341,35 @@ def test_wrong_folder_ends_with_one_clear_line(tmp_path: Path, prepare, expected
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize("config", ["inference", "evaluate"])
+def test_an_output_that_is_a_file_is_named_in_the_last_line_before_the_first_image(
+    phantoms: Path, tmp_path: Path, cli: Command, config: str
+) -> None:
+    place = tmp_path / "out"
+    place.write_text("notes")
+    files = INFERENCE if config == "inference" else f"['{TRAIN}','{EVALUATE}']"
+    data = phantoms / "ISIC-2017_Validation_Data" if config == "inference" else phantoms
+    result = cli("run", config_file=files, dataset_dir=data, output_dir=place, **COMMON)
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines()[-1].startswith(f"error: output {place}: it can't be written")
+    assert "Evaluator: [1/" not in result.stderr
+    assert place.read_text() == "notes"
+
+
+def test_photographs_whose_masks_would_have_one_name_are_refused_and_files_without_suffix_are_not(
+    tmp_path: Path, cli: Command
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for seed, name in enumerate(("a.jpg", "a.png")):
+        Image.fromarray(phantom(seed, 64)[0]).save(photos / name)
+    result = cli("run", "inferring", config_file=INFERENCE, dataset_dir=photos, output_dir=tmp_path / "out", **COMMON)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {photos / 'a.jpg'} and {photos / 'a.png'}: their results would have one name")
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_image_is_named_in_the_last_line_and_can_be_skipped(tmp_path: Path, cli: Command) -> None:
     data = write_phantoms(tmp_path / "data", training=3, validation=1, size=64)
     victim = sorted((data / "ISIC-2017_Training_Data").iterdir())[1]
