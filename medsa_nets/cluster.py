@@ -35,6 +35,7 @@ from medsa_nets.backends import expect_images
 from medsa_nets.data import check_names
 from medsa_nets.data.atomic import make_writable, temporary_name
 from medsa_nets.errors import ClusterError, MedSAError, OutputError, describe, find_cause
+from medsa_nets.transforms import check_prompt_keys
 
 SHARE = "studies_of_a_worker"  # beside the bundle's own settings: how many a worker is going to segment
 COLUMNS = ("study", "worker", "seconds", "status", "message")
@@ -241,6 +242,7 @@ def segment_all(
     out = Path(output_dir).expanduser().resolve()
     make_writable(out, "--output_dir")
     studies, job = _list_studies(parser), _job(config, parser)
+    check_prompt_keys(config.get("prompts"), studies)
 
     rows: dict[str, dict[str, Any]] = {}
     for entry in studies:

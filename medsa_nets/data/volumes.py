@@ -16,7 +16,8 @@ from monai.data import ITKReader, ITKWriter, MetaTensor, NibabelReader, NibabelW
 from pydicom.errors import InvalidDicomError
 
 from medsa_nets.data.atomic import AtomicWriter
-from medsa_nets.data.datalists import SPLITS, choose_split, is_dicom, read_datalist
+from medsa_nets.data.datalists import SPLITS, choose_split, is_dicom, read_datalist, read_json
+from medsa_nets.data.labels import Renumbering, match_labels, read_labels
 from medsa_nets.errors import DataError, describe
 
 logger = logging.getLogger(__name__)
@@ -97,11 +98,14 @@ def load_volume_datalist(
 
     Returns:
         Entries with ``image`` and ``label`` (absolute paths, sorted by name) and, with ``classes``, ``annotated``: an
-        array of booleans, one for each class.
+        array of booleans, one for each class. Where the data list's ``labels`` give these names other ids than the
+        classes have, also ``label_ids``: the new id of each old one
+        (:class:`~medsa_nets.transforms.RenumberLabelsd`).
 
     Raises:
-        DataError: when folder, file or split is missing, when the list is empty, when files are not there, or when
-            ``annotated`` names an unknown class.
+        DataError: when folder, file or split is missing, when the list is empty, when files are not there, when
+            ``annotated`` names an unknown class, or when ``labels`` of the data list do not fit the classes
+            (:func:`~medsa_nets.data.labels.match_labels`).
     """
     if split not in SPLITS:
         raise DataError(f"split must be one of {', '.join(SPLITS)}; got {split!r}.")
@@ -110,18 +114,22 @@ def load_volume_datalist(
         raise DataError(f"dataset_dir {root}: there is no such folder. Pass the data set's folder (--dataset_dir).")
     if datalist is None:
         datalist = next((root / name for name in _DATALIST_NAMES if (root / name).is_file()), None)
-    splits = read_datalist(Path(datalist).expanduser(), root) if datalist else _scan(root)
+    splits = read_datalist(Path(datalist).expanduser(), root, _scan) if datalist else _scan(root)
     items = choose_split(
         splits, split, validation_fraction, seed, limit, str(datalist or root), lambda i: volume_id(i["image"])
     )
     if classes:
+        names = read_labels(read_json(Path(datalist).expanduser()), f"datalist {datalist}") if datalist else {}
+        matched = match_labels(names, list(classes), f"datalist {datalist}")
         for item in items:
-            item["annotated"] = np.asarray(_annotated(item, list(classes), str(datalist)))
+            item["annotated"] = np.asarray(_annotated(item, list(classes), str(datalist), matched))
+            if matched is not None and matched.needed:
+                item["label_ids"] = np.asarray(matched.ids)
     return items
 
 
-def _annotated(item: dict[str, Any], classes: list[str], source: str) -> list[bool]:
-    named = item.get("annotated", classes)
+def _annotated(item: dict[str, Any], classes: list[str], source: str, matched: Renumbering | None) -> list[bool]:
+    named = item.get("annotated", classes if matched is None else list(matched.annotated))
     if not isinstance(named, list) or any(name not in classes for name in named):
         raise DataError(
             f"datalist {source}: 'annotated' of {item['image']} is {named!r}; expected a list of names out of "
