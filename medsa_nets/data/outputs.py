@@ -32,10 +32,10 @@ def unique_names(paths: Iterable[str | Path]) -> dict[str, str]:
 
     Images of one name get as many of their folders as tell them apart, as ``patient1_IMG_1`` and ``patient2_IMG_1``;
     those of one folder their suffix too, as ``a.jpg`` and ``a.png``. Upper and lower case count as one, as some file
-    systems have it.
+    systems have it. What is no path, as an image in memory, gets none.
     """
     groups: dict[str, list[str]] = {}
-    for path in sorted({str(path) for path in paths}):
+    for path in sorted({str(path) for path in paths if isinstance(path, (str, os.PathLike))}):
         groups.setdefault(output_name(path).casefold(), []).append(path)
     names = {path: output_name(path) for path, *others in groups.values() if not others}
     taken = {name.casefold() for name in names.values()}

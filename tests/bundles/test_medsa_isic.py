@@ -25,6 +25,7 @@ from medsa_nets import WeightsError, build_medsa
 from medsa_nets.data.phantoms import phantom, write_phantoms
 from medsa_nets.demo import read_metrics
 from medsa_nets.errors import find_cause
+from medsa_nets.handlers import TrainingCheckpoint, save_atomically
 from medsa_nets.prompts import prompts_of
 from medsa_nets.weights import find_base_file, get_base
 
@@ -213,6 +214,28 @@ def test_killed_training_resumes_to_the_same_weights(phantoms: Path, tmp_path: P
     expected, found = (torch.load(f / "model_last.pt", weights_only=True) for f in (whole, cut))
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)
+
+
+def test_a_killed_training_is_not_resumed_with_another_learning_rate(
+    phantoms: Path, tmp_path: Path, cli: Command
+) -> None:
+    options = {**COMMON, **SMALL, "config_file": TRAIN, "dataset_dir": str(phantoms), "ckpt_dir": str(tmp_path),
+               "output_dir": str(tmp_path), "max_epochs": 2}  # fmt: skip
+    state = tmp_path / "training_state.pt"
+    parser = ConfigParser(ConfigParser.load_config_file(TRAIN))
+    parser.update(options)
+    settings = parser.get_parsed_content("resume_settings")
+    assert {"learning_rate", "batch_size", "adapter_ratio", "image_size"} <= set(settings)
+    before = TrainingCheckpoint(
+        save_dir=str(tmp_path), network=torch.nn.Identity(), optimizer=None, settings={**settings, "learning_rate": 0.5}
+    ).settings
+    save_atomically({"epoch": 1, "iteration": 2, "settings": before}, state)
+    result = cli("run", "training", **options)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {state}: the unfinished run that would go on had other settings: ")
+    assert "had other settings: learning_rate 0.5 (now 0.001). Restore" in last
+    assert "--resume false" in last
 
 
 def test_two_processes_train_together(phantoms: Path, tmp_path: Path, cli: Command) -> None:
