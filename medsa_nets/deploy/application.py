@@ -22,6 +22,7 @@ from monai.deploy.operators.monai_bundle_inference_operator import IOMapping, Mo
 from PIL import Image as Picture
 from pydicom.uid import generate_uid
 
+from medsa_nets.anatomy import check_anatomy
 from medsa_nets.data import output_name, unique_names
 from medsa_nets.data.photographs import save_png
 from medsa_nets.deploy.objects import SidedSegmentDescription, measurement_report
@@ -189,6 +190,9 @@ class ResultOperator(DICOMSegmentationWriterOperator):
         """
         mask = pred.transpose(2, 1, 0) if job.source.volume else pred
         measured = measure(mask, job.image, job.source, self.settings)
+        warnings = doubts(mask, job, self.settings)
+        for text in warnings:
+            logger.warning("%s: %s", job.source.name, text)
         if not mask.any():
             logger.warning("%s: nothing was found; the segmentation is empty.", job.source.name)
         try:
@@ -199,7 +203,7 @@ class ResultOperator(DICOMSegmentationWriterOperator):
                 f"{self.output_folder}: it can't be written ({error.strerror}). Name another (-o)."
             ) from error
         try:
-            self._fill(part, job, mask, measured)
+            self._fill(part, job, mask, measured, warnings)
             return self._publish(part, job.source)
         except OSError as error:
             if isinstance(error, OutputError):
@@ -211,13 +215,14 @@ class ResultOperator(DICOMSegmentationWriterOperator):
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
-    def _fill(self, folder: Path, job: Job, mask: np.ndarray, measured: list[Measurement]) -> None:
+    def _fill(self, folder: Path, job: Job, mask: np.ndarray, measured: list[Measurement], warnings: list[str]) -> None:
         source = job.source
         if source.headers:
             self._write_objects(folder, source, mask, measured)
         if not source.volume:
             save_png(Picture.fromarray((mask.T > 0).astype(np.uint8) * 255), folder / "mask.png")
-        write_report(folder, source, self.settings, measured, key_images(mask, job.image, source, self.settings))
+        pictures = key_images(mask, job.image, source, self.settings)
+        write_report(folder, source, self.settings, measured, pictures, warnings)
 
     def _write_objects(self, folder: Path, source: Source, mask: np.ndarray, measured: list[Measurement]) -> None:
         datasets = source.datasets()
@@ -228,6 +233,8 @@ class ResultOperator(DICOMSegmentationWriterOperator):
             series.add_sop_instance(dataset)
         frames = mask.transpose(2, 1, 0) if source.volume else mask.T[None]
         self.create_dicom_seg(frames.astype(np.uint8), series, folder)
+        if source.made:
+            source.write_copies(folder / "source")
         written = next(folder.glob("*.dcm"))
         path = written.replace(folder / "segmentation.dcm")
         segmentation = hd.seg.segread(path)
@@ -260,6 +267,20 @@ class ResultOperator(DICOMSegmentationWriterOperator):
                 part.replace(target)
                 return target
         raise OutputError(f"{self.output_folder / name}: too many results of that name. Name another folder (-o).")
+
+
+def doubts(mask: np.ndarray, job: Job, settings: Settings) -> list[str]:
+    """What a reader of the results has to know: identifiers that were made, and organs that contradict the geometry."""
+    found = []
+    if job.source.made:
+        found.append(
+            f"The source lacks {', '.join(job.source.made)}; they were made, and the segmentation refers to the copies "
+            "in the folder 'source'."
+        )
+    if job.source.volume:
+        labels = [segment.label for segment in settings.segments]
+        found += check_anatomy(mask, np.asarray(job.image.affine), labels)
+    return found
 
 
 class MedSAApplication(Application):

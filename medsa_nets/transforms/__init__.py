@@ -1,5 +1,6 @@
 """MONAI transforms for masks, prompts and volumes."""
 
+from medsa_nets.transforms.anatomy import CheckAnatomyd, SaveImageWarningsd
 from medsa_nets.transforms.clicks import ReadClicksd
 from medsa_nets.transforms.masks import BinarizeMaskd
 from medsa_nets.transforms.overlays import SaveOverlayd, SaveVolumeOverlayd
@@ -30,6 +31,7 @@ from medsa_nets.transforms.volumes import (
 __all__ = [
     "ABSENT",
     "BinarizeMaskd",
+    "CheckAnatomyd",
     "CheckLabelsd",
     "EnforceUserPromptsd",
     "HighestProbabilityd",
@@ -43,6 +45,7 @@ __all__ = [
     "RenumberLabelsd",
     "SampleClassPromptsd",
     "SamplePromptsd",
+    "SaveImageWarningsd",
     "SaveOverlayd",
     "SaveVolumeOverlayd",
     "SpacingBesidePathsd",
