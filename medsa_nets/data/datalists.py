@@ -49,6 +49,7 @@ def load_datalist(
     seed: int = 0,
     limit: int = 0,
     skip_unreadable: bool = False,
+    required: bool = True,
 ) -> list[dict[str, str]]:
     """List the images and masks of a split.
 
@@ -65,6 +66,7 @@ def load_datalist(
         seed: seed of that choice.
         limit: if above 0, this many images of the split, chosen by the same hash.
         skip_unreadable: read every file now, leave out entries that can't be read, and name them in the log.
+        required: whether an empty split is an error; a training goes on without validation.
 
     Returns:
         Entries with ``image`` and ``label``, absolute paths, sorted by name.
@@ -78,8 +80,8 @@ def load_datalist(
     if not root.is_dir():
         raise DataError(f"dataset_dir {root}: there is no such folder. Pass the data set's folder (--dataset_dir).")
     splits = read_datalist(Path(datalist).expanduser(), root, _scan) if datalist else _scan(root)
-    items = choose_split(splits, split, validation_fraction, seed, limit, str(datalist or root), image_id)
-    return keep_readable(items) if skip_unreadable else items
+    items = choose_split(splits, split, validation_fraction, seed, limit, str(datalist or root), image_id, required)
+    return keep_readable(items) if skip_unreadable and items else items
 
 
 def choose_split(
@@ -90,23 +92,40 @@ def choose_split(
     limit: int,
     source: str,
     name_of: Callable[[dict[str, Any]], str],
+    required: bool = True,
 ) -> list[dict[str, Any]]:
     """Entries of a split, sorted; where there is no validation split, a share of the training entries stands for it.
 
     Both that share and ``limit`` choose by a hash of ``name_of(entry)``; other arguments as in :func:`load_datalist`.
+    The share is one entry or more, where there are two or more and it is not 0.
 
     Raises:
-        DataError: when the split is empty; the message begins with ``source`` and counts what was found.
+        DataError: when the split is empty and ``required``; the message begins with ``source`` and counts what was
+            found. Where it is not required, the log says what follows.
     """
     if not splits.get("validation") and split != "testing":
         training = splits.get("training", [])
         count = round(validation_fraction * len(training)) if len(training) > 1 else 0
+        if validation_fraction > 0 and len(training) > 1:
+            count = min(max(count, 1), len(training) - 1)
         ranked = sorted(training, key=lambda item: _hash(name_of(item), seed))
         splits["validation"], splits["training"] = ranked[:count], ranked[count:]
     items = splits.get(split, [])
     if not items:
         counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in SPLITS)
-        raise DataError(f"{source}: the split {split!r} is empty (found: {counts}).")
+        if not required and any(splits.values()):
+            logger.warning(
+                "%s: the split %r is empty (found: %s). The training goes on without it; its last adapter counts as "
+                "its best.", source, split, counts,
+            )  # fmt: skip
+            return []
+        remedy = {
+            "training": "Add images with masks, or lower --validation_fraction",
+            "validation": "Raise --validation_fraction, name entries under 'validation' in a data list (--datalist), "
+            "or choose another split (--split testing)",
+            "testing": "Name entries under 'testing' in a data list (--datalist), or choose another split",
+        }[split]
+        raise DataError(f"{source}: the split {split!r} is empty (found: {counts}). {remedy}.")
     if limit > 0:
         items = sorted(items, key=lambda item: _hash(name_of(item), seed))[:limit]
     return sorted(items, key=lambda item: item["image"])

@@ -105,7 +105,17 @@ def read_dicom_photograph(path: str | Path) -> Image.Image:
 
 
 class AtomicPILWriter(AtomicWriter, PILWriter):
-    """MONAI's PIL writer, whole files only."""
+    """MONAI's PIL writer, whole files only; it keeps the rows and columns of a picture of one pixel."""
+
+    data_obj: Any
+
+    def set_data_array(
+        self, data_array: Any, channel_dim: int | None = 0, squeeze_end_dims: bool = True, **kwargs: Any
+    ) -> None:
+        """Set the pixels (channels, W, H)."""
+        super().set_data_array(data_array, channel_dim=channel_dim, squeeze_end_dims=False, **kwargs)
+        if squeeze_end_dims and self.data_obj.ndim == 3 and self.data_obj.shape[2] == 1:
+            self.data_obj = self.data_obj[..., 0]
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:

@@ -442,6 +442,24 @@ def test_a_training_of_one_step_is_not_spent_on_warming_up(phantoms: Path, tmp_p
     assert any(not torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_one_image_trains_without_validation_and_a_picture_of_one_pixel_is_segmented(
+    phantoms: Path, tmp_path: Path
+) -> None:
+    picture = sorted((phantoms / "ISIC-2017_Training_Data").glob("*[0-9].*"))[0]
+    mask = next((phantoms / "ISIC-2017_Training_Part1_GroundTruth").glob(f"{picture.stem}*"))
+    entry = {"image": str(picture), "label": str(mask)}
+    (tmp_path / "one.json").write_text(json.dumps({"training": [entry]}))
+    run("training", config_file=TRAIN, dataset_dir=str(phantoms), datalist=str(tmp_path / "one.json"), max_epochs=1,
+        ckpt_dir=str(tmp_path / "models"), output_dir=str(tmp_path / "out"),
+        **{**COMMON, **SMALL, "samples_interval": 1})  # fmt: skip
+    assert {p.name for p in (tmp_path / "models").glob("*.pt")} == {"model.pt", "model_last.pt"}
+    Image.new("RGB", (1, 1), (200, 20, 20)).save(tmp_path / "pixel.png")
+    run("inferring", config_file=INFERENCE, dataset_dir=str(tmp_path / "pixel.png"), output_dir=str(tmp_path / "masks"),
+        save_overlays=True, save_probabilities=True, **COMMON)  # fmt: skip
+    for kind in ("segmentation", "overlay", "probability"):
+        assert Image.open(tmp_path / "masks" / f"pixel_{kind}.png").size == (1, 1)
+
+
 def test_mlflow_tracks_a_run(phantoms: Path, tmp_path: Path, cli: Command) -> None:
     for package in ("mlflow", "sqlalchemy", "alembic"):
         pytest.importorskip(package)

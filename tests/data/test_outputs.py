@@ -202,3 +202,18 @@ def test_overlays_of_patients_with_images_of_one_name_are_their_own(tmp_path):
 
     samples = SampleOverlays(output_dir=str(tmp_path), network=torch.nn.Identity(), dataset=Items(), inferer=None)
     assert set(samples.names.values()) == {"patient1_IMG_1", "patient2_IMG_1"}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 1)])
+def test_masks_of_the_smallest_pictures_keep_their_size(tmp_path, size):
+    save = SaveImage(
+        folder_layout=NamedOutputs(tmp_path, "segmentation", ".png"),
+        output_ext=".png",
+        resample=False,
+        scale=255,
+        writer=AtomicPILWriter,
+    )
+    save(MetaTensor(torch.ones(1, *size), affine=torch.eye(4), meta={"filename_or_obj": "/data/a.png"}))
+    with Image.open(tmp_path / "a_segmentation.png") as mask:
+        assert mask.size == size
+        assert (np.asarray(mask) == 255).all()
