@@ -29,12 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
-from monai.data.utils import create_file_basename
 from tqdm import tqdm
 
 from medsa_nets.backends import expect_images
-from medsa_nets.data.atomic import temporary_name
-from medsa_nets.errors import ClusterError, DataError, MedSAError, OutputError, describe, find_cause
+from medsa_nets.data import check_names
+from medsa_nets.data.atomic import make_writable, temporary_name
+from medsa_nets.errors import ClusterError, MedSAError, OutputError, describe, find_cause
+from medsa_nets.transforms import check_prompt_keys
 
 SHARE = "studies_of_a_worker"  # beside the bundle's own settings: how many a worker is going to segment
 COLUMNS = ("study", "worker", "seconds", "status", "message")
@@ -159,16 +160,9 @@ def _list_studies(parser: ConfigParser) -> list[dict[str, Any]]:
         if cause is None:
             raise
         raise cause from None
-    names: dict[str, str] = {}
     for entry in entries:
         entry["image"] = os.path.abspath(entry["image"])  # a link keeps its own name
-        name = create_file_basename("", entry["image"], "", separate_folder=False, makedirs=False)
-        other = names.setdefault(name, entry["image"])
-        if other != entry["image"]:
-            raise DataError(
-                f"{other} and {entry['image']}: their results would have one name. Rename one of them, or segment them "
-                "into different folders."
-            )
+    check_names(entry["image"] for entry in entries)
     return entries
 
 
@@ -246,8 +240,9 @@ def segment_all(
     meta = json.loads(meta_path.read_text(encoding="utf-8")) if meta_path.is_file() else {}
     config = dict(parser.get())
     out = Path(output_dir).expanduser().resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    make_writable(out, "--output_dir")
     studies, job = _list_studies(parser), _job(config, parser)
+    check_prompt_keys(config.get("prompts"), studies)
 
     rows: dict[str, dict[str, Any]] = {}
     for entry in studies:

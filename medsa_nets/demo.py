@@ -206,7 +206,7 @@ class Demo:
         start, files = time.monotonic(), self.files("train.yaml", "decoder.yaml")
         run("training", config_file=files, output_dir=str(self.output_dir / "training"),
             max_epochs=EPOCHS, samples_per_epoch=plan.steps // EPOCHS * BATCH, samples_interval=0,
-            warmup_steps=10, time_limit=seconds, start_from=str(start_from) if start_from else None,
+            warmup_steps=10, time_limit=seconds, resume=False, start_from=str(start_from) if start_from else None,
             **self.settings(plan))  # fmt: skip
         return time.monotonic() - start >= seconds
 

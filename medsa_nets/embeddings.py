@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from medsa_nets.data.atomic import temporary_name
+from medsa_nets.data.atomic import make_folder, temporary_name
 from medsa_nets.engines import plain
 from medsa_nets.inferers import tensor_sha256
 from medsa_nets.networks import MedSA
@@ -89,7 +89,7 @@ class StoredEmbeddings:
         return embedding if isinstance(embedding, Tensor) else None
 
     def _save(self, file: Path, embedding: Tensor) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with temporary_name(file) as part:
             torch.save(embedding.clone(), part)  # a view would take its batch along
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import re
 import sys
 from types import TracebackType
 
@@ -57,6 +59,27 @@ _LESS_MEMORY = (
 )
 
 
+# full, over quota, larger than allowed, read-only, not permitted, no such folder, a file where a folder should be or
+# the other way round, a name too long, a broken disk
+CANNOT_WRITE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
+    errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO,
+)  # fmt: skip
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # of these, what only writing meets
+output_folders: list[str] = []  # where this process's run writes: what an error names that names no file
+
+# packages of extras, and those that options of the engine around a bundle need
+_INSTALL = {
+    "dask": "'medsa[cluster]'",
+    "distributed": "'medsa[cluster]'",
+    "onnx": "'medsa[onnxruntime]'",
+    "onnxruntime": "'medsa[onnxruntime]'",
+    "onnxscript": "'medsa[onnxruntime]'",
+    "openvino": "'medsa[openvino]'",
+    "mlflow": "'mlflow-skinny>=2.16' sqlalchemy alembic",
+}
+
+
 def is_lack_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be allocated, on a CPU or a GPU."""
     return isinstance(error, MemoryError) or (
@@ -68,7 +91,10 @@ def find_cause(error: BaseException | None) -> MedSAError | None:
     """The error of this package that another error was raised from, or none.
 
     A lack of memory, which libraries report in many ways, and which looks like a damaged file to what reads one, gives
-    a :class:`LowMemoryError` that says what to lower.
+    a :class:`LowMemoryError` that says what to lower; an error of the system about a file or a full disk an
+    :class:`OutputError` that names it; a package that is not installed a :class:`SettingError` that says how to get it.
+    Libraries that put another error's traceback into their own message (a DataLoader's worker, MONAI's ``SaveImage``)
+    are read too.
     """
     found: MedSAError | None = None
     seen: set[int] = set()  # "raise cause from None" where the cause is handled: each stands in the other's chain
@@ -78,8 +104,61 @@ def find_cause(error: BaseException | None) -> MedSAError | None:
             found = found or error
         elif is_lack_of_memory(error):
             return LowMemoryError(f"There is not enough memory ({describe(error)}). {_LESS_MEMORY}")
+        elif found is None:
+            found = _quoted(error) or _system_error(error) or _missing_package(error)
         error = error.__cause__ or error.__context__
     return found
+
+
+def _quoted(error: BaseException) -> MedSAError | None:
+    """The error of this package, or of the system, whose traceback stands in another one's message."""
+    text = str(error)
+    if "Traceback (most recent call last)" not in text:
+        return None
+    for line in reversed(text.splitlines()):
+        match = re.match(r"(?:medsa_nets\.errors\.)?(\w+): (.*)", line)
+        if match is None:
+            continue
+        name, said = match.groups()
+        kind = globals().get(name) if line.startswith("medsa_nets.errors.") else None
+        if isinstance(kind, type) and issubclass(kind, MedSAError):
+            return kind(said)
+        system = re.match(r"\[Errno (\d+)\] ([^:]*)(?:: '(.*)')?$", said)
+        if system is not None:
+            code, reason, path = system.groups()
+            return _system_error(OSError(int(code), reason, path) if path else OSError(int(code), reason))
+    return None
+
+
+def _system_error(error: BaseException) -> OutputError | None:
+    """What the system said of a file, or of a disk that is full, as an error that says what to do."""
+    if not isinstance(error, OSError) or error.errno not in CANNOT_WRITE:
+        return None
+    if error.filename is None and error.errno not in _FULL:
+        return None
+    place = str(error.filename) if error.filename is not None else " or ".join(output_folders) or "output"
+    return OutputError(
+        f"{place}: it can't be used ({error.strerror}). Make room there, change its permissions, or name another "
+        "folder (--output_dir, --ckpt_dir)."
+    )
+
+
+def _missing_package(error: BaseException) -> SettingError | None:
+    """How to get a package that an option needs."""
+    if isinstance(error, ModuleNotFoundError):
+        name = (error.name or "").split(".")[0]
+    elif type(error).__name__ == "OptionalImportError":  # of MONAI
+        match = re.search(r"No module named '([\w.]+)'|import (\w+)", str(error))
+        name = next((group for group in match.groups() if group), "").split(".")[0] if match else ""
+    else:
+        return None
+    if not name or name == "medsa_nets":
+        return None
+    return SettingError(
+        f"{name} is not installed, and a setting of this run needs it. Install it with: pip install "
+        f"{_INSTALL.get(name, name)}"
+        + (", or leave --tracking out." if name == "mlflow" else ", or leave that setting out.")
+    )
 
 
 def describe(error: BaseException) -> str:

@@ -1,15 +1,17 @@
-"""Ignite handlers: checkpoints that survive a kill, and pictures of samples during training."""
+"""Ignite handlers: checkpoints that survive a kill, tables that are whole, and pictures of samples during training."""
 
 from __future__ import annotations
 
 import io
 import math
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.handlers
+import monai.handlers
 import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Average
@@ -17,10 +19,10 @@ from monai.handlers import from_engine
 from monai.utils import CommonKeys as Keys
 from torch import nn
 
-from medsa_nets.data import image_id, save_png, volume_id
-from medsa_nets.data.atomic import remove_leftovers, temporary_name
+from medsa_nets.data import output_name, save_png, unique_names
+from medsa_nets.data.atomic import make_folder, remove_leftovers, temporary_name
 from medsa_nets.engines import plain
-from medsa_nets.errors import WeightsError, describe
+from medsa_nets.errors import OutputError, SettingError, WeightsError, describe
 from medsa_nets.prompts import prompts_of
 from medsa_nets.visualize import overlay_sample, overlay_volume
 
@@ -33,7 +35,7 @@ except ImportError:  # before 0.5, as MONAI Label pins it
 def save_atomically(obj: Any, path: str | Path) -> Path:
     """``torch.save`` under a temporary name in the same folder, then rename: a reader never sees half a file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     buffer = io.BytesIO()  # torch hides why it can't write to a file
     torch.save(obj, buffer)
     with temporary_name(path) as part, open(part, "wb") as file:
@@ -110,6 +112,43 @@ class Progress:
         return {"loss": float(first[Keys.LOSS])} if isinstance(first, dict) and Keys.LOSS in first else {}
 
 
+_OF_EPOCHS = ("t_total", "warmup_steps")  # of a schedule
+
+
+def _as_text(value: Any) -> str:
+    """A setting's value; 0.001, 1e-3 and "0.001" are one."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_as_text(part) for part in value)}]"
+    try:
+        return f"{float(value):g}" if float(f"{float(value):g}") == float(value) else repr(float(value))
+    except (TypeError, ValueError):
+        return str(value).lower() if str(value).lower() in ("true", "false", "none", "null") else str(value)
+
+
+def data_files(data: Sequence[Any]) -> list[str]:
+    """A data list by names and sizes: ``<bytes> <image>, <label>`` for each entry, as seen from their common folder.
+
+    Folders count the files in them; what is no path has none.
+    """
+    entries = []
+    for entry in data:
+        values = [entry.get(key) for key in ("image", "label")] if isinstance(entry, Mapping) else []
+        entries.append([os.path.abspath(v) for v in values if isinstance(v, (str, os.PathLike))])
+    paths = [path for entry in entries for path in entry]
+    try:
+        root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    except ValueError:  # drives of Windows
+        root = ""
+    out = []
+    for entry in entries:
+        sizes = [len(os.listdir(p)) if os.path.isdir(p) else os.path.getsize(p) for p in entry if os.path.exists(p)]
+        names = [os.path.relpath(path, root) if root else path for path in entry]
+        out.append(f"{'+'.join(map(str, sizes))} {', '.join(names)}")
+    return out if paths else []
+
+
 class TrainingCheckpoint:
     """Saves the best and the last adapter, and everything that an interrupted training needs to go on.
 
@@ -121,6 +160,10 @@ class TrainingCheckpoint:
     - ``<save_dir>/<last_filename>``: adapter after the last epoch.
     - ``<save_dir>/<resume_filename>``: the state of a run that has not finished; it is removed when the run ends.
 
+    A run that goes on has the settings and the data of the one that was interrupted. With other settings it is refused;
+    with other data, as an annotator's next training has them, the state is set aside and the run starts anew. Other
+    epochs alone are neither: the schedule of the learning rate takes the new number.
+
     Args:
         save_dir: folder of the files.
         network: the network.
@@ -131,6 +174,13 @@ class TrainingCheckpoint:
         last_filename: see above.
         resume_filename: see above.
         resume: whether an unfinished run in ``save_dir`` is continued; else it is started anew.
+        settings: what decides how the run learns, by name; kept with its state.
+        data: its data list, entries with ``image`` and ``label``; kept with its state, by names and sizes of files, so
+            that a copy of the data in another folder is the same.
+
+    Raises:
+        SettingError: at the start, when an unfinished run had other settings; it names them.
+        WeightsError: at the start, when the state can't be read, or belongs to another network.
     """
 
     def __init__(
@@ -145,7 +195,11 @@ class TrainingCheckpoint:
         last_filename: str = "model_last.pt",
         resume_filename: str = "training_state.pt",
         resume: bool = True,
+        settings: Mapping[str, Any] | None = None,
+        data: Sequence[Any] | None = None,
     ) -> None:
+        self.settings = {name: _as_text(value) for name, value in (settings or {}).items()}
+        self.data = data_files(data or ())
         self.folder = Path(save_dir)
         self.network = network
         self.optimizer = optimizer
@@ -180,6 +234,9 @@ class TrainingCheckpoint:
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
             "epoch_length": engine.state.epoch_length,
+            "max_epochs": engine.state.max_epochs,
+            "settings": self.settings,
+            "data": self.data,
         }
         if self.lr_scheduler is not None:
             state["lr_scheduler"] = self.lr_scheduler.state_dict()
@@ -208,20 +265,26 @@ class TrainingCheckpoint:
                 f"{self.state}: the state of the unfinished run can't be read ({describe(error)}). "
                 "Delete it, or pass --resume false, to start anew."
             ) from error
-        if state["epoch_length"] != engine.state.epoch_length:  # an annotator's next training has another case or two
+        self._check_settings(state.get("settings", {}))
+        other = self._other_data(state, engine)
+        if other:  # an annotator's next training has another case or two
             aside = self.state.with_name(f"{self.state.stem}_of_other_data{self.state.suffix}")
             engine.logger.warning(
-                f"{self.state}: the unfinished run had {state['epoch_length']} iterations an epoch, this one has "
-                f"{engine.state.epoch_length}: other data, batch size or number of processes. This run starts anew; to "
-                f"go on with the other one, restore those and rename {aside} to {self.state.name}."
+                f"{self.state}: the unfinished run had {other}. This run starts anew, as with --resume false; to go on "
+                f"with the other one, restore those and rename {aside} to {self.state.name}."
             )
             if writes_files():
                 os.replace(self.state, aside)
             return
-        unwrap(self.network).load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        try:
+            unwrap(self.network).load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise WeightsError(
+                f"{self.state}: the state of the unfinished run belongs to another network ({describe(error)}). "
+                "Restore the settings that it began with, or pass --resume false to start anew."
+            ) from error
+        self._restore_schedule(state, engine)
         if "scaler" in state:  # of a run in float16
             if engine.scaler is None:
                 engine.scaler = torch.amp.GradScaler(engine.state.device.type)
@@ -232,6 +295,55 @@ class TrainingCheckpoint:
         engine.state.epoch, engine.state.iteration = epoch, iteration
         engine.logger.info(f"Resuming from {self.state}: {epoch} of {engine.state.max_epochs} epochs are done.")
 
+    def _check_settings(self, before: Mapping[str, str]) -> None:
+        """Compare the settings with those of the unfinished run.
+
+        Raises:
+            SettingError: when any differ.
+        """
+        if not before or not self.settings:
+            return
+        differing = [
+            f"{name} {before.get(name, 'not set')} (now {self.settings.get(name, 'not set')})"
+            for name in {**self.settings, **before}
+            if before.get(name) != self.settings.get(name)
+        ]
+        if differing:
+            raise SettingError(
+                f"{self.state}: the unfinished run that would go on had other settings: {', '.join(differing)}. "
+                "Restore them to go on with it, or pass --resume false to start anew with these."
+            )
+
+    def _other_data(self, state: Mapping[str, Any], engine: Engine) -> str:
+        """What data the unfinished run had, where this one has others."""
+        before, now = set(state.get("data", self.data)), set(self.data)
+        found = []
+        for text, files in (("that are not in this one's", before - now), ("fewer than this one's", now - before)):
+            if files:
+                named = ", ".join(file.partition(" ")[2] for file in sorted(files)[:3])
+                found.append(f"{len(files)} entries {text} ({named}{', …' if len(files) > 3 else ''})")
+        if found:
+            return f"other data: {' and '.join(found)}"
+        if state["epoch_length"] != engine.state.epoch_length:
+            return (
+                f"{state['epoch_length']} iterations an epoch, this one has {engine.state.epoch_length}: other data, "
+                "batch size or number of processes"
+            )
+        return ""
+
+    def _restore_schedule(self, state: Mapping[str, Any], engine: Engine) -> None:
+        if self.lr_scheduler is None:
+            return
+        # what depends on the number of epochs is this run's own
+        own = {name: getattr(self.lr_scheduler, name) for name in _OF_EPOCHS if hasattr(self.lr_scheduler, name)}
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        vars(self.lr_scheduler).update(own)
+        if (before := state.get("max_epochs", engine.state.max_epochs)) != engine.state.max_epochs:
+            engine.logger.info(
+                f"{self.state}: the unfinished run was to have {before} epochs, this one {engine.state.max_epochs}; "
+                "the schedule of the learning rate goes on with the new number."
+            )
+
     def finish(self, engine: Engine) -> None:
         """Save the last adapter and drop the state of the run, which has ended."""
         if not writes_files():
@@ -241,6 +353,44 @@ class TrainingCheckpoint:
         if self.evaluator is None or self.evaluator.state.best_metric_epoch < 0:
             save_atomically(state, self.best)
         self.state.unlink(missing_ok=True)
+
+
+class MetricsSaver(monai.handlers.MetricsSaver):
+    """MONAI's ``MetricsSaver``, whose tables are whole or absent; a name with a comma or a quote stays one field.
+
+    Raises:
+        OutputError: when they can't be written; it names the folder.
+    """
+
+    save_dir: Any
+    _filenames: list[str]
+
+    def _get_filenames(self, engine: Engine) -> None:
+        before = len(self._filenames)
+        super()._get_filenames(engine)
+        for i in range(before, len(self._filenames)):
+            if set(self._filenames[i]) & set(',"\n'):
+                self._filenames[i] = '"' + self._filenames[i].replace('"', '""') + '"'
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the tables."""
+        folder = self.save_dir
+        try:
+            make_folder(folder)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".metrics-") as part:
+                self.save_dir = part
+                super().__call__(engine)
+                for file in Path(part).iterdir():
+                    file.replace(Path(folder) / file.name)
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(
+                f"{folder}: the tables of metrics can't be written ({error.strerror or error}). Make room there, or "
+                "name another folder (--output_dir)."
+            ) from error
+        finally:
+            self.save_dir = folder
 
 
 class EarlyStop:
@@ -319,6 +469,7 @@ class SampleOverlays:
         self.device = device
         self.interval = interval
         self.count = count
+        self.names = unique_names(entry["image"] for entry in getattr(dataset, "data", ()))
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer."""
@@ -343,7 +494,7 @@ class SampleOverlays:
                 picture = overlay_volume(item["image"], logits[0], label=label, prompts=prompts)
             else:
                 picture = overlay_sample(plain(item["image"]), prediction=logits[0] > 0, label=label, prompts=prompts)
-            path = item["image"].meta.get("filename_or_obj", f"sample_{i}")
-            name = volume_id(path) if logits.dim() == 5 else image_id({"image": path})
+            path = str(item["image"].meta.get("filename_or_obj", f"sample_{i}"))
+            name = self.names.get(path) or output_name(path)
             save_png(picture, self.folder / f"epoch_{engine.state.epoch:04d}_{name}.png")
         network.train()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,7 +8,16 @@ import sys
 import pytest
 import torch
 
-from medsa_nets.errors import BackendError, DataError, LowMemoryError, MedSAError, WeightsError, find_cause
+from medsa_nets.errors import (
+    BackendError,
+    DataError,
+    LowMemoryError,
+    MedSAError,
+    OutputError,
+    SettingError,
+    WeightsError,
+    find_cause,
+)
 
 ENGINE = """
 from medsa_nets.errors import DataError, WeightsError, report_plainly
@@ -167,3 +177,61 @@ def test_names_that_the_locale_has_no_characters_for_are_printed_all_the_same(na
     result = run(code, **PLAIN_LOCALE)
     assert "M\\xfcller.nii" in result.stdout + result.stderr
     assert "UnicodeEncodeError" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/out/a.csv"), "/out/a.csv: "),
+        (FileExistsError(errno.EEXIST, "File exists", "/out"), "/out: "),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/file/out"), "/file/out: "),
+        (OSError(errno.ENOSPC, "No space left on device"), "/results or /models: "),
+        (OSError(errno.EROFS, "Read-only file system", "/out/log"), "/out/log: "),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_can_not_be_written_is_named_with_its_cause(monkeypatch, error, named):
+    monkeypatch.setattr("medsa_nets.errors.output_folders", ["/results", "/models"])
+    for shown in (error, raised(RuntimeError("Failed to evaluate ConfigExpression"), error)):
+        cause = find_cause(shown)
+        assert isinstance(cause, OutputError)
+        assert str(cause).startswith(named)
+        assert error.strerror in str(cause)
+        assert "--output_dir" in str(cause)
+    assert find_cause(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")) is None
+    assert find_cause(PermissionError(errno.EACCES, "Permission denied")) is None  # of no file
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("medsa_nets.errors.OutputError: /out/a.png: it can't be written (File too large).", "/out/a.png: it"),
+        ("OSError: [Errno 28] No space left on device: '/out/a.png'", "/out/a.png: it can't be used (No space left on"),
+        ("PermissionError: [Errno 13] Permission denied: '/out'", "/out: it can't be used (Permission denied)"),
+    ],
+)
+def test_an_error_that_a_library_has_put_into_its_own_message_is_found(line, expected):
+    text = f"SaveImage cannot find a suitable writer.\nTraceback (most recent call last):\n  File x\n{line}\n"
+    cause = find_cause(raised(RuntimeError("Failed to evaluate ConfigExpression"), RuntimeError(text)))
+    assert isinstance(cause, OutputError)
+    assert str(cause).startswith(expected)
+    assert find_cause(RuntimeError(line)) is None  # no traceback: what it says is its own
+
+
+def test_a_package_that_is_not_installed_is_named_with_how_to_get_it():
+    from monai.utils import OptionalImportError, optional_import
+
+    try:
+        import medsa_no_such_package  # noqa: F401
+    except ModuleNotFoundError as error:
+        own = find_cause(raised(RuntimeError("Failed to instantiate"), error))
+    assert isinstance(own, SettingError)
+    assert "pip install medsa_no_such_package" in str(own)
+    mlflow, _ = optional_import("mlflow.no_such_module")
+    with pytest.raises(OptionalImportError) as caught:
+        mlflow.set_tracking_uri("")
+    cause = find_cause(raised(RuntimeError("Failed to instantiate"), caught.value))
+    assert isinstance(cause, SettingError)
+    assert "mlflow" in str(cause)
+    assert "pip install 'mlflow-skinny" in str(cause)
+    assert "--tracking" in str(cause)

@@ -19,7 +19,7 @@ from torch import nn
 from medsa_nets import MedSA, build_medsa
 from medsa_nets.data import EpochSampler, SeededDataset
 from medsa_nets.engines import PromptedIteration, trainable_parameters
-from medsa_nets.errors import WeightsError
+from medsa_nets.errors import SettingError, WeightsError
 from medsa_nets.handlers import (
     EarlyStop,
     EpochSeed,
@@ -275,6 +275,84 @@ def test_a_state_of_another_epoch_length_is_set_aside(stand_in, items, tmp_path)
     kept = weights(tmp_path / "training_state_of_other_data.pt")
     assert kept["epoch_length"] == before["epoch_length"] == 2
     assert not (tmp_path / "training_state.pt").exists()
+
+
+def test_other_settings_are_refused_by_name_with_the_way_out(stand_in, items, tmp_path):
+    before = {"learning_rate": 1e-3, "base": "small", "roi_size": [8, 8], "amp": True, "start_from": None}
+    Run(stand_in, items, tmp_path, interrupt_at=3, settings=before).run()
+    state = (tmp_path / "training_state.pt").read_bytes()
+    other = {**before, "learning_rate": 2e-3, "roi_size": [8, 16], "session_clicks": 3}
+    with pytest.raises(SettingError) as caught:
+        Run(stand_in, items, tmp_path, settings=other).run()
+    told = str(caught.value)
+    assert told.startswith(
+        f"{tmp_path / 'training_state.pt'}: the unfinished run that would go on had other settings: "
+    )
+    assert "learning_rate 0.001 (now 0.002), roi_size [8, 8] (now [8, 16])" in told
+    assert "session_clicks not set (now 3)" in told
+    assert "base" not in told
+    assert "--resume false" in told
+    assert (tmp_path / "training_state.pt").read_bytes() == state
+    same = {"learning_rate": "0.001", "base": "small", "roi_size": (8, 8), "amp": "True", "start_from": None}
+    assert Run(stand_in, items, tmp_path, settings=same).run().epochs == [2, 3]
+    Run(stand_in, items, tmp_path, interrupt_at=3, settings=before).run()
+    assert Run(stand_in, items, tmp_path, settings=other, resume=False).run().epochs == [1, 2, 3]
+
+
+@pytest.mark.parametrize("change", ["another image", "another label", "the data moved"])
+def test_other_data_start_anew_and_are_named(stand_in, items, tmp_path, caplog, change):
+    def write(root: Path, size: int = 10) -> list[dict[str, str]]:
+        for kind in ("images", "labels"):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            for i in range(ITEMS):
+                (root / kind / f"{i}.png").write_bytes(b"x" * (size if kind == "labels" and i == 2 else 10))
+        return [{k: str(root / f"{k}s" / f"{i}.png") for k in ("image", "label")} for i in range(ITEMS)]
+
+    models = tmp_path / "models"
+    Run(stand_in, items, models, interrupt_at=3, data=write(tmp_path / "a")).run()
+    data = write(tmp_path / ("b" if change == "the data moved" else "a"), 11 if change == "another label" else 10)
+    if change == "another image":
+        (tmp_path / "a" / "images" / "9.png").write_bytes(b"x" * 10)
+        data[2] = {**data[2], "image": str(tmp_path / "a" / "images" / "9.png")}
+    with caplog.at_level("WARNING"):
+        run = Run(stand_in, items, models, data=data).run()
+    if change == "the data moved":
+        assert run.epochs == [2, 3]
+        return
+    assert run.epochs == [1, 2, 3]
+    told = caplog.text
+    assert "other data: 1 entries that are not in this one's (images/2.png, labels/2.png)" in told
+    assert "--resume false" in told
+    assert weights(models / "training_state_of_other_data.pt")["epoch"] == 1
+
+
+def test_a_state_of_another_network_is_refused_by_name(stand_in, items, tmp_path):
+    Run(stand_in, items, tmp_path, interrupt_at=3).run()
+    with pytest.raises(WeightsError, match=r"training_state\.pt: .*another network.*--resume false"):
+        Run(nn.Sequential(nn.Conv2d(3, 1, kernel_size=3, padding=1)), items, tmp_path).run()
+
+
+def test_more_epochs_lengthen_the_schedule_of_a_resumed_run(tmp_path):
+    from monai.optimizers import WarmupCosineSchedule
+
+    def schedule(steps: int) -> WarmupCosineSchedule:
+        optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+        return WarmupCosineSchedule(optimizer, warmup_steps=steps // 10, t_total=steps)
+
+    short, long = schedule(20), schedule(40)
+    for _ in range(10):
+        short.optimizer.step()
+        short.step()
+    handler = TrainingCheckpoint(
+        save_dir=str(tmp_path), network=nn.Linear(1, 1), optimizer=long.optimizer, lr_scheduler=long
+    )
+    engine = Engine(lambda engine, batch: None)
+    engine.state.max_epochs = 4
+    handler._restore_schedule({"lr_scheduler": short.state_dict(), "max_epochs": 2}, engine)
+    assert (long.last_epoch, long.t_total, long.warmup_steps) == (10, 40, 4)
+    long.optimizer.step()
+    long.step()
+    assert long.get_last_lr()[0] == pytest.approx(schedule(40).lr_lambda(11))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "other object"])

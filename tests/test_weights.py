@@ -598,3 +598,18 @@ def test_command_line_mistakes_end_with_the_usage(capsys, arguments):
         main(arguments)
     assert caught.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_a_missing_adapter_names_those_beside_it_and_their_overlays(tmp_path):
+    models, configs = tmp_path / "models", tmp_path / "configs"
+    models.mkdir()
+    configs.mkdir()
+    with pytest.raises(WeightsError, match=r"no such adapter\. Train one"):
+        check_adapter(models / "model.pt")
+    for name in ("ct_3mm.pt", "other.pt", "training_state.pt"):
+        (models / name).touch()
+    (configs / "ct_3mm.yaml").write_text("pixdim: [3, 3, 3]\ncheckpoint_filename: ct_3mm.pt\n")
+    (configs / "train.yaml").write_text("checkpoint_filename: other.pt\n")
+    with pytest.raises(WeightsError) as caught:
+        check_adapter(models / "model.pt")
+    assert "Beside it: ct_3mm.pt (lay configs/ct_3mm.yaml over), other.pt. Train one" in str(caught.value)

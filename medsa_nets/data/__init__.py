@@ -10,27 +10,41 @@ from medsa_nets.data.dataset import (
     repeat_volumes,
     stable_seed,
 )
+from medsa_nets.data.outputs import (
+    NamedOutputs,
+    check_names,
+    output_name,
+    prepare_folders,
+    prepare_outputs,
+    unique_names,
+)
 from medsa_nets.data.photographs import AtomicPILWriter, PhotographReader, read_dicom_photograph, save_png
 from medsa_nets.data.volumes import list_volumes, load_volume_datalist, read_volume, volume_id, volume_writer
 
 __all__ = [
     "AtomicPILWriter",
     "EpochSampler",
+    "NamedOutputs",
     "PhotographReader",
     "SeededCacheDataset",
     "SeededDataset",
     "SeededPersistentDataset",
+    "check_names",
     "image_id",
     "list_photographs",
     "list_volumes",
     "load_datalist",
     "load_volume_datalist",
     "make_dataset",
+    "output_name",
+    "prepare_folders",
+    "prepare_outputs",
     "read_dicom_photograph",
     "read_volume",
     "repeat_volumes",
     "save_png",
     "stable_seed",
+    "unique_names",
     "volume_id",
     "volume_writer",
 ]

@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any
 
-from medsa_nets.errors import OutputError
+from medsa_nets.errors import CANNOT_WRITE, OutputError, describe
 
-# full, over quota, larger than allowed, read-only, not permitted
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+def make_folder(folder: str | Path) -> Path:
+    """Make a folder and those above it.
+
+    Raises:
+        OutputError: when that can't be done, as where a file has its name.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "there is a file of that name" if folder.is_file() else error.strerror
+        raise OutputError(f"{folder}: the folder can't be made ({reason}). Name another one.") from error
+    return folder
+
+
+def make_writable(folder: str | Path, option: str) -> Path:
+    """Make a folder that results go to, and test whether files can be written there, before the work begins.
+
+    Args:
+        folder: the folder.
+        option: what names another one, as ``--output_dir``.
+
+    Raises:
+        OutputError: when it can't be made or written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".medsa-") as file:
+            file.write(b"0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        above = next((path for path in (folder, *folder.parents) if path.exists() or path.is_symlink()), folder)
+        reason = error.strerror if above.is_dir() else f"{above} is no folder"
+        raise OutputError(
+            f"output {folder}: it can't be written ({reason}). Make room, change its permissions, or name another "
+            f"folder ({option})."
+        ) from error
+    return folder
 
 
 @contextmanager
@@ -21,7 +60,8 @@ def temporary_name(path: str | Path) -> Iterator[Path]:
     """A name beside ``path``, with its suffix; renamed to ``path`` when the block ends well, else removed.
 
     Raises:
-        OutputError: when the disk is full or the folder may not be written to; what stood under ``path`` stays.
+        OutputError: when the disk is full, or the folder is not there or may not be written to; what stood under
+            ``path`` stays.
     """
     path = Path(path)
     part = path.with_name(f".{os.getpid()}.{path.name}")
@@ -29,14 +69,15 @@ def temporary_name(path: str | Path) -> Iterator[Path]:
         yield part
         part.replace(path)
     except OSError as error:
-        if error.errno not in NO_ROOM or error.filename not in (None, str(part), str(path)):
+        if error.errno not in CANNOT_WRITE or error.filename not in (None, str(part), str(path)):
             raise
         raise OutputError(
             f"{path}: it can't be written ({error.strerror}). Make room in {path.parent}, close what has it open, "
             "or name another folder; what stood there before is unchanged."
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder is gone, or is no folder, nothing is left there
+            part.unlink(missing_ok=True)
 
 
 def remove_leftovers(path: str | Path) -> None:
@@ -65,5 +106,12 @@ class AtomicWriter:
 
     def write(self, filename: Any, verbose: bool = False, **kwargs: Any) -> None:
         """Write the image to ``filename``, whole or not at all."""
+        make_folder(Path(filename).parent)
         with temporary_name(filename) as part:
-            super().write(part, verbose=verbose, **kwargs)  # type: ignore[misc]
+            try:
+                super().write(part, verbose=verbose, **kwargs)  # type: ignore[misc]
+            except RuntimeError as error:  # ITK has no error of its own for a disk that is full
+                raise OutputError(
+                    f"{filename}: it can't be written ({describe(error)}). Make room in {Path(filename).parent}, or "
+                    "name another folder; what stood there before is unchanged."
+                ) from error

@@ -12,6 +12,7 @@ from typing import Any
 
 from monai.data import load_decathlon_datalist
 
+from medsa_nets.data.outputs import output_name
 from medsa_nets.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -31,11 +32,12 @@ _ISIC_FOLDERS = (
     },
 )
 _KVASIR_FOLDERS = ("images", "masks")
+_NNUNET_FOLDERS = ("imagesTr", "labelsTr")
 
 
 def image_id(item: dict[str, Any]) -> str:
     """Name of an image without folder and suffix."""
-    return Path(str(item["image"])).stem
+    return output_name(str(item["image"]))
 
 
 def load_datalist(
@@ -47,6 +49,7 @@ def load_datalist(
     seed: int = 0,
     limit: int = 0,
     skip_unreadable: bool = False,
+    required: bool = True,
 ) -> list[dict[str, str]]:
     """List the images and masks of a split.
 
@@ -56,13 +59,14 @@ def load_datalist(
     Args:
         split: ``training``, ``validation`` or ``testing``.
         dataset_dir: folder of the data set: ISIC 2016 or 2017 challenge (part 1), Kvasir-SEG (``images/``,
-            ``masks/``), or any folder together with ``datalist``.
+            ``masks/``), nnU-Net (``imagesTr/``, ``labelsTr/``), or any folder together with ``datalist``.
         datalist: file in the Decathlon JSON form (keys ``training``, ``validation``, ``testing``; each entry has
             ``image`` and ``label``, paths relative to ``dataset_dir``).
         validation_fraction: share of the training images kept for validation where the data set has no such split.
         seed: seed of that choice.
         limit: if above 0, this many images of the split, chosen by the same hash.
         skip_unreadable: read every file now, leave out entries that can't be read, and name them in the log.
+        required: whether an empty split is an error; a training goes on without validation.
 
     Returns:
         Entries with ``image`` and ``label``, absolute paths, sorted by name.
@@ -75,9 +79,9 @@ def load_datalist(
     root = Path(dataset_dir).expanduser()
     if not root.is_dir():
         raise DataError(f"dataset_dir {root}: there is no such folder. Pass the data set's folder (--dataset_dir).")
-    splits = read_datalist(Path(datalist).expanduser(), root) if datalist else _scan(root)
-    items = choose_split(splits, split, validation_fraction, seed, limit, str(datalist or root), image_id)
-    return keep_readable(items) if skip_unreadable else items
+    splits = read_datalist(Path(datalist).expanduser(), root, _scan) if datalist else _scan(root)
+    items = choose_split(splits, split, validation_fraction, seed, limit, str(datalist or root), image_id, required)
+    return keep_readable(items) if skip_unreadable and items else items
 
 
 def choose_split(
@@ -88,23 +92,40 @@ def choose_split(
     limit: int,
     source: str,
     name_of: Callable[[dict[str, Any]], str],
+    required: bool = True,
 ) -> list[dict[str, Any]]:
     """Entries of a split, sorted; where there is no validation split, a share of the training entries stands for it.
 
     Both that share and ``limit`` choose by a hash of ``name_of(entry)``; other arguments as in :func:`load_datalist`.
+    The share is one entry or more, where there are two or more and it is not 0.
 
     Raises:
-        DataError: when the split is empty; the message begins with ``source`` and counts what was found.
+        DataError: when the split is empty and ``required``; the message begins with ``source`` and counts what was
+            found. Where it is not required, the log says what follows.
     """
     if not splits.get("validation") and split != "testing":
         training = splits.get("training", [])
         count = round(validation_fraction * len(training)) if len(training) > 1 else 0
+        if validation_fraction > 0 and len(training) > 1:
+            count = min(max(count, 1), len(training) - 1)
         ranked = sorted(training, key=lambda item: _hash(name_of(item), seed))
         splits["validation"], splits["training"] = ranked[:count], ranked[count:]
     items = splits.get(split, [])
     if not items:
         counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in SPLITS)
-        raise DataError(f"{source}: the split {split!r} is empty (found: {counts}).")
+        if not required and any(splits.values()):
+            logger.warning(
+                "%s: the split %r is empty (found: %s). The training goes on without it; its last adapter counts as "
+                "its best.", source, split, counts,
+            )  # fmt: skip
+            return []
+        remedy = {
+            "training": "Add images with masks, or lower --validation_fraction",
+            "validation": "Raise --validation_fraction, name entries under 'validation' in a data list (--datalist), "
+            "or choose another split (--split testing)",
+            "testing": "Name entries under 'testing' in a data list (--datalist), or choose another split",
+        }[split]
+        raise DataError(f"{source}: the split {split!r} is empty (found: {counts}). {remedy}.")
     if limit > 0:
         items = sorted(items, key=lambda item: _hash(name_of(item), seed))[:limit]
     return sorted(items, key=lambda item: item["image"])
@@ -139,29 +160,92 @@ def _hash(text: str, seed: int) -> str:
     return hashlib.sha256(f"{seed} {text}".encode()).hexdigest()
 
 
-def read_datalist(path: Path, root: Path) -> dict[str, list[dict[str, Any]]]:
-    """Read the splits of a Decathlon JSON whose paths are relative to ``root``.
+def read_json(path: Path) -> Any:
+    """Read a data list.
 
     Raises:
-        DataError: when it is missing, no such JSON, or names files that are not there.
+        DataError: when it is missing, or no JSON.
     """
     if not path.is_file():
         raise DataError(f"datalist {path}: there is no such file. Expected a Decathlon JSON (--datalist).")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise DataError(f"datalist {path}: not JSON ({error}).") from error
+
+
+def read_datalist(
+    path: Path, root: Path, scan: Callable[[Path], dict[str, list[dict[str, Any]]]] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Read the splits of a Decathlon JSON whose paths are relative to ``root``.
+
+    Args:
+        path: the file. That of nnU-Net may name ``case.nii.gz`` where the image is ``case_0000.nii.gz``.
+        root: folder of the data set.
+        scan: finds the cases of a folder; used where the file names labels, as that of nnU-Net does, but no cases.
+
+    Raises:
+        DataError: when it is missing, no such JSON, or names files that are not there.
+    """
+    content = read_json(path)
     present = [name for name in SPLITS if isinstance(content, dict) and content.get(name)]
+    if not present and scan is not None and isinstance(content, dict) and "labels" in content:
+        return scan(root)
     if not present:
         raise DataError(f"datalist {path}: it has no entries under {', '.join(SPLITS)}.")
     splits = {}
     for name in present:
+        if not isinstance(content[name], list):
+            raise DataError(f"datalist {path}: {name} is {content[name]!r}; expected a list of entries.")
         for i, entry in enumerate(content[name]):
-            if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or "label" not in entry:
-                raise DataError(f"datalist {path}: {name}[{i}] is {entry!r}; expected {{'image': …, 'label': …}}.")
+            _check_entry(entry, f"datalist {path}: {name}[{i}]")
         splits[name] = load_decathlon_datalist(str(path), True, name, str(root))
+        for item in splits[name]:
+            item["image"] = _first_channel(item["image"], f"datalist {path}")
         require_files((item[key] for item in splits[name] for key in ("image", "label")), f"datalist {path}, {name}")
     return splits
+
+
+def _check_entry(entry: Any, place: str) -> None:
+    """Check an entry of a data list.
+
+    Raises:
+        DataError: when it is none, or names several images or labels.
+    """
+    if not isinstance(entry, dict) or "image" not in entry or "label" not in entry:
+        raise DataError(f"{place} is {entry!r}; expected {{'image': …, 'label': …}}.")
+    for key, remedy in (
+        ("image", "Join them into one file, or keep the one to learn from"),
+        ("label", "Join them into one file: a mask where they mean one class, else a label map of 1, 2, …"),
+    ):
+        if isinstance(entry[key], (list, tuple)):
+            raise DataError(
+                f"{place} has {len(entry[key])} files as its {key} ({', '.join(map(str, entry[key][:3]))}"
+                f"{', …' if len(entry[key]) > 3 else ''}); expected one. {remedy}."
+            )
+        if not isinstance(entry[key], str):
+            raise DataError(f"{place} has {entry[key]!r} as its {key}; expected the path of a file.")
+
+
+def _first_channel(path: str, source: str) -> str:
+    """The image that nnU-Net's list means by a case: itself, or its only channel, ``case_0000``.
+
+    Raises:
+        DataError: when the case has several channels.
+    """
+    if Path(path).exists():
+        return path
+    name = output_name(path)
+    suffix = Path(path).name[len(name) :]
+    channel = Path(path).with_name(f"{name}_0000{suffix}")
+    if not channel.exists():
+        return path
+    if channel.with_name(f"{name}_0001{suffix}").exists():
+        raise DataError(
+            f"{source}: the case {name} has several channels ({name}_0000, {name}_0001, …); expected one. Make a data "
+            "set of one of them."
+        )
+    return str(channel)
 
 
 def require_files(paths: Iterable[str], source: str) -> None:
@@ -180,7 +264,10 @@ def _scan(root: Path) -> dict[str, list[dict[str, str]]]:
             return splits
     if all((root / folder).is_dir() for folder in _KVASIR_FOLDERS):
         return _split_kvasir(_pair(root, *_KVASIR_FOLDERS))
-    looked = [f"{a}/ with {b}/" for layout in _ISIC_FOLDERS for a, b in layout.values()] + ["images/ with masks/"]
+    if all((root / folder).is_dir() for folder in _NNUNET_FOLDERS):
+        return {"training": _pair(root, *_NNUNET_FOLDERS)}
+    looked = [f"{a}/ with {b}/" for layout in _ISIC_FOLDERS for a, b in layout.values()]
+    looked += [f"{a}/ with {b}/" for a, b in (_KVASIR_FOLDERS, _NNUNET_FOLDERS)]
     found = sorted(p.name + ("/" if p.is_dir() else "") for p in root.iterdir())
     raise DataError(
         f"dataset_dir {root}: no data set found. Looked for {'; '.join(looked)}. "
@@ -205,13 +292,24 @@ def _pair(root: Path, image_folder: str, mask_folder: str) -> list[dict[str, str
         return items
     masks = {_mask_id(path): path for path in _photographs(root / mask_folder)}
     images = [path for path in _photographs(root / image_folder) if not path.stem.endswith("_superpixels")]
-    unpaired = [path for path in images if path.stem.lower() not in masks]
+    if image_folder == _NNUNET_FOLDERS[0]:
+        second = [path for path in images if path.stem.endswith("_0001")]
+        if second:
+            raise DataError(
+                f"{second[0]}: the channel of a case in a file of its own; expected one picture a case, as "
+                f"{second[0].stem.removesuffix('_0001')}_0000. Write grey or RGB pictures."
+            )
+    unpaired = [path for path in images if _case(path) not in masks]
     if unpaired:
         raise DataError(
             f"{unpaired[0]}: no mask (looked in {root / mask_folder} for {unpaired[0].stem}_segmentation or "
             f"{unpaired[0].stem}); {len(unpaired)} of {len(images)} images have none."
         )
-    return [{"image": str(path), "label": str(masks[path.stem.lower()])} for path in images]
+    return [{"image": str(path), "label": str(masks[_case(path)])} for path in images]
+
+
+def _case(path: Path) -> str:
+    return path.stem.lower().removesuffix("_0000")
 
 
 def _mask_id(path: Path) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from monai.data import PILReader, PILWriter
 from PIL import Image, ImageFile
 
-from medsa_nets.data.atomic import AtomicWriter, temporary_name
+from medsa_nets.data.atomic import AtomicWriter, make_folder, temporary_name
 from medsa_nets.data.datalists import is_dicom
 from medsa_nets.errors import DataError
 
@@ -105,13 +105,23 @@ def read_dicom_photograph(path: str | Path) -> Image.Image:
 
 
 class AtomicPILWriter(AtomicWriter, PILWriter):
-    """MONAI's PIL writer, whole files only."""
+    """MONAI's PIL writer, whole files only; it keeps the rows and columns of a picture of one pixel."""
+
+    data_obj: Any
+
+    def set_data_array(
+        self, data_array: Any, channel_dim: int | None = 0, squeeze_end_dims: bool = True, **kwargs: Any
+    ) -> None:
+        """Set the pixels (channels, W, H)."""
+        super().set_data_array(data_array, channel_dim=channel_dim, squeeze_end_dims=False, **kwargs)
+        if squeeze_end_dims and self.data_obj.ndim == 3 and self.data_obj.shape[2] == 1:
+            self.data_obj = self.data_obj[..., 0]
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
     """Save a picture as PNG, under a temporary name until complete; folders are made."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with temporary_name(path) as part:
         image.save(part, format="PNG")
     return path

@@ -16,7 +16,8 @@ from monai.data import ITKReader, ITKWriter, MetaTensor, NibabelReader, NibabelW
 from pydicom.errors import InvalidDicomError
 
 from medsa_nets.data.atomic import AtomicWriter
-from medsa_nets.data.datalists import SPLITS, choose_split, is_dicom, read_datalist
+from medsa_nets.data.datalists import SPLITS, choose_split, is_dicom, read_datalist, read_json
+from medsa_nets.data.labels import Renumbering, match_labels, read_labels
 from medsa_nets.errors import DataError, describe
 
 logger = logging.getLogger(__name__)
@@ -38,11 +39,11 @@ def volume_id(path: str | Path) -> str:
 
 
 def is_volume(path: str | Path) -> bool:
-    """Whether a path looks like a volume: a file with a volume's suffix, or a folder with DICOM files in it."""
+    """Whether a path looks like a volume: a file with a volume's suffix, a DICOM file, or a folder with such in it."""
     path = Path(path)
     if path.is_dir():
         return any(file.is_file() and is_dicom(file) for file in path.iterdir())
-    return path.is_file() and path.name.lower().endswith(VOLUME_SUFFIXES)
+    return path.is_file() and (path.name.lower().endswith(VOLUME_SUFFIXES) or is_dicom(path))
 
 
 def list_volumes(folder: str | Path) -> list[dict[str, str]]:
@@ -78,6 +79,7 @@ def load_volume_datalist(
     validation_fraction: float = 0.2,
     seed: int = 0,
     limit: int = 0,
+    required: bool = True,
 ) -> list[dict[str, Any]]:
     """List the volumes and labels of a split.
 
@@ -94,14 +96,18 @@ def load_volume_datalist(
         validation_fraction: share of the training volumes kept for validation where the data set has no such split.
         seed: seed of that choice.
         limit: if above 0, this many volumes of the split, chosen by the same hash.
+        required: whether an empty split is an error; a training goes on without validation.
 
     Returns:
         Entries with ``image`` and ``label`` (absolute paths, sorted by name) and, with ``classes``, ``annotated``: an
-        array of booleans, one for each class.
+        array of booleans, one for each class. Where the data list's ``labels`` give these names other ids than the
+        classes have, also ``label_ids``: the new id of each old one
+        (:class:`~medsa_nets.transforms.RenumberLabelsd`).
 
     Raises:
-        DataError: when folder, file or split is missing, when the list is empty, when files are not there, or when
-            ``annotated`` names an unknown class.
+        DataError: when folder, file or split is missing, when the list is empty, when files are not there, when
+            ``annotated`` names an unknown class, or when ``labels`` of the data list do not fit the classes
+            (:func:`~medsa_nets.data.labels.match_labels`).
     """
     if split not in SPLITS:
         raise DataError(f"split must be one of {', '.join(SPLITS)}; got {split!r}.")
@@ -110,18 +116,29 @@ def load_volume_datalist(
         raise DataError(f"dataset_dir {root}: there is no such folder. Pass the data set's folder (--dataset_dir).")
     if datalist is None:
         datalist = next((root / name for name in _DATALIST_NAMES if (root / name).is_file()), None)
-    splits = read_datalist(Path(datalist).expanduser(), root) if datalist else _scan(root)
+    splits = read_datalist(Path(datalist).expanduser(), root, _scan) if datalist else _scan(root)
     items = choose_split(
-        splits, split, validation_fraction, seed, limit, str(datalist or root), lambda i: volume_id(i["image"])
+        splits,
+        split,
+        validation_fraction,
+        seed,
+        limit,
+        str(datalist or root),
+        lambda i: volume_id(i["image"]),
+        required,
     )
     if classes:
+        names = read_labels(read_json(Path(datalist).expanduser()), f"datalist {datalist}") if datalist else {}
+        matched = match_labels(names, list(classes), f"datalist {datalist}")
         for item in items:
-            item["annotated"] = np.asarray(_annotated(item, list(classes), str(datalist)))
+            item["annotated"] = np.asarray(_annotated(item, list(classes), str(datalist), matched))
+            if matched is not None and matched.needed:
+                item["label_ids"] = np.asarray(matched.ids)
     return items
 
 
-def _annotated(item: dict[str, Any], classes: list[str], source: str) -> list[bool]:
-    named = item.get("annotated", classes)
+def _annotated(item: dict[str, Any], classes: list[str], source: str, matched: Renumbering | None) -> list[bool]:
+    named = item.get("annotated", classes if matched is None else list(matched.annotated))
     if not isinstance(named, list) or any(name not in classes for name in named):
         raise DataError(
             f"datalist {source}: 'annotated' of {item['image']} is {named!r}; expected a list of names out of "
@@ -182,8 +199,9 @@ def read_volume(path: str | Path, files: Sequence[Path] = ()) -> MetaTensor:
         raise DataError(f"{path}: there is no such volume.")
     try:
         # MONAI's LoadImage tries other readers where one fails, and ITK takes a cut NIfTI file for a whole one.
-        if path.is_dir():
-            volume = _from_reader(ITKReader(), itk.imread([str(f) for f in files or _dicom_series(path)], itk.F))
+        if path.is_dir() or is_dicom(path):
+            slices = files or (_dicom_series(path) if path.is_dir() else [path])  # one file is a volume of one slice
+            volume = _from_reader(ITKReader(), itk.imread([str(file) for file in slices], itk.F))
         elif path.name.lower().endswith((".nii", ".nii.gz")):
             _check_affine(nibabel.load(path).affine, path)  # MONAI's reader repairs some, silently
             reader = NibabelReader()

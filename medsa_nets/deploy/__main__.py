@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medsa_nets.bundle import ADAPTER, copy_bundle
+from medsa_nets.data.atomic import make_writable
 from medsa_nets.deploy.settings import read_settings
 from medsa_nets.deploy.studies import find_sources
-from medsa_nets.errors import DataError, MedSAError, OutputError, WeightsError
+from medsa_nets.errors import DataError, MedSAError, WeightsError
 
 logger = logging.getLogger("medsa_nets.deploy")
 
@@ -64,6 +65,7 @@ def parser(command: str) -> argparse.ArgumentParser:
     place = os.environ.get
     if command == "run":
         out.add_argument("-i", "--input", type=Path, default=place("HOLOSCAN_INPUT_PATH", "input"), help="DICOM folder")
+        out.add_argument("--make_uids", action="store_true", help="make the identifiers that DICOM files lack")
         out.add_argument("--backend", help="what computes the image encoder: a value of the bundle's setting 'backend'")
     out.add_argument("-o", "--output", type=Path, default=place("HOLOSCAN_OUTPUT_PATH", "output"), help="results")
     out.add_argument("-m", "--model", type=Path, default=place("HOLOSCAN_MODEL_PATH", "models"),
@@ -98,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="medsa-") as scratch:
         model = prepare(find_model(options.model), options.overlay, Path(scratch), options.backend)
         settings = read_settings(model)
-        found = find_sources(options.input, settings.rules)
+        found = find_sources(options.input, settings.rules, options.make_uids)
         for line in found.skipped:
             logger.warning("left out: %s", line)
         for line in found.damaged:
@@ -137,14 +139,7 @@ def make_output(folder: Path) -> None:
     Raises:
         OutputError: when it can't be made or written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"output {folder}: it can't be written ({error.strerror}). Name another folder (-o)."
-        ) from error
+    make_writable(folder, "-o")
 
 
 def find_model(path: Path) -> Path:

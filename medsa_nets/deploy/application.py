@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from monai.deploy.operators.monai_bundle_inference_operator import IOMapping, Mo
 from PIL import Image as Picture
 from pydicom.uid import generate_uid
 
+from medsa_nets.anatomy import check_anatomy
+from medsa_nets.data import output_name, unique_names
 from medsa_nets.data.photographs import save_png
 from medsa_nets.deploy.objects import SidedSegmentDescription, measurement_report
 from medsa_nets.deploy.report import Measurement, key_images, measure, write_report
@@ -40,9 +43,9 @@ class Outcome:
 
     def fail(self, source: Source, error: Exception) -> None:
         """Note that a source could not be segmented."""
-        cause = find_cause(error) or error
-        self.failures.append(f"{source.name}: {cause if cause is not error else describe(error)}")
-        logger.error("not segmented: %s", self.failures[-1], exc_info=error if cause is error else None)
+        cause = find_cause(error)
+        self.failures.append(f"{source.name}: {describe(error) if cause is None else cause}")
+        logger.error("not segmented: %s", self.failures[-1], exc_info=error if cause is None else None)
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,11 @@ class ResultOperator(DICOMSegmentationWriterOperator):
         settings: Settings,
         output_folder: Path,
         outcome: Outcome,
+        names: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.settings = settings
+        self.names = dict(names or {})  # of the folders of photographs without a UID, by their path
         self.outcome = outcome
         super().__init__(
             fragment,
@@ -185,6 +190,9 @@ class ResultOperator(DICOMSegmentationWriterOperator):
         """
         mask = pred.transpose(2, 1, 0) if job.source.volume else pred
         measured = measure(mask, job.image, job.source, self.settings)
+        warnings = doubts(mask, job, self.settings)
+        for text in warnings:
+            logger.warning("%s: %s", job.source.name, text)
         if not mask.any():
             logger.warning("%s: nothing was found; the segmentation is empty.", job.source.name)
         try:
@@ -195,7 +203,7 @@ class ResultOperator(DICOMSegmentationWriterOperator):
                 f"{self.output_folder}: it can't be written ({error.strerror}). Name another (-o)."
             ) from error
         try:
-            self._fill(part, job, mask, measured)
+            self._fill(part, job, mask, measured, warnings)
             return self._publish(part, job.source)
         except OSError as error:
             if isinstance(error, OutputError):
@@ -207,13 +215,14 @@ class ResultOperator(DICOMSegmentationWriterOperator):
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
-    def _fill(self, folder: Path, job: Job, mask: np.ndarray, measured: list[Measurement]) -> None:
+    def _fill(self, folder: Path, job: Job, mask: np.ndarray, measured: list[Measurement], warnings: list[str]) -> None:
         source = job.source
         if source.headers:
             self._write_objects(folder, source, mask, measured)
         if not source.volume:
             save_png(Picture.fromarray((mask.T > 0).astype(np.uint8) * 255), folder / "mask.png")
-        write_report(folder, source, self.settings, measured, key_images(mask, job.image, source, self.settings))
+        pictures = key_images(mask, job.image, source, self.settings)
+        write_report(folder, source, self.settings, measured, pictures, warnings)
 
     def _write_objects(self, folder: Path, source: Source, mask: np.ndarray, measured: list[Measurement]) -> None:
         datasets = source.datasets()
@@ -224,6 +233,8 @@ class ResultOperator(DICOMSegmentationWriterOperator):
             series.add_sop_instance(dataset)
         frames = mask.transpose(2, 1, 0) if source.volume else mask.T[None]
         self.create_dicom_seg(frames.astype(np.uint8), series, folder)
+        if source.made:
+            source.write_copies(folder / "source")
         written = next(folder.glob("*.dcm"))
         path = written.replace(folder / "segmentation.dcm")
         segmentation = hd.seg.segread(path)
@@ -247,7 +258,7 @@ class ResultOperator(DICOMSegmentationWriterOperator):
         """Give the folder its name; an earlier run's folder of that name stays."""
         first = source.headers[0] if source.headers else None
         if first is None:
-            name = source.files[0].stem
+            name = self.names.get(str(source.files[0])) or output_name(source.files[0])
         else:
             name = str(first.SeriesInstanceUID if source.volume else first.SOPInstanceUID)
         for number in range(1, 10**6):
@@ -256,6 +267,20 @@ class ResultOperator(DICOMSegmentationWriterOperator):
                 part.replace(target)
                 return target
         raise OutputError(f"{self.output_folder / name}: too many results of that name. Name another folder (-o).")
+
+
+def doubts(mask: np.ndarray, job: Job, settings: Settings) -> list[str]:
+    """What a reader of the results has to know: identifiers that were made, and organs that contradict the geometry."""
+    found = []
+    if job.source.made:
+        found.append(
+            f"The source lacks {', '.join(job.source.made)}; they were made, and the segmentation refers to the copies "
+            "in the folder 'source'."
+        )
+    if job.source.volume:
+        labels = [segment.label for segment in settings.segments]
+        found += check_anatomy(mask, np.asarray(job.image.affine), labels)
+    return found
 
 
 class MedSAApplication(Application):
@@ -292,7 +317,12 @@ class MedSAApplication(Application):
             name="inference",
         )
         result = ResultOperator(
-            self, settings=self.settings, output_folder=self.output, outcome=self.outcome, name="result"
+            self,
+            settings=self.settings,
+            output_folder=self.output,
+            outcome=self.outcome,
+            names=unique_names(source.files[0] for source in self.sources if not source.headers),
+            name="result",
         )
         self.add_flow(source, inference, {("image", "image")})
         self.add_flow(source, result, {("job", "job")})

@@ -128,8 +128,10 @@ def _window(values: np.ndarray, source: Source) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def describe_source(source: Source, settings: Settings, measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """Measurements as data: which study and series, by which algorithm, how large each class is."""
+def describe_source(
+    source: Source, settings: Settings, measurements: Sequence[Measurement], warnings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Measurements as data: which study and series, by which algorithm, how large each class is; and warnings."""
     first = source.headers[0] if source.headers else {}
     return {
         "algorithm": {"name": settings.name, "version": settings.version},
@@ -143,6 +145,7 @@ def describe_source(source: Source, settings: Settings, measurements: Sequence[M
             },
         },
         "measurements": [asdict(measurement) for measurement in measurements],
+        "warnings": list(warnings),
     }
 
 
@@ -152,9 +155,13 @@ def write_report(
     settings: Settings,
     measurements: Sequence[Measurement],
     pictures: dict[str, Image.Image],
+    warnings: Sequence[str] = (),
 ) -> None:
-    """Write ``measurements.json``, the pictures (PNG) and ``report.html``, which holds them all in one file."""
-    data = describe_source(source, settings, measurements)
+    """Write ``measurements.json``, the pictures (PNG) and ``report.html``, which holds them all in one file.
+
+    Warnings stand in the data and, before the measurements, in the page.
+    """
+    data = describe_source(source, settings, measurements, warnings)
     with temporary_name(folder / "measurements.json") as part:
         part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     embedded = []
@@ -173,9 +180,11 @@ def write_report(
     ]
     page = (
         "<!doctype html><meta charset=utf-8><title>Segmentation</title><style>body{font:15px sans-serif;margin:2em}"
-        "td{padding:.2em .8em}figure{display:inline-block;margin:.5em}img{max-width:30em}</style>"
+        "td{padding:.2em .8em}.warning{border:2px solid #c00;padding:.5em}"
+        "figure{display:inline-block;margin:.5em}img{max-width:30em}</style>"
         f"<h1>{html.escape(settings.name)}</h1><p>Version {html.escape(settings.version)}. "
         f"{html.escape(settings.intended_use)}</p><p>{html.escape(source.name)}</p>"
+        f"{''.join(f'<p class=warning>{html.escape(text)}</p>' for text in warnings)}"
         f"<table>{''.join(rows)}</table>{'</figure>'.join(embedded)}</figure>\n"
     )
     with temporary_name(folder / "report.html") as part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import pydicom
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from pydicom.dataset import Dataset
+from pydicom.uid import CTImageStorage, MRImageStorage, generate_uid
 
 from medsa_nets.data import PhotographReader, read_volume
 from medsa_nets.data.datalists import PHOTOGRAPH_SUFFIXES, is_dicom
@@ -22,6 +24,8 @@ from medsa_nets.errors import DataError, describe
 
 MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
 REFERENCE_FIELDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
+MADE_FIELDS = (*REFERENCE_FIELDS, "FrameOfReferenceUID")  # what find_sources can make
+_CLASSES = {"CT": CTImageStorage, "MR": MRImageStorage}
 MAX_VOXELS = 2**31  # of a series: beyond it, memory would not do
 
 
@@ -50,12 +54,14 @@ class Source:
         files: its files; the slices of a volume in the order of their position.
         headers: DICOM header of each file, without pixels; none for a JPEG or PNG file.
         volume: whether it is a volume.
+        made: DICOM fields that the files lack, and that the headers were given.
     """
 
     name: str
     files: tuple[Path, ...]
     headers: tuple[Dataset, ...] = ()
     volume: bool = True
+    made: tuple[str, ...] = ()
 
     def read(self) -> MetaTensor:
         """Read it as ``monai.bundle run`` does: (1, X, Y, Z) with affine, or (3, W, H).
@@ -72,8 +78,26 @@ class Source:
         return image
 
     def datasets(self) -> list[Dataset]:
-        """The DICOM objects with their pixels, in the order of :attr:`files`; none for a JPEG or PNG file."""
-        return [pydicom.dcmread(file) for file in self.files] if self.headers else []
+        """The DICOM objects with their pixels, in the order of :attr:`files`; none for a JPEG or PNG file.
+
+        They have the identifiers of the headers, where these were made.
+        """
+        out = []
+        for file, header in zip(self.files, self.headers):
+            data = pydicom.dcmread(file)
+            for name in self.made:
+                setattr(data, name, header.get(name))
+            if self.made:
+                data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID
+                data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
+            out.append(data)
+        return out
+
+    def write_copies(self, folder: Path) -> None:
+        """Write the DICOM objects under the identifiers that were made: what a segmentation of them refers to."""
+        folder.mkdir()
+        for number, data in enumerate(self.datasets(), start=1):
+            data.save_as(folder / f"{number:05d}.dcm")
 
 
 @dataclass
@@ -85,12 +109,13 @@ class Found:
     damaged: list[str] = field(default_factory=list)
 
 
-def find_sources(folder: str | Path, rules: Rules) -> Found:
+def find_sources(folder: str | Path, rules: Rules, make_uids: bool = False) -> Found:
     """Find what a bundle takes in a folder and the folders in it.
 
     Args:
         folder: holds DICOM files of any number of studies, in any order and depth; or is one file.
         rules: what the bundle takes.
+        make_uids: whether DICOM objects without identifiers get some (:func:`fill_uids`); else they are damaged.
 
     Returns:
         The sources, and a line for everything else: ``skipped`` is what the bundle does not take, ``damaged`` what it
@@ -119,6 +144,8 @@ def find_sources(folder: str | Path, rules: Rules) -> Found:
             continue
         try:
             header = read_header(file)
+            if make_uids:
+                fill_uids(file, header)
             reason = _unwanted(file, header, rules)
         except DataError as error:
             found.damaged.append(str(error))
@@ -177,11 +204,50 @@ def read_header(file: Path) -> Dataset:
     return header
 
 
+def fill_uids(file: Path, header: Dataset) -> None:
+    """Give a header the identifiers that it lacks, in place: always the same ones for the same file in its folder.
+
+    Objects of one folder become one study; those of one series number, description, size and orientation one series.
+    An instance keeps the identifier of its file's preamble where there is one. The class is that of the preamble, else
+    follows from the modality; where neither tells it, it stays absent.
+
+    Args:
+        file: the file.
+        header: as :func:`read_header` gives it.
+    """
+    absent = [name for name in MADE_FIELDS if not header.get(name)]
+    if not absent:
+        return
+    study = [str(file.resolve().parent), *(str(header.get(n, "")) for n in ("PatientID", "StudyDate", "StudyID"))]
+    series = [
+        *(header.get("StudyInstanceUID") or "", *study),
+        *(str(header.get(n, "")) for n in ("SeriesNumber", "SeriesDescription", "Modality", "Rows", "Columns")),
+        str(header.get("ImageOrientationPatient", "")),
+    ]
+    values = {
+        "StudyInstanceUID": lambda: generate_uid(entropy_srcs=["study", *study]),
+        "SeriesInstanceUID": lambda: generate_uid(entropy_srcs=["series", *series]),
+        "FrameOfReferenceUID": lambda: generate_uid(entropy_srcs=["frame", *study]),
+        "SOPClassUID": lambda: (
+            header.file_meta.get("MediaStorageSOPClassUID") or _CLASSES.get(str(header.get("Modality", "")), "")
+        ),
+        "SOPInstanceUID": lambda: (
+            header.file_meta.get("MediaStorageSOPInstanceUID")
+            or generate_uid(entropy_srcs=["instance", hashlib.sha256(file.read_bytes()).hexdigest()])
+        ),
+    }
+    for name in absent:
+        if value := values[name]():
+            setattr(header, name, value)
+    header.made_uids = tuple(absent)
+
+
 def _require(file: Path, header: Dataset, name: str) -> None:
     if not header.get(name):
         raise DataError(
             f"{file}: the DICOM field {name} is missing. The file is cut, or lost its identifiers, and a segmentation "
-            "has to name its source; restore it."
+            "has to name its source; restore it, or pass --make_uids, which makes identifiers and writes copies of the "
+            "images with them beside the segmentation."
         )
 
 
@@ -232,7 +298,9 @@ def _add_series(members: list[tuple[Path, Dataset]], rules: Rules, found: Found)
         else:
             found.skipped.append(f"{file}: the same instance as {twin}.")
     if not rules.volumes:
-        found.sources += [Source(f"{file}", (file,), (header,), volume=False) for file, header in single]
+        found.sources += [
+            Source(f"{file}", (file,), (header,), volume=False, made=_made([header])) for file, header in single
+        ]
         return
     fewest, most = rules.slices
     if not fewest <= len(single) <= most:
@@ -243,7 +311,13 @@ def _add_series(members: list[tuple[Path, Dataset]], rules: Rules, found: Found)
     if int(first.Rows) * int(first.Columns) * len(ordered) > MAX_VOXELS:
         raise DataError(f"{name}: {len(ordered)} slices of {first.Rows} x {first.Columns} are more than fit in memory.")
     files, headers = zip(*ordered)
-    found.sources.append(Source(f"{name}, {len(files)} slices", files, headers))
+    found.sources.append(Source(f"{name}, {len(files)} slices", files, headers, made=_made(headers)))
+
+
+def _made(headers: Sequence[Dataset]) -> tuple[str, ...]:
+    """Fields that any of several objects was given."""
+    made = {name for header in headers for name in getattr(header, "made_uids", ())}
+    return tuple(name for name in MADE_FIELDS if name in made)
 
 
 def check_pixels(file: Path, header: Dataset) -> None:

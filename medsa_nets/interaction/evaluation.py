@@ -18,8 +18,8 @@ from monai.data import MetaTensor
 from PIL import Image
 from tqdm import tqdm
 
-from medsa_nets.data import image_id, save_png, stable_seed, volume_id
-from medsa_nets.data.atomic import temporary_name
+from medsa_nets.data import output_name, save_png, stable_seed, unique_names
+from medsa_nets.data.atomic import make_folder, temporary_name
 from medsa_nets.errors import DataError
 from medsa_nets.handlers import unwrap, writes_files
 from medsa_nets.inferers import PromptInferer, SlabInferer
@@ -137,6 +137,7 @@ class SessionEvaluation:
         self.network = network
         self.inferer = inferer
         self.dataset = dataset
+        self.names = unique_names(entry["image"] for entry in getattr(dataset, "data", ()))
         self.classes = list(classes)
         self.output_dir = Path(output_dir)
         self.checkpoint = checkpoint
@@ -160,7 +161,7 @@ class SessionEvaluation:
         segmenter = NetworkSegmenter(network, None, self.classes, self.inferer)
         rank, processes = idist.get_rank(), idist.get_world_size()
         state = self.output_dir / (KEPT if processes == 1 else f"{rank}_{KEPT}")
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(self.output_dir)
         identity = self._identity(segmenter)
         known = _read_kept(state, identity)
         indices = range(rank, len(self.dataset), processes)
@@ -207,7 +208,7 @@ class SessionEvaluation:
             if mask.any():
                 targets[k] = mask
         path = str(image.meta.get("filename_or_obj", index))
-        return volume_id(path) if volumes else image_id({"image": path}), image, targets
+        return self.names.get(path) or output_name(path), image, targets
 
     def _of_image(
         self, segmenter: NetworkSegmenter, index: int, known: Mapping[str, Any]
@@ -261,7 +262,7 @@ class SessionEvaluation:
                 curve = _curve(row)
                 dice = [f"{value:.4f}" for value in curve.dice] + [""] * (self.clicks + 1 - len(curve.dice))
                 obeyed = f"{min(curve.obeyed, default=1.0):.4f}"
-                writer.writerow([*key.split(" | "), *dice, sum(curve.harmful()), obeyed])
+                writer.writerow([*_parts(key), *dice, sum(curve.harmful()), obeyed])
 
     def _picture(self, segmenter: NetworkSegmenter, measured: Mapping[str, Any]) -> Image.Image:
         """Mean Dice over clicks, and the session that ended worst: its first mask, and its last one with the clicks."""
@@ -272,7 +273,7 @@ class SessionEvaluation:
             lines[name] = [float(np.mean([c.after(n) for c in curves])) for n in range(self.clicks + 1)]
         chart = draw_curves(lines, "clicks", f"mean Dice of {len(measured)} sessions")
         worst = min(measured, key=lambda key: measured[key]["dice"][-1])
-        start, index, name, class_name = worst.split(" | ")
+        start, index, name, class_name = _parts(worst)
         _, image, targets = self._targets(int(index))
         k = self.classes.index(class_name)
         session = InteractiveSession(segmenter, self.settings, start)
@@ -308,6 +309,12 @@ class SessionEvaluation:
             f"worst of {len(measured)}: {name}, {class_name}, from {start}: Dice {before:.3f}, {after:.3f} after "
             f"{len(clicks)} clicks (label green, mask red)",
         )
+
+
+def _parts(key: str) -> list[str]:
+    """Start, index, name of the image (which may hold what parts them) and class of a session."""
+    start, index, rest = key.split(" | ", 2)
+    return [start, index, *rest.rsplit(" | ", 1)]
 
 
 def _curve(row: Mapping[str, Any]) -> SessionCurve:

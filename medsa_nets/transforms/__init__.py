@@ -1,5 +1,6 @@
 """MONAI transforms for masks, prompts and volumes."""
 
+from medsa_nets.transforms.anatomy import CheckAnatomyd, SaveImageWarningsd
 from medsa_nets.transforms.clicks import ReadClicksd
 from medsa_nets.transforms.masks import BinarizeMaskd
 from medsa_nets.transforms.overlays import SaveOverlayd, SaveVolumeOverlayd
@@ -8,6 +9,7 @@ from medsa_nets.transforms.prompts import (
     PromptsToNetworkd,
     ReadPromptsd,
     SamplePromptsd,
+    check_prompt_keys,
     to_source_grid,
     to_tensor_grid,
 )
@@ -19,6 +21,7 @@ from medsa_nets.transforms.volumes import (
     MasksToSourceLabeld,
     MatchOrientationd,
     ReadClassPromptsd,
+    RenumberLabelsd,
     SampleClassPromptsd,
     SpacingBesidePathsd,
     all_classes,
@@ -28,6 +31,7 @@ from medsa_nets.transforms.volumes import (
 __all__ = [
     "ABSENT",
     "BinarizeMaskd",
+    "CheckAnatomyd",
     "CheckLabelsd",
     "EnforceUserPromptsd",
     "HighestProbabilityd",
@@ -38,12 +42,15 @@ __all__ = [
     "ReadClassPromptsd",
     "ReadClicksd",
     "ReadPromptsd",
+    "RenumberLabelsd",
     "SampleClassPromptsd",
     "SamplePromptsd",
+    "SaveImageWarningsd",
     "SaveOverlayd",
     "SaveVolumeOverlayd",
     "SpacingBesidePathsd",
     "all_classes",
+    "check_prompt_keys",
     "keep_main_components",
     "to_source_grid",
     "to_tensor_grid",

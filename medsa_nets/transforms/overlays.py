@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from PIL import Image
 
+from medsa_nets.data.outputs import output_name, unique_names
 from medsa_nets.data.photographs import PhotographReader, save_png
-from medsa_nets.data.volumes import volume_id
 from medsa_nets.prompts import prompts_of
 from medsa_nets.transforms.prompts import tensor_to_source
 from medsa_nets.visualize import overlay_sample, overlay_volume
@@ -29,6 +29,8 @@ class SaveOverlayd(MapTransform):
         label_key: key of the label, at the same size; none draws no label.
         image_key: key of the image, whose metadata name the file and its grid.
         limit: pictures to write; 0 writes one for every image.
+        data: entries of all images, with ``image``, so that those of one name in several folders get pictures of
+            their own (:func:`~medsa_nets.data.unique_names`); none names each by its file alone.
     """
 
     def __init__(
@@ -38,12 +40,14 @@ class SaveOverlayd(MapTransform):
         label_key: str | None = None,
         image_key: str = "image",
         limit: int = 0,
+        data: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         super().__init__(keys)
         self.folder = Path(output_dir)
         self.label_key = label_key
         self.image_key = image_key
         self.limit = limit
+        self.names = unique_names(entry["image"] for entry in data)
         self.written = 0
         self.reader = PhotographReader(mode="RGB")
 
@@ -60,7 +64,7 @@ class SaveOverlayd(MapTransform):
 
     def name(self, path: str) -> str:
         """What the picture of a file is called."""
-        return Path(path).stem
+        return self.names.get(path) or output_name(path)
 
     def draw(self, data: Mapping[Hashable, Any], key: Hashable) -> Image.Image:
         """The picture of the mask under ``key``."""
@@ -85,11 +89,8 @@ class SaveVolumeOverlayd(SaveOverlayd):
         label_key: key of the label, at any spacing; none, or an item without it, draws no label.
         image_key: key of the image as the network saw it.
         limit: pictures to write; 0 writes one for every volume.
+        data: see :class:`SaveOverlayd`.
     """
-
-    def name(self, path: str) -> str:
-        """What the picture of a volume is called."""
-        return volume_id(path)
 
     def draw(self, data: Mapping[Hashable, Any], key: Hashable) -> Image.Image:
         """The three planes of the masks under ``key``."""

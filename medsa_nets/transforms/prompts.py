@@ -5,9 +5,10 @@ They travel with the image (:mod:`medsa_nets.prompts.images`).
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,39 @@ def read_prompt_table(path: str | Path | None) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise DataError(f"prompts {path}: expected an object that maps file names to prompts.")
     return table
+
+
+def check_prompt_keys(path: str | Path | None, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse a prompts file that names images which are not there, before the first image is segmented.
+
+    Args:
+        path: of the file; none or empty has nothing to check.
+        entries: the data list, with ``image``. What lies in the folder of one of its images may be named too, so that
+            one file serves a folder and each of its images.
+
+    Raises:
+        DataError: when the file is missing or malformed, or a key is the name of no image; the message lists them.
+    """
+    table = read_prompt_table(path)
+    if not table:
+        return
+    images = [Path(str(entry["image"])) for entry in entries]
+    names = {image.name for image in images}
+    folders = {image.parent for image in images}
+    stray = [key for key in table if key not in names and not _lies_in(key, folders)]
+    if stray:
+        near = difflib.get_close_matches(stray[0], sorted(names), n=1, cutoff=0.5)
+        listed = ", ".join(repr(key) for key in stray[:10]) + (
+            f" and {len(stray) - 10} more" if len(stray) > 10 else ""
+        )
+        raise DataError(
+            f"prompts {path}: no image has the name {listed}; expected names of files (or DICOM folders) with their "
+            f"suffix, as {(near or sorted(names))[0]!r}. Correct the keys, or take them out."
+        )
+
+
+def _lies_in(key: str, folders: Iterable[Path]) -> bool:
+    return os.path.basename(key) == key and any((folder / key).exists() for folder in folders)
 
 
 class PromptsToNetworkd(Transform):

@@ -16,6 +16,7 @@ from nibabel.orientations import aff2axcodes
 from scipy import ndimage
 from torch import Tensor
 
+from medsa_nets.data.labels import renumber
 from medsa_nets.data.volumes import read_volume
 from medsa_nets.errors import DataError
 from medsa_nets.prompts import Prompts, UserPrompt, class_protocol_prompts
@@ -93,6 +94,39 @@ class MatchOrientationd(MapTransform):
                 meta = {k: v for k, v in label.meta.items() if k != "affine"}
                 meta["original_affine"] = turned.affine.numpy()
                 out[key] = MetaTensor(turned.as_tensor().contiguous(), affine=turned.affine, meta=meta)
+        return out
+
+
+class RenumberLabelsd(MapTransform):
+    """Give labels the ids of the bundle's classes, where their data set has others. Place it before ``CheckLabelsd``.
+
+    Args:
+        keys: keys of the labels (1, X, Y, Z).
+        ids_key: key of the new id of each old one, as :func:`~medsa_nets.data.load_volume_datalist` gives it; entries
+            without it stay as they are.
+        allow_missing_keys: whether entries without a label pass.
+
+    Raises:
+        DataError: when a label holds an id that its data set does not name.
+    """
+
+    def __init__(self, keys: KeysCollection, ids_key: str = "label_ids", allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.ids_key = ids_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Renumber."""
+        out = dict(data)
+        ids = out.pop(self.ids_key, None)
+        if ids is None:
+            return out
+        for key in self.key_iterator(out):
+            label = out[key]
+            name = str(label.meta.get("filename_or_obj", key))
+            values = torch.from_numpy(renumber(label.as_tensor().cpu().numpy(), np.asarray(ids).tolist(), name))
+            meta = {k: v for k, v in label.meta.items() if k != "affine"}
+            operations = label.applied_operations
+            out[key] = MetaTensor(values, affine=label.affine, meta=meta, applied_operations=operations)
         return out
 
 

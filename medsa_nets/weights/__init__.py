@@ -322,16 +322,31 @@ def describe_file(path: str | Path) -> str:
     return f"{path}: not a published file known here, but it fits {' or '.join(same_shape)} (sha256 {digest})"
 
 
+def _adapters_beside(path: Path) -> str:
+    """A sentence on the adapters where one was looked for, and on the bundle's overlays that belong to them."""
+    names = sorted(file.name for file in path.parent.glob("*.pt") if file.name != "training_state.pt")
+    if not names:
+        return ""
+    overlays: dict[str, str] = {}
+    for overlay in sorted((path.parent.parent / "configs").glob("*.yaml")):
+        found = re.search(r"^checkpoint_filename: *(\S+)", overlay.read_text(encoding="utf-8"), re.MULTILINE)
+        if found and overlay.name not in ("train.yaml", "inference.yaml"):
+            overlays.setdefault(found.group(1), overlay.name)
+    listed = [f"{name} (lay configs/{overlays[name]} over)" if name in overlays else name for name in names]
+    return f"Beside it: {', '.join(listed)}. "
+
+
 def check_adapter(path: str | Path) -> str:
     """Path of an adapter's file, after a look whether it is there and whole.
 
     Raises:
         WeightsError: when it is missing or damaged.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise WeightsError(
-            f"{path}: there is no such adapter. Train one (python -m monai.bundle run training …), or pass its folder "
-            "and name (--ckpt_dir, --checkpoint_filename)."
+            f"{path}: there is no such adapter. {_adapters_beside(path)}Train one (python -m monai.bundle run training "
+            "…), or pass its folder and name (--ckpt_dir, --checkpoint_filename)."
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -25,6 +25,7 @@ from medsa_nets import WeightsError, build_medsa
 from medsa_nets.data.phantoms import phantom, write_phantoms
 from medsa_nets.demo import read_metrics
 from medsa_nets.errors import find_cause
+from medsa_nets.handlers import TrainingCheckpoint, save_atomically
 from medsa_nets.prompts import prompts_of
 from medsa_nets.weights import find_base_file, get_base
 
@@ -215,6 +216,28 @@ def test_killed_training_resumes_to_the_same_weights(phantoms: Path, tmp_path: P
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)
 
 
+def test_a_killed_training_is_not_resumed_with_another_learning_rate(
+    phantoms: Path, tmp_path: Path, cli: Command
+) -> None:
+    options = {**COMMON, **SMALL, "config_file": TRAIN, "dataset_dir": str(phantoms), "ckpt_dir": str(tmp_path),
+               "output_dir": str(tmp_path), "max_epochs": 2}  # fmt: skip
+    state = tmp_path / "training_state.pt"
+    parser = ConfigParser(ConfigParser.load_config_file(TRAIN))
+    parser.update(options)
+    settings = parser.get_parsed_content("resume_settings")
+    assert {"learning_rate", "batch_size", "adapter_ratio", "image_size"} <= set(settings)
+    before = TrainingCheckpoint(
+        save_dir=str(tmp_path), network=torch.nn.Identity(), optimizer=None, settings={**settings, "learning_rate": 0.5}
+    ).settings
+    save_atomically({"epoch": 1, "iteration": 2, "settings": before}, state)
+    result = cli("run", "training", **options)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {state}: the unfinished run that would go on had other settings: ")
+    assert "had other settings: learning_rate 0.5 (now 0.001). Restore" in last
+    assert "--resume false" in last
+
+
 def test_two_processes_train_together(phantoms: Path, tmp_path: Path, cli: Command) -> None:
     overlay = BUNDLE / "configs" / "multi_gpu_train.yaml"
     result = cli("run", "training", processes=2, config_file=f"['{TRAIN}','{overlay}']", dataset_dir=phantoms,
@@ -341,6 +364,35 @@ def test_wrong_folder_ends_with_one_clear_line(tmp_path: Path, prepare, expected
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize("config", ["inference", "evaluate"])
+def test_an_output_that_is_a_file_is_named_in_the_last_line_before_the_first_image(
+    phantoms: Path, tmp_path: Path, cli: Command, config: str
+) -> None:
+    place = tmp_path / "out"
+    place.write_text("notes")
+    files = INFERENCE if config == "inference" else f"['{TRAIN}','{EVALUATE}']"
+    data = phantoms / "ISIC-2017_Validation_Data" if config == "inference" else phantoms
+    result = cli("run", config_file=files, dataset_dir=data, output_dir=place, **COMMON)
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines()[-1].startswith(f"error: output {place}: it can't be written")
+    assert "Evaluator: [1/" not in result.stderr
+    assert place.read_text() == "notes"
+
+
+def test_photographs_whose_masks_would_have_one_name_are_refused_and_files_without_suffix_are_not(
+    tmp_path: Path, cli: Command
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for seed, name in enumerate(("a.jpg", "a.png")):
+        Image.fromarray(phantom(seed, 64)[0]).save(photos / name)
+    result = cli("run", "inferring", config_file=INFERENCE, dataset_dir=photos, output_dir=tmp_path / "out", **COMMON)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: {photos / 'a.jpg'} and {photos / 'a.png'}: their results would have one name")
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_image_is_named_in_the_last_line_and_can_be_skipped(tmp_path: Path, cli: Command) -> None:
     data = write_phantoms(tmp_path / "data", training=3, validation=1, size=64)
     victim = sorted((data / "ISIC-2017_Training_Data").iterdir())[1]
@@ -388,6 +440,24 @@ def test_a_training_of_one_step_is_not_spent_on_warming_up(phantoms: Path, tmp_p
         **COMMON, **{**SMALL, "base": "lite_medsam", "warmup_steps": 50})  # fmt: skip
     expected, found = (torch.load(f, weights_only=True) for f in (model, tmp_path / "model_last.pt"))
     assert any(not torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_one_image_trains_without_validation_and_a_picture_of_one_pixel_is_segmented(
+    phantoms: Path, tmp_path: Path
+) -> None:
+    picture = sorted((phantoms / "ISIC-2017_Training_Data").glob("*[0-9].*"))[0]
+    mask = next((phantoms / "ISIC-2017_Training_Part1_GroundTruth").glob(f"{picture.stem}*"))
+    entry = {"image": str(picture), "label": str(mask)}
+    (tmp_path / "one.json").write_text(json.dumps({"training": [entry]}))
+    run("training", config_file=TRAIN, dataset_dir=str(phantoms), datalist=str(tmp_path / "one.json"), max_epochs=1,
+        ckpt_dir=str(tmp_path / "models"), output_dir=str(tmp_path / "out"),
+        **{**COMMON, **SMALL, "samples_interval": 1})  # fmt: skip
+    assert {p.name for p in (tmp_path / "models").glob("*.pt")} == {"model.pt", "model_last.pt"}
+    Image.new("RGB", (1, 1), (200, 20, 20)).save(tmp_path / "pixel.png")
+    run("inferring", config_file=INFERENCE, dataset_dir=str(tmp_path / "pixel.png"), output_dir=str(tmp_path / "masks"),
+        save_overlays=True, save_probabilities=True, **COMMON)  # fmt: skip
+    for kind in ("segmentation", "overlay", "probability"):
+        assert Image.open(tmp_path / "masks" / f"pixel_{kind}.png").size == (1, 1)
 
 
 def test_mlflow_tracks_a_run(phantoms: Path, tmp_path: Path, cli: Command) -> None:

@@ -324,3 +324,24 @@ def test_the_real_challenge_data_are_found_and_split(shared_data):
     assert len(validation) == 200
     assert not set(names_of(training)) & set(names_of(validation))
     assert all(Path(item["label"]).name == f"{image_id(item)}_segmentation.png" for item in training + validation)
+
+
+@pytest.mark.parametrize(("count", "training"), [(1, 1), (2, 1), (4, 3), (30, 27)])
+def test_few_images_keep_one_for_validation_and_one_image_trains_without(tmp_path, caplog, count, training):
+    write_isic(tmp_path, ISIC_2016["training"], [f"ISIC_{i:07d}" for i in range(count)])
+    assert len(load_datalist("training", tmp_path)) == training
+    if count > 1:
+        assert len(load_datalist("validation", tmp_path)) == count - training
+        return
+    assert load_datalist("validation", tmp_path, required=False) == []
+    assert "The training goes on without it" in caplog.text
+    with pytest.raises(DataError, match=r"'validation' is empty \(found: training 1.*Raise --validation_fraction"):
+        load_datalist("validation", tmp_path)
+    with pytest.raises(DataError, match=r"'testing' is empty.*under 'testing'"):
+        load_datalist("testing", tmp_path)
+
+
+def test_no_validation_is_kept_where_none_is_asked_for(tmp_path):
+    write_isic(tmp_path, ISIC_2016["training"], [f"ISIC_{i:07d}" for i in range(4)])
+    assert len(load_datalist("training", tmp_path, validation_fraction=0.0)) == 4
+    assert load_datalist("validation", tmp_path, validation_fraction=0.0, required=False) == []

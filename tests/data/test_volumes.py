@@ -310,3 +310,18 @@ def test_dicom_folders_can_stand_in_a_list(tmp_path):
     shutil.rmtree(tmp_path / "ct")
     with pytest.raises(DataError, match="files are not there"):
         load_volume_datalist("training", tmp_path)
+
+
+def test_one_dicom_file_is_a_volume_of_one_slice(tmp_path):
+    import pydicom
+
+    write_series(tmp_path / "a")
+    file = sorted((tmp_path / "a").iterdir())[0]
+    assert list_volumes(file) == [{"image": str(file)}]
+    volume = read_volume(file)
+    assert volume.shape[-1] == 1
+    data = pydicom.dcmread(file)
+    expected = data.pixel_array * float(data.RescaleSlope) + float(data.RescaleIntercept)
+    np.testing.assert_allclose(volume[0, :, :, 0].numpy().T, expected)
+    position = np.asarray(data.ImagePositionPatient, dtype=float) * [-1, -1, 1]
+    np.testing.assert_allclose(np.asarray(volume.affine)[:3, 3], position, atol=1e-4)

@@ -140,6 +140,59 @@ def test_a_real_compressed_file_that_is_cut_is_refused(tmp_path, shared_data):
         found.sources[0].read()
 
 
+LOST = {"StudyInstanceUID": "", "SeriesInstanceUID": "", "SOPInstanceUID": "", "SOPClassUID": "",
+        "FrameOfReferenceUID": ""}  # fmt: skip
+
+
+def test_a_series_that_lost_its_identifiers_is_told_how_to_get_some(tmp_path):
+    write_ct(tmp_path, volume(), AFFINE)
+    for file in slices(tmp_path):
+        change(file, **LOST)
+    found = find_sources(tmp_path, CT)
+    assert not found.sources
+    assert len(found.damaged) == 5
+    assert all("is missing" in line and "--make_uids" in line for line in found.damaged)
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["with a preamble's UIDs", "without any"])
+def test_identifiers_are_made_the_same_in_every_run_and_written_with_the_images(tmp_path, bare):
+    write_ct(tmp_path / "in", volume(), AFFINE)
+    write_ct(tmp_path / "in" / "whole", volume(), AFFINE)
+    for file in tmp_path.glob("in/*.dcm"):
+        data = pydicom.dcmread(file)
+        for name, value in LOST.items():
+            setattr(data, name, value)
+        if bare:
+            del data.file_meta.MediaStorageSOPInstanceUID, data.file_meta.MediaStorageSOPClassUID
+        pydicom.dcmwrite(file, data, enforce_file_format=False)
+    first, second = (find_sources(tmp_path / "in", CT, make_uids=True) for _ in range(2))
+    assert not first.damaged
+    made, whole = sorted(first.sources, key=lambda source: not source.made)
+    assert whole.made == ()
+    assert set(made.made) == set(LOST)
+    for name in LOST:
+        values = [str(header[name].value) for header in made.headers]
+        assert all(values)
+        assert len(set(values)) == (5 if name == "SOPInstanceUID" else 1)
+        again = sorted(second.sources, key=lambda source: not source.made)[0]
+        assert [str(header[name].value) for header in again.headers] == values
+    np.testing.assert_array_equal(made.read()[0].numpy(), volume())
+    made.write_copies(tmp_path / "source")
+    copies = [pydicom.dcmread(file) for file in sorted((tmp_path / "source").iterdir())]
+    assert [str(c.SOPInstanceUID) for c in copies] == [str(h.SOPInstanceUID) for h in made.headers]
+    assert all(c.file_meta.MediaStorageSOPInstanceUID == c.SOPInstanceUID for c in copies)
+    (found,) = find_sources(tmp_path / "source", CT).sources  # whole without anything made
+    np.testing.assert_array_equal(found.read()[0].numpy(), volume())
+
+
+def test_a_real_anonymous_study_is_taken_with_identifiers_that_were_made(tmp_path, shared_data):
+    folder = shared_data / "ct" / "ct_b_dicom"
+    assert not find_sources(folder, CT).sources
+    (source,) = find_sources(folder, CT, make_uids=True).sources
+    assert len(source.files) == 20
+    assert source.made
+
+
 def test_photographs_are_taken_one_by_one_from_dicom_jpeg_and_png(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (7, 9, 3)).astype(np.uint8)
     write_photograph(tmp_path / "a.dcm", pixels)

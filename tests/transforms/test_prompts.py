@@ -30,6 +30,7 @@ from medsa_nets.transforms import (
     ReadClassPromptsd,
     ReadPromptsd,
     SamplePromptsd,
+    check_prompt_keys,
     to_source_grid,
     to_tensor_grid,
 )
@@ -378,3 +379,20 @@ def test_a_class_of_a_label_map_leaves_the_others_alone():
     assert out[2, 2, 2] == 0
     assert out[0, 0, 0] == 3  # never was of class 0
     assert (out != label[0]).sum() == 2
+
+
+def test_keys_that_name_no_image_are_refused_before_the_first_one(write_prompts, tmp_path):
+    for name in ("ISIC_1.jpg", "ISIC_2.jpg"):
+        (tmp_path / name).touch()
+    entries = [{"image": str(tmp_path / name)} for name in ("ISIC_1.jpg", "ISIC_2.jpg")]
+    point = {"points": [[1, 2]]}
+    path = write_prompts({"ISIC_1.jpg": point, "ISIC_2": point, "x/ISIC_1.jpg": point})
+    with pytest.raises(DataError) as caught:
+        check_prompt_keys(path, entries)
+    told = str(caught.value)
+    assert told.startswith(f"prompts {path}: no image has the name 'ISIC_2', 'x/ISIC_1.jpg'")
+    assert "as 'ISIC_2.jpg'" in told
+    check_prompt_keys(write_prompts({"ISIC_1.jpg": point}), entries)
+    check_prompt_keys(write_prompts({"ISIC_1.jpg": point, "ISIC_2.jpg": point}), entries[:1])  # one of the folder
+    check_prompt_keys(None, entries)
+    check_prompt_keys("", entries)
