@@ -6,6 +6,7 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import ignite.handlers
 import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Average
-from monai.handlers import from_engine
+from monai.handlers import CheckpointLoader, from_engine
 from monai.utils import CommonKeys as Keys
 from torch import nn
 
@@ -21,6 +22,7 @@ from medsa_nets.data import image_id, save_png, volume_id
 from medsa_nets.data.atomic import remove_leftovers, temporary_name
 from medsa_nets.engines import plain
 from medsa_nets.errors import WeightsError, describe
+from medsa_nets.networks import MedSA
 from medsa_nets.prompts import prompts_of
 from medsa_nets.visualize import overlay_sample, overlay_volume
 
@@ -66,6 +68,7 @@ def for_this_process(handlers: Sequence[Any]) -> list[Any]:
         "EpochSeed",
         "LrScheduleHandler",
         "MetricsSaver",
+        "StartFrom",
         "TrainingCheckpoint",
         "ValidationHandler",
     )
@@ -218,7 +221,12 @@ class TrainingCheckpoint:
             if writes_files():
                 os.replace(self.state, aside)
             return
-        unwrap(self.network).load_state_dict(state["network"])
+        try:
+            unwrap(self.network).load_state_dict(state["network"])
+        except WeightsError as error:
+            raise WeightsError(
+                f"{self.state}: the unfinished run was another one. {error} Or pass --resume false, to start anew."
+            ) from error
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
@@ -241,6 +249,20 @@ class TrainingCheckpoint:
         if self.evaluator is None or self.evaluator.state.best_metric_epoch < 0:
             save_atomically(state, self.best)
         self.state.unlink(missing_ok=True)
+
+
+class StartFrom(CheckpointLoader):
+    """MONAI's ``CheckpointLoader`` for an adapter that a training goes on from.
+
+    An adapter that was made for another image size, grid, intensity window or other classes is taken too, for it is to
+    learn; the log says what differs. What is saved from then on names what this training shows it.
+    """
+
+    def __call__(self, engine: Engine) -> None:
+        """Load the adapter."""
+        network = unwrap(self.load_dict["model"])
+        with network.any_task() if isinstance(network, MedSA) else nullcontext():
+            super().__call__(engine)
 
 
 class EarlyStop:

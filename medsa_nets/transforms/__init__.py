@@ -1,6 +1,7 @@
 """MONAI transforms for masks, prompts and volumes."""
 
 from medsa_nets.transforms.clicks import ReadClicksd
+from medsa_nets.transforms.facts import describe_transform
 from medsa_nets.transforms.masks import BinarizeMaskd
 from medsa_nets.transforms.overlays import SaveOverlayd, SaveVolumeOverlayd
 from medsa_nets.transforms.prompts import (
@@ -44,6 +45,7 @@ __all__ = [
     "SaveVolumeOverlayd",
     "SpacingBesidePathsd",
     "all_classes",
+    "describe_transform",
     "keep_main_components",
     "to_source_grid",
     "to_tensor_grid",
