@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medsa_nets.layers import Adapter, ClickFeedback, HyperPromptingAdapter
+from medsa_nets.layers import Adaptation, Bottlenecks, ClickFeedback
 from medsa_nets.networks import (
     ImageEncoderViT,
     MaskDecoder,
@@ -31,7 +32,7 @@ class Base:
 
     Attributes:
         name: its name here.
-        encoder: makes its image encoder from ``img_size``, ``scale``, ``adapter_ratio`` and ``adapter_dim``.
+        encoder: makes its image encoder from ``img_size``, ``adaptation``, ``spatial_dims`` and ``checkpointing``.
         img_size: side of the square input that it was trained at, in pixels.
         filename: name of its published file.
         url: where that file is published; for ``lite_medsam``, the Python package that carries it.
@@ -155,6 +156,9 @@ def build_medsa(
     checkpointing: bool = False,
     class_chunk: int = 0,
     dropout: float = 0.0,
+    adaptation: Adaptation | None = None,
+    task: Mapping[str, Any] | None = None,
+    same_task: bool = True,
 ) -> MedSA:
     """Build an adapted network on a base model: a :class:`MedSA` for images or a :class:`VolumeMedSA` for volumes.
 
@@ -182,12 +186,19 @@ def build_medsa(
         class_chunk: for volumes, the classes that the decoder answers at a time; 0 answers all at once.
         dropout: probability with which an activation in an adapter's bottleneck is left out in training; active
             learning by epistemic uncertainty samples it too. It is no part of what an adapter file belongs to.
+        adaptation: makes the adapters; none makes :class:`~medsa_nets.layers.Bottlenecks` of ``adapter_ratio``,
+            ``adapter_dim``, ``scale``, ``hyper_prompting`` and ``dropout``, which are not used otherwise.
+        task: what decides the meaning of a mask, as far as it is known: ``grid``, ``intensity``, ``classes``
+            (:meth:`~medsa_nets.networks.identity.Adapted.set_task`); ``image_size`` is known where ``img_size`` is
+            given, and with a ViT base. It stands in the adapter's file.
+        same_task: whether an adapter that was made for another task is refused; false takes it and logs what differs.
 
     Returns:
         The network, base frozen, adapters at the identity.
 
     Raises:
-        ValueError: when ``spatial_dims`` is neither 2 nor 3, or ``dropout`` is no probability.
+        ValueError: when ``spatial_dims`` is neither 2 nor 3, ``dropout`` is no probability, or ``task`` has
+            another fact.
         WeightsError: when the weights are missing, damaged or of another network.
     """
     if spatial_dims not in (2, 3):
@@ -199,11 +210,13 @@ def build_medsa(
     spec = get_base(base)
     size = spec.img_size if img_size is None else img_size
     size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    adapter: dict[str, Any] = {"adapter_ratio": adapter_ratio, "adapter_dim": adapter_dim, "scale": scale}
+    if adaptation is None:
+        adaptation = Bottlenecks(adapter_ratio, adapter_dim, scale, hyper_prompting, dropout)
+    encoder = spec.encoder(img_size=size, spatial_dims=spatial_dims, checkpointing=checkpointing, adaptation=adaptation)
     parts: dict[str, Any] = {
-        "image_encoder": spec.encoder(img_size=size, spatial_dims=spatial_dims, checkpointing=checkpointing, **adapter),
+        "image_encoder": encoder,
         "prompt_encoder": PromptEncoder(),
-        "mask_decoder": MaskDecoder(transformer=TwoWayTransformer(hyper_prompting=hyper_prompting, **adapter)),
+        "mask_decoder": MaskDecoder(transformer=TwoWayTransformer(adaptation=adaptation)),
         "num_classes": num_classes,
         "classes_per_pass": classes_per_pass,
         "click_feedback": ClickFeedback(spatial_dims=spatial_dims) if click_feedback else None,
@@ -215,17 +228,13 @@ def build_medsa(
         network: MedSA = VolumeMedSA(class_chunk=class_chunk, checkpointing=checkpointing, **parts)
     else:
         network = MedSA(**parts)
-    for module in network.modules():
-        if isinstance(module, (Adapter, HyperPromptingAdapter)):
-            module.dropout.p = dropout
     fingerprint = load_base(network, spec, sam_checkpoint) if pretrained else base_fingerprint({})
     network.set_identity(
         {
             "base": base,
             "sha256": fingerprint,
             "adapter": {
-                **adapter,
-                "hyper_prompting": hyper_prompting,
+                **adaptation.describe(),
                 "num_classes": num_classes,
                 "train_norms": train_norms,
                 **({"spatial_dims": 3} if spatial_dims == 3 else {}),
@@ -234,6 +243,9 @@ def build_medsa(
             },
         }
     )
+    known = list(size) if img_size is not None or hasattr(encoder, "img_size") else None
+    network.set_task({"image_size": known, **(task or {})})
+    network.same_task = same_task
     return network
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import monai.handlers
 import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Average
-from monai.handlers import from_engine
+from monai.handlers import CheckpointLoader, from_engine
 from monai.utils import CommonKeys as Keys
 from torch import nn
 
@@ -23,6 +24,7 @@ from medsa_nets.data import output_name, save_png, unique_names
 from medsa_nets.data.atomic import make_folder, remove_leftovers, temporary_name
 from medsa_nets.engines import plain
 from medsa_nets.errors import OutputError, SettingError, WeightsError, describe
+from medsa_nets.networks import MedSA
 from medsa_nets.prompts import prompts_of
 from medsa_nets.visualize import overlay_sample, overlay_volume
 
@@ -68,6 +70,7 @@ def for_this_process(handlers: Sequence[Any]) -> list[Any]:
         "EpochSeed",
         "LrScheduleHandler",
         "MetricsSaver",
+        "StartFrom",
         "TrainingCheckpoint",
         "ValidationHandler",
     )
@@ -279,6 +282,10 @@ class TrainingCheckpoint:
         try:
             unwrap(self.network).load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
+        except WeightsError as error:
+            raise WeightsError(
+                f"{self.state}: the unfinished run was another one. {error} Or pass --resume false, to start anew."
+            ) from error
         except (RuntimeError, ValueError, KeyError) as error:
             raise WeightsError(
                 f"{self.state}: the state of the unfinished run belongs to another network ({describe(error)}). "
@@ -391,6 +398,20 @@ class MetricsSaver(monai.handlers.MetricsSaver):
             ) from error
         finally:
             self.save_dir = folder
+
+
+class StartFrom(CheckpointLoader):
+    """MONAI's ``CheckpointLoader`` for an adapter that a training goes on from.
+
+    An adapter that was made for another image size, grid, intensity window or other classes is taken too, for it is to
+    learn; the log says what differs. What is saved from then on names what this training shows it.
+    """
+
+    def __call__(self, engine: Engine) -> None:
+        """Load the adapter."""
+        network = unwrap(self.load_dict["model"])
+        with network.any_task() if isinstance(network, MedSA) else nullcontext():
+            super().__call__(engine)
 
 
 class EarlyStop:

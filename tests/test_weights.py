@@ -18,7 +18,7 @@ from medsa_nets import weights
 from medsa_nets.bases import BASES, build_medsa
 from medsa_nets.errors import WeightsError
 from medsa_nets.networks import ImageEncoderViT
-from medsa_nets.networks.medsa import decode_identity
+from medsa_nets.networks.identity import decode_identity
 from medsa_nets.weights import (
     base_fingerprint,
     check_adapter,
@@ -273,10 +273,11 @@ def test_constant_tables_stay_constant_and_ramps_stay_ramps(tiny_base, tiny_sam,
     torch.testing.assert_close(rel_pos, torch.full_like(rel_pos, -0.5))
 
 
-def test_identity_does_not_depend_on_the_input_size(tiny_base, tiny_file):
+def test_the_input_size_is_part_of_the_task_not_of_the_identity(tiny_base, tiny_file):
     networks = [build_medsa("tiny", sam_checkpoint=str(tiny_file), img_size=size) for size in (128, 256)]
     assert torch.equal(networks[0].identity, networks[1].identity)
-    networks[0].load_state_dict(networks[1].state_dict())  # an adapter serves every size
+    with pytest.raises(WeightsError, match=r"image_size \[256, 256\] \(here \[128, 128\]\)"):
+        networks[0].load_state_dict(networks[1].state_dict())
 
 
 # ---------------------------------------------------------------- fingerprints and checksums

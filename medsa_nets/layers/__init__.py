@@ -1,6 +1,6 @@
 """Layers: adapters and the small parts of the encoders."""
 
-from medsa_nets.layers.adapters import HYPER_PROMPTING_FORMS, Adapter, HyperPromptingAdapter
+from medsa_nets.layers.adapters import HYPER_PROMPTING_FORMS, Adaptation, Adapter, Bottlenecks, HyperPromptingAdapter
 from medsa_nets.layers.common import (
     ConvBN,
     LayerNorm2d,
@@ -17,7 +17,9 @@ from medsa_nets.layers.linear import Linear, multiply_linear, remember
 
 __all__ = [
     "HYPER_PROMPTING_FORMS",
+    "Adaptation",
     "Adapter",
+    "Bottlenecks",
     "ClickFeedback",
     "ConvBN",
     "DepthBranch",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsa_nets.layers.linear import Linear
+from medsa_nets.layers.linear import Linear, multiply_linear
 
 HYPER_PROMPTING_FORMS = ("additive", "weights")
 
@@ -37,25 +41,56 @@ class Adapter(nn.Module):
         adapter_ratio: bottleneck width as a share of ``features`` (paper: 0.25).
         adapter_dim: bottleneck width itself; takes precedence over ``adapter_ratio``.
         skip: whether the input is added to the output.
+        dropout: probability with which an activation in the bottleneck is left out in training.
 
     Source: arXiv 2304.12620, section "SAM Adapter" (first adapter with, second without its own skip path).
     """
 
     def __init__(
-        self, features: int, *, adapter_ratio: float = 0.25, adapter_dim: int | None = None, skip: bool = False
+        self,
+        features: int,
+        *,
+        adapter_ratio: float = 0.25,
+        adapter_dim: int | None = None,
+        skip: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         hidden = bottleneck_features(features, adapter_ratio, adapter_dim)
         self.skip = skip
         self.down = Linear(features, hidden)
         self.activation = nn.ReLU()
-        self.dropout = nn.Dropout(0.0)
+        self.dropout = nn.Dropout(dropout)
         self.up = zero_linear(hidden, features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Adapt ``x`` of shape (..., features); the shape stays."""
         y = self.widen(self.down(x))
         return x + y if self.skip else y
+
+    def follow(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Adapt what a linear layer gives; without skip path.
+
+        Nothing stands between that layer and the down-projection, which is narrower: their product, one small matrix,
+        does the work of both.
+
+        Args:
+            x: input of the linear layer (..., features).
+            weight: its weight (features, features).
+            bias: its bias (features,).
+
+        Returns:
+            (..., features).
+        """
+        down = self.down
+        if torch.jit.is_scripting():
+            own = F.linear(x, down.weight @ weight, down.weight @ bias + down.bias)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                narrowed = multiply_linear(down.weight, weight.t())
+                shift = multiply_linear(down.weight, bias.unsqueeze(0)).flatten() + down.bias
+            own = multiply_linear(x, narrowed, shift)
+        return self.widen(own)
 
     def widen(self, bottleneck: Tensor) -> Tensor:
         """Second half: the bottleneck (..., hidden) to (..., features)."""
@@ -73,6 +108,7 @@ class HyperPromptingAdapter(nn.Module):
             bottleneck (seventh version). The matrix starts near the identity.
         adapter_ratio: bottleneck width as a share of ``features``.
         adapter_dim: bottleneck width itself; takes precedence over ``adapter_ratio``.
+        dropout: probability with which an activation in the bottleneck is left out in training.
 
     Raises:
         ValueError: when ``form`` is neither of the two.
@@ -88,6 +124,7 @@ class HyperPromptingAdapter(nn.Module):
         form: str = "additive",
         adapter_ratio: float = 0.25,
         adapter_dim: int | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if form not in HYPER_PROMPTING_FORMS:
@@ -106,7 +143,7 @@ class HyperPromptingAdapter(nn.Module):
         else:
             self.prompt = Linear(prompt_features, hidden)
         self.activation = nn.ReLU()
-        self.dropout = nn.Dropout(0.0)
+        self.dropout = nn.Dropout(dropout)
         self.up = zero_linear(hidden, features)
 
     def forward(self, x: Tensor, prompt_embedding: Tensor) -> Tensor:
@@ -126,3 +163,76 @@ class HyperPromptingAdapter(nn.Module):
         else:
             bottleneck = bottleneck + self.prompt(prompt_embedding)
         return x + self.up(self.dropout(self.activation(bottleneck)))
+
+
+class Adaptation(Protocol):
+    """Makes what adapts a frozen network: encoders and decoder ask it for the adapters of their blocks.
+
+    Attributes:
+        scale: weight of the adapters beside the MLPs.
+    """
+
+    @property
+    def scale(self) -> float: ...
+
+    def adapter(self, features: int, *, skip: bool = False) -> nn.Module:
+        """An adapter of tokens (..., features), zero at the start beside its skip path, where it has one.
+
+        Without skip path it also has :meth:`Adapter.follow`, by which a depth branch calls it.
+        """
+        ...
+
+    def prompted_adapter(self, features: int, prompt_features: int) -> nn.Module:
+        """An adapter of a decoder's tokens that sees the prompt embedding (:class:`HyperPromptingAdapter`)."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What an adapter file depends on, in numbers and texts; it stands in the file's identity."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bottlenecks:
+    """The paper's adaptation: bottleneck adapters, and hyper-prompting ones in the decoder.
+
+    Attributes:
+        adapter_ratio: bottleneck width as a share of a block's width (paper: 0.25).
+        adapter_dim: bottleneck width itself; takes precedence over ``adapter_ratio``.
+        scale: weight of the adapters beside the MLPs (paper: 0.5).
+        hyper_prompting: form of the hyper-prompting adapters, ``additive`` or ``weights``.
+        dropout: probability with which an activation in a bottleneck is left out in training; no part of what a file
+            depends on.
+
+    Source: arXiv 2304.12620.
+    """
+
+    adapter_ratio: float = 0.25
+    adapter_dim: int | None = None
+    scale: float = 0.5
+    hyper_prompting: str = "additive"
+    dropout: float = 0.0
+
+    def adapter(self, features: int, *, skip: bool = False) -> Adapter:
+        """A bottleneck adapter."""
+        return Adapter(
+            features,
+            adapter_ratio=self.adapter_ratio,
+            adapter_dim=self.adapter_dim,
+            skip=skip,
+            dropout=self.dropout,
+        )
+
+    def prompted_adapter(self, features: int, prompt_features: int) -> HyperPromptingAdapter:
+        """A hyper-prompting adapter."""
+        return HyperPromptingAdapter(
+            features,
+            prompt_features,
+            form=self.hyper_prompting,
+            adapter_ratio=self.adapter_ratio,
+            adapter_dim=self.adapter_dim,
+            dropout=self.dropout,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Width, weight and form."""
+        return {name: value for name, value in asdict(self).items() if name != "dropout"}

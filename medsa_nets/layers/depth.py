@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsa_nets.layers.adapters import Adapter, zero_linear
+from medsa_nets.layers.adapters import Adaptation, Bottlenecks, zero_linear
 from medsa_nets.layers.common import attend
-from medsa_nets.layers.linear import multiply_linear
 
 
 class DepthBranch(nn.Module):
@@ -22,8 +21,7 @@ class DepthBranch(nn.Module):
     Args:
         features: token width.
         num_heads: heads of the spatial attention.
-        adapter_ratio: see :class:`~medsa_nets.layers.Adapter`.
-        adapter_dim: see :class:`~medsa_nets.layers.Adapter`.
+        adaptation: makes the adapter.
         max_distance: distances in slices beyond this share the bias of the farthest one.
 
     Source: arXiv 2304.12620, section "SD-Trans".
@@ -34,15 +32,14 @@ class DepthBranch(nn.Module):
         features: int,
         *,
         num_heads: int,
-        adapter_ratio: float = 0.25,
-        adapter_dim: int | None = None,
+        adaptation: Adaptation = Bottlenecks(),  # noqa: B008 - it is frozen
         max_distance: int = 32,
     ) -> None:
         super().__init__()
         self.max_distance = max_distance
         self.idle = False  # an idle branch adds nothing and is not computed: what trains on single slices
         self.bias = nn.Parameter(torch.zeros(num_heads, 2 * max_distance + 1))
-        self.adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim)
+        self.adapter: Any = adaptation.adapter(features)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, depth: int) -> Tensor:
         """Attend along depth, before the attention's output projection.
@@ -73,9 +70,6 @@ class DepthBranch(nn.Module):
     def forward(self, attended: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Project and adapt what :meth:`attend` gave.
 
-        Nothing stands between the attention's frozen projection and the adapter's, which is narrower: their product,
-        one small matrix, does the work of both.
-
         Args:
             attended: (..., features).
             weight: of the attention's output projection (features, features).
@@ -84,15 +78,8 @@ class DepthBranch(nn.Module):
         Returns:
             (..., features), zero from a fresh branch.
         """
-        down = self.adapter.down
-        if torch.jit.is_scripting():
-            own = F.linear(attended, down.weight @ weight, down.weight @ bias + down.bias)
-        else:
-            with torch.autocast(attended.device.type, enabled=False):
-                narrowed = multiply_linear(down.weight, weight.t())
-                shift = multiply_linear(down.weight, bias.unsqueeze(0)).flatten() + down.bias
-            own = multiply_linear(attended, narrowed, shift)
-        return self.adapter.widen(own)
+        adapted: Tensor = self.adapter.follow(attended, weight, bias)
+        return adapted
 
 
 class DistantPrompt(nn.Module):

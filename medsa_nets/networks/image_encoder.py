@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from medsa_nets.layers import (
-    Adapter,
+    Adaptation,
+    Bottlenecks,
     DepthBranch,
     LayerNorm2d,
     Linear,
@@ -146,27 +147,23 @@ class Block(nn.Module):
         num_heads: int,
         window_size: int,
         input_size: tuple[int, int],
-        scale: float,
-        adapter_ratio: float,
-        adapter_dim: int | None,
+        adaptation: Adaptation,
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
         self.window_size = window_size
-        self.scale = scale
+        self.scale = adaptation.scale
         self.norm1 = nn.LayerNorm(features, eps=1e-6)
         self.attn = Attention(
             features, num_heads=num_heads, input_size=(window_size, window_size) if window_size > 0 else input_size
         )
         self.norm2 = nn.LayerNorm(features, eps=1e-6)
         self.mlp = MLPBlock(features=features, hidden=4 * features, activation=nn.GELU())
-        self.attn_adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim, skip=True)
-        self.mlp_adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim)
+        self.attn_adapter = adaptation.adapter(features, skip=True)
+        self.mlp_adapter = adaptation.adapter(features)
         self.depth: DepthBranch | None = None
         if spatial_dims == 3:
-            self.depth = DepthBranch(
-                features, num_heads=num_heads, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim
-            )
+            self.depth = DepthBranch(features, num_heads=num_heads, adaptation=adaptation)
 
     def forward(self, x: Tensor, depth: int = 1) -> Tensor:
         """Transform tokens (B * depth, H, W, C)."""
@@ -199,9 +196,7 @@ class ImageEncoderViT(nn.Module):
         depth: number of blocks.
         num_heads: heads per block.
         global_attn_indexes: blocks with global attention; the others use windows of 14 x 14 tokens.
-        scale: weight of the adapter beside the MLP (paper: 0.5).
-        adapter_ratio: see :class:`~medsa_nets.layers.Adapter`.
-        adapter_dim: see :class:`~medsa_nets.layers.Adapter`.
+        adaptation: makes the adapters.
         spatial_dims: 2, or 3 for space-depth blocks (SD-Trans).
         checkpointing: whether training recomputes each block in the backward pass, for less memory and more time.
 
@@ -223,9 +218,7 @@ class ImageEncoderViT(nn.Module):
         depth: int,
         num_heads: int,
         global_attn_indexes: Sequence[int],
-        scale: float = 0.5,
-        adapter_ratio: float = 0.25,
-        adapter_dim: int | None = None,
+        adaptation: Adaptation = Bottlenecks(),  # noqa: B008 - it is frozen
         spatial_dims: int = 2,
         checkpointing: bool = False,
     ) -> None:
@@ -245,9 +238,7 @@ class ImageEncoderViT(nn.Module):
                     num_heads=num_heads,
                     window_size=0 if i in global_attn_indexes else self.window_size,
                     input_size=grid,
-                    scale=scale,
-                    adapter_ratio=adapter_ratio,
-                    adapter_dim=adapter_dim,
+                    adaptation=adaptation,
                     spatial_dims=spatial_dims,
                 )
                 for i in range(depth)

@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections import OrderedDict
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsa_nets.errors import WeightsError
-from medsa_nets.layers import Adapter, ClickFeedback, DepthBranch, DistantPrompt, HyperPromptingAdapter
+from medsa_nets.layers import ClickFeedback
+from medsa_nets.networks.identity import Adapted
 from medsa_nets.networks.mask_decoder import MaskDecoder
 from medsa_nets.networks.prompt_encoder import PromptEncoder
 
-TRAINED_MODULES = (Adapter, HyperPromptingAdapter, DepthBranch, DistantPrompt, ClickFeedback)
-IDENTITY_BYTES = 512  # one size for every identity, so that tools that compare shapes let it through to our check
 
-
-def encode_identity(identity: Mapping[str, Any]) -> Tensor:
-    """Write an identity as JSON into a ``uint8`` tensor of fixed length, which every checkpoint tool can carry."""
-    text = json.dumps(identity, sort_keys=True).encode()
-    if len(text) > IDENTITY_BYTES:
-        raise ValueError(f"The identity takes {len(text)} bytes; {IDENTITY_BYTES} is the most.")
-    return torch.tensor(list(text.ljust(IDENTITY_BYTES)), dtype=torch.uint8)
-
-
-def decode_identity(tensor: Tensor) -> dict[str, Any]:
-    """Read an identity tensor back.
-
-    Raises:
-        WeightsError: when the tensor holds no identity.
-    """
-    try:
-        identity = json.loads(bytes(tensor.cpu().tolist()).decode())
-        return {"base": identity["base"], "sha256": identity["sha256"], "adapter": dict(identity["adapter"])}
-    except (ValueError, TypeError, KeyError) as error:
-        raise WeightsError("The checkpoint's entry 'identity' is damaged: it names no base model.") from error
-
-
-class MedSA(nn.Module):
+class MedSA(Adapted):
     """Frozen SAM with adapters; one network for automatic and prompted segmentation of images.
 
-    Its ``state_dict`` holds what is trained and the identity of the base, nothing else; :meth:`full_state_dict` holds
-    everything. Loading an adapter onto another base, or onto adapters of another form, raises :class:`WeightsError`.
+    What its files hold, and which it takes, is said by :class:`~medsa_nets.networks.identity.Adapted`.
 
     Args:
         image_encoder: adapted encoder with attributes ``stride`` and ``out_channels``.
@@ -63,10 +35,7 @@ class MedSA(nn.Module):
     Source: arXiv 2304.12620, figure 2.
     """
 
-    __jit_unused_properties__ = ("trained_names",)  # TorchScript has no frozenset
-
     if TYPE_CHECKING:  # TorchScript cannot read a class's postponed annotations
-        identity: Tensor
         pixel_mean: Tensor
         pixel_std: Tensor
 
@@ -98,87 +67,7 @@ class MedSA(nn.Module):
         self.class_embeddings = nn.Parameter(torch.zeros(num_classes, prompt_encoder.embed_dim))
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).reshape(1, 3, 1, 1), persistent=False)
-        self.register_buffer("identity", encode_identity({"base": "", "sha256": "", "adapter": {}}))
-        self._trained_names = frozenset[str]()
         self.freeze(train_norms)
-
-    def freeze(self, train_norms: bool = False) -> None:
-        """Leave gradients to the adapters and the class embeddings (and the layer norms, where asked) alone."""
-        self._trained_names = self._find_trained_names(train_norms)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in self._trained_names)
-
-    def set_identity(self, identity: Mapping[str, Any]) -> None:
-        """Say which base this is: ``base`` (name), ``sha256`` (of its weights), ``adapter`` (the settings)."""
-        self.identity.copy_(encode_identity(identity))
-
-    def _find_trained_names(self, train_norms: bool) -> frozenset[str]:
-        names = {"class_embeddings"}
-        for prefix, module in self.named_modules():
-            if isinstance(module, TRAINED_MODULES) or (train_norms and isinstance(module, nn.LayerNorm)):
-                names.update(f"{prefix}.{name}" for name, _ in module.named_parameters())
-        return frozenset(names)
-
-    @property
-    def trained_names(self) -> frozenset[str]:
-        """Names of the parameters that train, and that ``state_dict`` holds beside the identity."""
-        return self._trained_names
-
-    def base_state_dict(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the base, under segment-anything's names."""
-        adapters = {
-            f"{prefix}.{name}"
-            for prefix, module in self.named_modules()
-            if isinstance(module, TRAINED_MODULES)
-            for name, _ in module.named_parameters()
-        }
-        own = adapters | {"class_embeddings", "identity"}
-        return {name: tensor for name, tensor in self.full_state_dict().items() if name not in own}
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """Base, adapters and identity: everything, for those who want one file."""
-        return super().state_dict()
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The trained parameters and the base's identity (arguments as in ``torch.nn.Module.state_dict``)."""
-        destination = kwargs.pop("destination", None)
-        prefix, keep_vars = kwargs.get("prefix", ""), kwargs.get("keep_vars", False)
-        if args:  # torch's older positional form: destination, prefix, keep_vars
-            destination, prefix, keep_vars = (*args, *(destination, prefix, keep_vars)[len(args) :])
-        out = OrderedDict() if destination is None else destination
-        for name, tensor in super().state_dict(prefix=prefix, keep_vars=keep_vars).items():
-            if name[len(prefix) :] in self._trained_names or name == f"{prefix}identity":
-                out[name] = tensor
-        return out
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Check the identity, then let the base's own parameters stand for those that an adapter file lacks."""
-        key = f"{prefix}identity"
-        if key not in state_dict:
-            raise WeightsError(
-                "This checkpoint is no MedSA adapter: it has no entry 'identity'. Expected a file that MedSA saved "
-                "(models/model.pt). To load a base model, pass its path as sam_checkpoint."
-            )
-        theirs, ours = decode_identity(state_dict[key]), decode_identity(self.identity)
-        if (theirs["base"], theirs["sha256"]) != (ours["base"], ours["sha256"]):
-            raise WeightsError(
-                f"This adapter belongs to the base {theirs['base']!r} (weights sha256 {theirs['sha256'][:12]}…), but "
-                f"the network is built on {ours['base']!r} ({ours['sha256'][:12]}…). Build the network on that base "
-                "(base, sam_checkpoint), or train an adapter for this one."
-            )
-        there, here = theirs["adapter"], ours["adapter"]
-        without_feedback = "click_feedback" in here and "click_feedback" not in there
-        if without_feedback:  # the branch stays as it is
-            there = {**there, "click_feedback": here["click_feedback"]}
-            state_dict[key] = self.identity
-        if there != here:
-            different = [k for k in {**here, **there} if there.get(k) != here.get(k)]
-            listed = ", ".join(f"{k}={there.get(k)!r} (here {here.get(k)!r})" for k in different)
-            raise WeightsError(f"This adapter was made with other settings: {listed}. Build the network with those.")
-        for name, tensor in self.full_state_dict().items():
-            if name not in self._trained_names or (without_feedback and name.startswith("click_feedback.")):
-                state_dict.setdefault(f"{prefix}{name}", tensor)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Encode images for any number of :meth:`decode` calls.

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsa_nets.layers import (
-    Adapter,
+    Adaptation,
+    Bottlenecks,
     ConvBN,
     DepthBranch,
     LayerNorm2d,
@@ -213,24 +214,20 @@ class TinyViTBlock(nn.Module):
         *,
         num_heads: int,
         window_size: int,
-        scale: float,
-        adapter_ratio: float,
-        adapter_dim: int | None,
+        adaptation: Adaptation,
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
         self.window_size = window_size
-        self.scale = scale
+        self.scale = adaptation.scale
         self.attn = TinyViTAttention(features, num_heads=num_heads, window_size=window_size)
         self.local_conv = ConvBN(features, features, kernel_size=3, groups=features)
         self.mlp = TinyViTMLP(features, hidden=4 * features)
-        self.attn_adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim, skip=True)
-        self.mlp_adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim)
+        self.attn_adapter = adaptation.adapter(features, skip=True)
+        self.mlp_adapter = adaptation.adapter(features)
         self.depth: DepthBranch | None = None
         if spatial_dims == 3:
-            self.depth = DepthBranch(
-                features, num_heads=num_heads, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim
-            )
+            self.depth = DepthBranch(features, num_heads=num_heads, adaptation=adaptation)
 
     def forward(self, x: Tensor, depth: int = 1) -> Tensor:
         """Transform ``x`` (B * depth, C, H, W)."""
@@ -276,9 +273,7 @@ class TinyViTEncoder(nn.Module):
     Args:
         patch_stride: 4: two 3 x 3 convolutions of stride 2 (MobileSAM, made for 1024 x 1024); 1: two 1 x 1
             convolutions (LiteMedSAM, made for 256 x 256).
-        scale: weight of the adapter beside the MLP (paper: 0.5).
-        adapter_ratio: see :class:`~medsa_nets.layers.Adapter`.
-        adapter_dim: see :class:`~medsa_nets.layers.Adapter`.
+        adaptation: makes the adapters.
         spatial_dims: 2, or 3 for space-depth blocks (SD-Trans).
         checkpointing: whether training recomputes each block in the backward pass, for less memory and more time.
 
@@ -292,9 +287,7 @@ class TinyViTEncoder(nn.Module):
         self,
         *,
         patch_stride: int = 1,
-        scale: float = 0.5,
-        adapter_ratio: float = 0.25,
-        adapter_dim: int | None = None,
+        adaptation: Adaptation = Bottlenecks(),  # noqa: B008 - it is frozen
         spatial_dims: int = 2,
         checkpointing: bool = False,
         features: Sequence[int] = (64, 128, 160, 320),
@@ -321,9 +314,7 @@ class TinyViTEncoder(nn.Module):
                     width,
                     num_heads=num_heads[i],
                     window_size=window_sizes[i],
-                    scale=scale,
-                    adapter_ratio=adapter_ratio,
-                    adapter_dim=adapter_dim,
+                    adaptation=adaptation,
                     spatial_dims=spatial_dims,
                 )
                 for _ in range(depths[i])

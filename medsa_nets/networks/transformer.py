@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from medsa_nets.layers import Adapter, HyperPromptingAdapter, Linear, MLPBlock, attend
+from medsa_nets.layers import Adaptation, Bottlenecks, Linear, MLPBlock, attend
 
 
 class Attention(nn.Module):
@@ -44,10 +44,7 @@ class TwoWayAttentionBlock(nn.Module):
         num_heads: int,
         mlp_dim: int,
         skip_first_layer_pe: bool,
-        hyper_prompting: str,
-        scale: float,
-        adapter_ratio: float,
-        adapter_dim: int | None,
+        adaptation: Adaptation,
     ) -> None:
         super().__init__()
         self.self_attn = Attention(features, num_heads=num_heads)
@@ -59,12 +56,10 @@ class TwoWayAttentionBlock(nn.Module):
         self.norm4 = nn.LayerNorm(features)
         self.cross_attn_image_to_token = Attention(features, num_heads=num_heads, downsample_rate=2)
         self.skip_first_layer_pe = skip_first_layer_pe
-        self.scale = scale
-        self.hyper_prompt_adapter = HyperPromptingAdapter(
-            features, features, form=hyper_prompting, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim
-        )
-        self.mlp_adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim)
-        self.image_adapter = Adapter(features, adapter_ratio=adapter_ratio, adapter_dim=adapter_dim, skip=True)
+        self.scale = adaptation.scale
+        self.hyper_prompt_adapter = adaptation.prompted_adapter(features, features)
+        self.mlp_adapter = adaptation.adapter(features)
+        self.image_adapter = adaptation.adapter(features, skip=True)
 
     def forward(self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor) -> tuple[Tensor, Tensor]:
         """Update tokens and image.
@@ -102,10 +97,7 @@ class TwoWayTransformer(nn.Module):
         features: token width.
         num_heads: heads per attention.
         mlp_dim: hidden width of the MLP.
-        hyper_prompting: form of the hyper-prompting adapters, ``additive`` or ``weights``.
-        scale: weight of the adapter beside the MLP.
-        adapter_ratio: see :class:`~medsa_nets.layers.Adapter`.
-        adapter_dim: see :class:`~medsa_nets.layers.Adapter`.
+        adaptation: makes the adapters.
     """
 
     def __init__(
@@ -115,10 +107,7 @@ class TwoWayTransformer(nn.Module):
         features: int = 256,
         num_heads: int = 8,
         mlp_dim: int = 2048,
-        hyper_prompting: str = "additive",
-        scale: float = 0.5,
-        adapter_ratio: float = 0.25,
-        adapter_dim: int | None = None,
+        adaptation: Adaptation = Bottlenecks(),  # noqa: B008 - it is frozen
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
@@ -128,10 +117,7 @@ class TwoWayTransformer(nn.Module):
                     num_heads=num_heads,
                     mlp_dim=mlp_dim,
                     skip_first_layer_pe=i == 0,
-                    hyper_prompting=hyper_prompting,
-                    scale=scale,
-                    adapter_ratio=adapter_ratio,
-                    adapter_dim=adapter_dim,
+                    adaptation=adaptation,
                 )
                 for i in range(depth)
             ]

@@ -2,6 +2,7 @@
 
 from medsa_nets.transforms.anatomy import CheckAnatomyd, SaveImageWarningsd
 from medsa_nets.transforms.clicks import ReadClicksd
+from medsa_nets.transforms.facts import describe_transform
 from medsa_nets.transforms.masks import BinarizeMaskd
 from medsa_nets.transforms.overlays import SaveOverlayd, SaveVolumeOverlayd
 from medsa_nets.transforms.prompts import (
@@ -51,6 +52,7 @@ __all__ = [
     "SpacingBesidePathsd",
     "all_classes",
     "check_prompt_keys",
+    "describe_transform",
     "keep_main_components",
     "to_source_grid",
     "to_tensor_grid",

@@ -25,7 +25,7 @@ from medsa_nets.data import read_volume
 from medsa_nets.demo import read_metrics
 from medsa_nets.errors import DataError, find_cause
 from medsa_nets.handlers import save_atomically
-from medsa_nets.networks.medsa import decode_identity
+from medsa_nets.networks.identity import decode_identity
 from medsa_nets.prompts import prompts_of
 from medsa_nets.weights import find_base_file, get_base
 
@@ -556,6 +556,32 @@ def test_training_goes_on_from_the_adapter_with_the_cases_that_a_server_hands_ov
     trained = torch.load(model, weights_only=True)
     torch.testing.assert_close(trained["class_embeddings"], torch.full((13, 256), 0.25), atol=1e-4, rtol=0)
     assert not torch.equal(trained["class_embeddings"], torch.full((13, 256), 0.25))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pixdim": [1.5, 1.5, 1.5]}, r"grid pixdim \[3.0, 3.0, 3.0\] \(here \[1.5, 1.5, 1.5\]\)"),
+        ({"intensity_transform#a_max": 275.0}, r"intensity a_max 250.0 \(here 275.0\)"),
+        ({"classes": [f"organ {i}" for i in range(13)]}, r'classes \["spleen", .*\(here \["organ 0"'),
+        ({"pixdim": [1.5, 1.5, 1.5], "same_task": "false"}, None),
+        ({}, None),
+    ],
+)
+def test_an_adapter_is_refused_on_another_grid_window_or_for_other_classes(
+    settings: dict, message: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    parser = ConfigParser()
+    parser.read_config([INFERENCE, str(CONFIGS / "ct_3mm.yaml")])
+    parser.update({"bundle_root": str(BUNDLE), **settings})
+    network = parser.get_parsed_content("network_def")
+    state = torch.load(BUNDLE / "models" / "ct_3mm.pt", weights_only=True)
+    if message is None:
+        network.load_state_dict(state)
+        assert ("here [1.5, 1.5, 1.5]" in caplog.text) == bool(settings)
+        return
+    with pytest.raises(WeightsError, match=message):
+        network.load_state_dict(state)
 
 
 class Server:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -26,6 +27,7 @@ from medsa_nets.data.phantoms import phantom, write_phantoms
 from medsa_nets.demo import read_metrics
 from medsa_nets.errors import find_cause
 from medsa_nets.handlers import TrainingCheckpoint, save_atomically
+from medsa_nets.networks.identity import decode_task
 from medsa_nets.prompts import prompts_of
 from medsa_nets.weights import find_base_file, get_base
 
@@ -417,18 +419,45 @@ def test_adapter_of_another_form_is_refused(phantoms: Path, tmp_path: Path) -> N
     assert not (tmp_path / "metrics.csv").exists()
 
 
+def test_an_adapter_of_another_image_size_is_refused_unless_it_is_asked_for(phantoms: Path, tmp_path: Path) -> None:
+    options = {"dataset_dir": str(phantoms), "output_dir": str(tmp_path), "image_size": 64, "val_limit": 1, **COMMON}
+    with pytest.raises(RuntimeError) as caught:
+        run("evaluating", config_file=[TRAIN, EVALUATE], **options)
+    cause = find_cause(caught.value)
+    assert isinstance(cause, WeightsError)
+    assert "image_size [256, 256] (here [64, 64])" in str(cause)
+    assert not (tmp_path / "metrics.csv").exists()
+    run("evaluating", config_file=[TRAIN, EVALUATE], **options, same_task=False)
+    assert (tmp_path / "metrics.csv").exists()
+
+
+def test_a_run_that_was_interrupted_is_not_gone_on_with_at_another_image_size(phantoms: Path, tmp_path: Path) -> None:
+    options = {"dataset_dir": str(phantoms), "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path), **COMMON, **SMALL}
+    torch.save({"network": build_medsa("small", img_size=96, click_feedback=True).state_dict(), "epoch": 1,
+                "iteration": 2, "epoch_length": 1}, tmp_path / "training_state.pt")  # fmt: skip
+    with pytest.raises(RuntimeError) as caught:
+        run("training", config_file=TRAIN, train_limit=1, max_epochs=2, **options)
+    assert re.search(r"training_state.pt: .*image_size \[96, 96\] \(here \[64, 64\]\).*--resume false",
+                     str(find_cause(caught.value)))  # fmt: skip
+
+
 def test_the_base_without_adaptation_is_measured_too(phantoms: Path, tmp_path: Path) -> None:
     run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(phantoms), checkpoint="", prompt="none",
         output_dir=str(tmp_path), **COMMON)  # fmt: skip
     assert read_metrics(tmp_path)["val_mean_dice"] < 0.5
 
 
-def test_training_starts_from_an_adapter(phantoms: Path, tmp_path: Path) -> None:
+def test_training_starts_from_an_adapter_of_another_image_size_too(
+    phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = BUNDLE / "models" / "model.pt"
     still = {"start_from": str(model), "learning_rate": 0.0, "weight_decay": 0.0, "max_epochs": 1}
     run("training", config_file=TRAIN, dataset_dir=str(phantoms), ckpt_dir=str(tmp_path), output_dir=str(tmp_path),
         **{**COMMON, **SMALL, **still, "base": "lite_medsam"})  # fmt: skip
     expected, found = (torch.load(f, weights_only=True) for f in (model, tmp_path / "model_last.pt"))
+    made_for, trained_for = (decode_task(state.pop("task")) for state in (expected, found))
+    assert (made_for["image_size"], trained_for["image_size"]) == ([256, 256], [64, 64])  # taken, and said
+    assert "image_size [256, 256] (here [64, 64])" in capsys.readouterr().out
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
 
@@ -439,7 +468,7 @@ def test_a_training_of_one_step_is_not_spent_on_warming_up(phantoms: Path, tmp_p
         start_from=str(model), train_limit=1, **{"train#trainer#max_epochs": 1},  # as MONAI Label asks for epochs
         **COMMON, **{**SMALL, "base": "lite_medsam", "warmup_steps": 50})  # fmt: skip
     expected, found = (torch.load(f, weights_only=True) for f in (model, tmp_path / "model_last.pt"))
-    assert any(not torch.equal(found[name], expected[name]) for name in expected)
+    assert any(not torch.equal(found[name], expected[name]) for name in expected if name != "task")
 
 
 def test_one_image_trains_without_validation_and_a_picture_of_one_pixel_is_segmented(

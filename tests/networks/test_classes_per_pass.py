@@ -8,7 +8,7 @@ import torch
 from medsa_nets import build_medsa
 from medsa_nets.engines import train_slices
 from medsa_nets.errors import WeightsError
-from medsa_nets.layers import DepthBranch
+from medsa_nets.layers import Bottlenecks, DepthBranch
 from medsa_nets.networks import MaskDecoder, TwoWayTransformer
 
 
@@ -26,7 +26,7 @@ def test_the_decoder_gives_what_segment_anything_s_parts_give_for_more_tokens(se
     modeling = segment_anything.modeling
     transformer = modeling.TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
     reference = randomise(modeling.MaskDecoder(transformer_dim=256, transformer=transformer))
-    ours = MaskDecoder(transformer=TwoWayTransformer(adapter_dim=16)).eval()
+    ours = MaskDecoder(transformer=TwoWayTransformer(adaptation=Bottlenecks(adapter_dim=16))).eval()
     ours.load_state_dict(reference.state_dict(), strict=False)
     image, pe, dense = torch.randn(2, 256, 6, 9), torch.randn(1, 256, 6, 9), torch.randn(2, 256, 6, 9)
     classes = torch.randn(2, 4, 256)

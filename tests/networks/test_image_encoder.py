@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from medsa_nets.layers import Bottlenecks
 from medsa_nets.networks import ImageEncoderViT
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "global_attn_indexes": (1,)}
@@ -57,7 +58,7 @@ def test_training_and_inference_encode_alike(randomise):
 
 
 def test_first_adapter_stands_before_the_residual_and_second_beside_the_mlp(randomise):
-    encoder = randomise(ImageEncoderViT(img_size=(64, 64), **SMALL, scale=0.25))
+    encoder = randomise(ImageEncoderViT(img_size=(64, 64), **SMALL, adaptation=Bottlenecks(scale=0.25)))
     block = encoder.blocks[1]
     x = torch.randn(1, 4, 4, 32)
     with torch.no_grad():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medsa_nets.layers import HYPER_PROMPTING_FORMS
+from medsa_nets.layers import HYPER_PROMPTING_FORMS, Bottlenecks
 from medsa_nets.networks import MaskDecoder, TwoWayTransformer
 
 GRID = (6, 9)
@@ -19,7 +19,9 @@ def reference(segment_anything, randomise):
 @pytest.fixture(params=HYPER_PROMPTING_FORMS)
 def decoder(reference, request):
     """Our decoder on the reference's weights, adapters fresh."""
-    ours = MaskDecoder(transformer=TwoWayTransformer(hyper_prompting=request.param, adapter_dim=16)).eval()
+    ours = MaskDecoder(
+        transformer=TwoWayTransformer(adaptation=Bottlenecks(hyper_prompting=request.param, adapter_dim=16))
+    ).eval()
     result = ours.load_state_dict(reference.state_dict(), strict=False)
     assert result.unexpected_keys == []
     assert result.missing_keys
@@ -106,7 +108,7 @@ def test_every_adapter_of_every_block_matters(decoder, block, adapter):
 @pytest.mark.parametrize("first", [True, False], ids=["first block", "later block"])
 def test_adapters_stand_where_the_paper_puts_them(first, form, randomise):
     """Against the block spelled out with segment-anything's order of operations and the paper's three adapters."""
-    transformer = randomise(TwoWayTransformer(hyper_prompting=form, scale=0.25, adapter_dim=16))
+    transformer = randomise(TwoWayTransformer(adaptation=Bottlenecks(hyper_prompting=form, scale=0.25, adapter_dim=16)))
     block = transformer.layers[0 if first else 1]
     queries, keys = torch.randn(2, 7, 256), torch.randn(2, 20, 256)
     query_pe, key_pe = torch.randn(2, 7, 256), torch.randn(1, 20, 256)

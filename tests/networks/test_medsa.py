@@ -10,7 +10,7 @@ from torch import nn
 from medsa_nets.bases import BASES, build_medsa
 from medsa_nets.errors import WeightsError
 from medsa_nets.layers import HYPER_PROMPTING_FORMS
-from medsa_nets.networks.medsa import decode_identity, encode_identity
+from medsa_nets.networks.identity import decode_identity, encode_identity
 
 SIZE = 256
 SETS = 3
@@ -316,7 +316,7 @@ def trained(build, perturb_adapters):
 def test_state_dict_holds_what_trains_and_the_identity(build, train_norms):
     network = build(train_norms=train_norms)
     trainable = {name for name, p in network.named_parameters() if p.requires_grad}
-    assert set(network.state_dict()) == trainable | {"identity"}
+    assert set(network.state_dict()) == trainable | {"identity", "task"}
     assert any("norm" in name for name in trainable) == train_norms
 
 
@@ -403,7 +403,7 @@ def test_identity_survives_its_encoding_and_has_one_length():
 
 def test_full_state_dict_holds_everything_and_loads(build, trained, tiny_sam):
     full = trained.full_state_dict()
-    assert set(full) == {n for n, _ in trained.named_parameters()} | {"identity"} | set(tiny_sam.state_dict())
+    assert set(full) == {n for n, _ in trained.named_parameters()} | {"identity", "task"} | set(tiny_sam.state_dict())
     expected = _output(trained)
     state, _ = _save_and_load(full)
     other = build(num_classes=2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from medsa_nets.layers import Bottlenecks
 from medsa_nets.networks import TinyViTEncoder
 
 SMALL = {"features": (8, 16, 16, 24), "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 3), "window_sizes": (7, 7, 4, 7)}
@@ -168,7 +169,7 @@ def test_every_adapter_of_every_attention_block_matters(block, adapter, randomis
 
 
 def test_the_adapter_beside_the_mlp_is_scaled_and_shares_its_norm(randomise):
-    encoder = randomise(TinyViTEncoder(scale=0.25, **SMALL))
+    encoder = randomise(TinyViTEncoder(adaptation=Bottlenecks(scale=0.25), **SMALL))
     block = encoder.layers[3].blocks[0]
     x = torch.randn(1, 24, 7, 7)
     with torch.no_grad():

@@ -191,6 +191,7 @@ def test_adapters_of_images_and_volumes_are_told_apart(lite, lite_medsam_file):
     assert {name for name in state if not name.startswith(("image_encoder", "mask_decoder"))} >= {
         "class_embeddings",
         "identity",
+        "task",
         "distant_prompt.up.weight",
     }
     with pytest.raises(WeightsError, match=r"spatial_dims=None \(here 3\)"):
