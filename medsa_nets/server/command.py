@@ -37,7 +37,7 @@ def serve(
     idle_timeout_seconds: float = 600.0,
     liveness_timeout_seconds: float = 60.0,
     orientation: str = "RAS",
-    patience: float = 0.8,
+    patience: float = 0.25,
     log_level: str = "info",
 ) -> None:
     """Serve a bundle to clients of nnInteractive (3D Slicer, napari, Python).
@@ -59,7 +59,8 @@ def serve(
         liveness_timeout_seconds: without any sign of the client, after which it ends.
         orientation: where the axes of images point to that say nothing of it: RAS for NIfTI files turned to RAS, SPL
             for arrays of 3D Slicer and SimpleITK.
-        patience: seconds after which an answer comes from the clicked slab alone, and the rest with the next one.
+        patience: seconds that a whole answer may take; after them it comes from the clicked slab alone, and the rest
+            with the next one.
         log_level: of the log.
     """
     try:

@@ -21,7 +21,8 @@ class ServerSettings:
         max_voxels: of an image, and of a drawn mask.
         max_body: most bytes of a request.
         memory: most bytes for embeddings, and for requests that are being read.
-        patience: seconds after which the answer comes from the clicked slab alone, and the rest later.
+        patience: seconds that a whole answer may take; after them, and while an image is still being encoded, the
+            answer comes from the clicked slab, or from the clicks alone where there is a mask, and the rest later.
         upload: seconds in which a request must have come in.
     """
 
@@ -34,5 +35,5 @@ class ServerSettings:
     max_voxels: int = 512 * 512 * 512
     max_body: int = 2**30
     memory: int = field(default_factory=lambda: min(4 * 2**30, usable_memory() // 4))
-    patience: float = 0.8
+    patience: float = 0.25
     upload: float = 600.0

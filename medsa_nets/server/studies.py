@@ -452,9 +452,16 @@ class Study:
             slabs = self.slabs[()]
             points = torch.tensor([[voxel]], dtype=torch.float32)
             g = nearest_group(slabs, Prompts(points=points, labels=torch.ones(1, 1)))
-            logits = inferer._decode(slabs, g, Prompts())
-            s = int(np.argmin([abs(start + (slabs.depth - 1) / 2.0 - voxel[2]) for start in slabs.groups[g]]))
-            return logits[s, :, voxel[0], voxel[1], voxel[2] - slabs.groups[g][s]].cpu().numpy()
+            away = [abs(start + (slabs.depth - 1) / 2.0 - voxel[2]) for start in slabs.groups[g]]
+            s, amp = int(np.argmin(away)), inferer.amp
+            z = voxel[2] - slabs.groups[g][s]
+
+            def decode() -> Tensor:  # the decoder sees slices one by one
+                with autocast(amp, slabs.place):
+                    return network.decode(slabs.embeddings(g)[s : s + 1, ..., z : z + 1].to(slabs.place))
+
+            self.queue.run(lambda: slabs.embeddings(g))
+            return self.queue.run(decode)[0, :, voxel[0], voxel[1], 0].float().cpu().numpy()
         assert isinstance(inferer, _StudyPromptInferer)
         logits = inferer.decode(self.segmenter._input(self.image), network, [Prompts()])
         return logits[0, :, voxel[0], voxel[1]].cpu().numpy()

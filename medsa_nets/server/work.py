@@ -26,6 +26,7 @@ from medsa_nets.server.studies import FOREGROUND, ObjectSegmenter, StoppedError,
 logger = logging.getLogger(__name__)
 MAX_INTERACTIONS = 10_000  # with one object
 MAX_CORNERS = 4_000  # of a drawn line
+PATIENT = 5.0  # seconds from which on a wait is one for the whole answer
 LONGEST = 45.0  # seconds that a client is let wait; usual ones give up after 60
 
 
@@ -93,13 +94,14 @@ class SegmentedObject:
         self.session = InteractiveSession(ObjectSegmenter(study, index), self.settings, "nothing")
         self.session.open(None)
         self.interactions: list[int] = []  # prompts of each
-        self._todo: deque[UserPrompt] = deque()
+        self._todo: deque[UserPrompt] = deque()  # not in the session yet; the first one is being answered
+        self._lock = threading.Lock()
         self._running: Future[None] | None = None
-        self._stop = threading.Event()
+        self._stopped = False
         self._failure: Exception | None = None
-        self._base: InteractiveSession | None = None  # before what is being computed
-        self._since: list[UserPrompt] = []  # prompts after it
-        self._preview: InteractiveSession | None = None
+        self._preview = self._look_ahead()  # goes ahead of the session, by what the nearest slab shows
+        self._ahead: list[UserPrompt] = []  # prompts that the session may lack
+        self._shown = 0  # of these, in the preview
 
     @property
     def class_name(self) -> str:
@@ -108,100 +110,138 @@ class SegmentedObject:
 
     def add(self, prompts: Sequence[UserPrompt]) -> None:
         """Say something; :meth:`mask` answers."""
+        self._follow()
         self.interactions.append(len(prompts))
-        self._start(prompts)
+        with self._lock:
+            self._todo.extend(prompts)
+        self._ahead.extend(prompts)
 
     def said(self) -> list[UserPrompt]:
-        """All prompts, oldest first, once it is stopped."""
-        return [*self.session.prompts(), *self._todo]
+        """All prompts, oldest first."""
+        with self._lock:
+            return [*self.session.prompts(), *self._todo]
 
     def undo(self) -> bool:
         """Take back what was said last; false where there is nothing."""
         if not self.interactions:
             return False
-        self.stop()
+        self._follow()
         for _ in range(self.interactions.pop()):
-            if self._todo:
-                self._todo.pop()
-            else:
-                self.session.undo()
+            if self._ahead:
+                prompt = self._ahead.pop()
+                if self._shown > len(self._ahead):
+                    self._preview.undo()
+                    self._shown -= 1
+                with self._lock:
+                    waits = bool(self._todo) and self._todo[-1] is prompt
+                    if waits:
+                        self._todo.pop()
+                if waits:
+                    continue
+            self._wait(LONGEST)
+            self.session.undo()
         self.decided = any(prompt.label for prompt in self.said())
-        waiting, self._base, self._preview = list(self._todo), None, None
-        self._todo.clear()
-        self._start(waiting)
         return True
 
     def mask(self, patience: float) -> tuple[np.ndarray, bool]:
         """The mask (file's spatial…) as it is now, and whether it is complete.
 
         Args:
-            patience: seconds to wait for a complete one; after that, what the nearest slab shows.
+            patience: seconds to wait for a complete one. After that, and at once where slabs are not encoded yet, what
+                the nearest slab shows.
         """
-        if self._finished(patience):
-            return self.session.mask(0), True
-        if self._preview is None:
-            assert self._base is not None
-            self._preview = self._base.fork()
-            self._preview.segmenter = ObjectSegmenter(self.study, self.index, near=True)
-            self._preview.settings = replace(self.settings, network="first")
-            self._shown = 0
-        for prompt in self._since[self._shown :]:
+        if self.study.encoded or patience >= PATIENT or not self._todo:
+            self._run()
+            if self._follow(patience):
+                return self.session.mask(0), True
+        for prompt in self._ahead[self._shown :]:
             self._preview.apply(prompt)
             self._shown += 1
-        return self._preview.mask(0), False
+        self._run()
+        return self._preview.mask(0), not self._ahead
 
     def stop(self) -> None:
-        """Stop computing; what is not done yet stays to be done."""
-        self._stop.set()
-        if self._running is not None:
-            self._running.result()
-            self._running = None
-        self._stop.clear()
+        """Stop computing; to be called once, at the end."""
+        self._stopped = True
+        self._wait(LONGEST)
 
-    def _start(self, prompts: Sequence[UserPrompt]) -> None:
-        if self._finished(0.0):
-            self._base, self._since, self._preview = self.session.fork(), [], None
-        self._since.extend(prompts)
-        self._todo.extend(prompts)
-        if self._running is None or self._running.done():
-            self._running = self.executor.submit(self._work)
+    def _follow(self, patience: float = 0.0) -> bool:
+        """Whether the session holds all that was said; the preview then begins with what it shows.
 
-    def _finished(self, patience: float) -> bool:
-        end = time.monotonic() + patience
-        while self._running is not None:
-            try:
-                self._running.result(timeout=max(0.0, end - time.monotonic()))
-            except futures.TimeoutError:
-                return False
-            # something may have been added while the last one ended
-            more = bool(self._todo) and self._failure is None
-            self._running = self.executor.submit(self._work) if more else None
+        Raises:
+            RequestError: when what was said could not be answered; it is forgotten then.
+        """
+        idle = self._wait(patience)
         failure, self._failure = self._failure, None
         if failure is not None:
-            self._todo.clear()
             held = len(self.session.prompts())
+            self._todo.clear()
             while sum(self.interactions) > held:
                 self.interactions.pop()
-            while held > sum(self.interactions):
+            for _ in range(held - sum(self.interactions)):
                 self.session.undo()
-                held -= 1
-            if isinstance(failure, MedSAError):
-                raise RequestError(str(failure))
-            raise failure
+        if not idle or self._todo:
+            return False
+        if self._ahead or failure is not None:
+            self._preview = self._look_ahead()
+            self._ahead, self._shown = [], 0
+        if failure is not None:
+            raise RequestError(str(failure)) if isinstance(failure, MedSAError) else failure
+        return True
+
+    def _look_ahead(self) -> InteractiveSession:
+        out = self.session.fork()
+        out.segmenter = ObjectSegmenter(self.study, self.index, near=True)
+        out.settings = replace(self.settings, network="first")
+        return out
+
+    def _run(self) -> None:
+        with self._lock:
+            if self._todo and self._running is None and self._failure is None:
+                self._running = self.executor.submit(self._work)
+
+    def _wait(self, patience: float) -> bool:
+        """Whether nothing is being computed any more."""
+        running = self._running
+        if running is not None:
+            try:
+                running.result(timeout=patience)
+            except futures.TimeoutError:
+                return False
         return True
 
     def _work(self) -> None:
-        self.study.stopping.wanted = lambda: not self._stop.is_set()
         try:
-            while self._todo and not self._stop.is_set():
-                self.session.apply(self._todo[0])
-                self._todo.popleft()
-        except StoppedError:
-            pass
+            while True:
+                with self._lock:
+                    if not self._todo or self._stopped:
+                        self._running = None
+                        return
+                    prompt = self._todo[0]
+                self._answer(prompt)
         except Exception as error:
-            self._failure = error
+            with self._lock:
+                self._failure = None if isinstance(error, StoppedError) else error
+                self._running = None
+
+    def _answer(self, prompt: UserPrompt) -> None:
+        def wanted() -> bool:
+            return not self._stopped and bool(self._todo) and self._todo[0] is prompt
+
+        self.study.stopping.wanted = wanted
+        try:
+            self.session.apply(prompt)
+        except StoppedError:
+            if self.study.closed:
+                raise
+            return
         finally:
             del self.study.stopping.wanted
+        with self._lock:
+            if wanted():
+                self._todo.popleft()
+            else:  # taken back in the meantime
+                self.session.undo()
 
 
 class Work:
@@ -340,7 +380,7 @@ class Work:
             return self._difference(study, self._current(), True) if self._object is not None else Answer(ran=True)
         if self._object is None or not self._object.undo():
             return Answer()
-        mask, complete = self._object.mask(self.patience)
+        mask, complete = self._object.mask(0.0 if self.patience < PATIENT else self.patience)
         return self._difference(study, mask, complete)
 
     def _current(self) -> np.ndarray:
