@@ -34,7 +34,7 @@ from medsa_nets.transforms import ABSENT, all_classes, keep_main_components
 logger = logging.getLogger(__name__)
 CLICK_KERNEL = Kernel(length=3.0, contrast=0.15)  # pixels of the network's grid, share of the intensity range
 AGREEMENT = 0.5  # Dice from which an automatic mask and that of clicks show the same
-Answer: TypeAlias = "Callable[[_Slabs, Prompts], Tensor]"
+Answer: TypeAlias = "Callable[[Slabs, Prompts], Tensor]"
 
 
 def tensor_sha256(*tensors: Tensor) -> str:
@@ -394,19 +394,23 @@ class SlabInferer(Inferer):
         volumes = []
         for index, own in enumerate(asked):
             key = None if image_key is None else f"{image_key} {index}"
-            images = [_Slabs(self, inputs[index : index + 1], medsa, key, axes) for axes in self._mirrorings()]
+            images = [self._slabs(inputs[index : index + 1], medsa, key, axes) for axes in self._mirrorings()]
             expect_encodings(medsa, sum(len(image.groups) for image in images))
             volumes.append(self._answer(images, own))
             if any(image.encoded for image in images):
                 release_freed_memory()
         return torch.cat(volumes)
 
+    def _slabs(self, volume: Tensor, network: VolumeMedSA, key: str | None, axes: tuple[int, ...]) -> Slabs:
+        """Slabs of a volume, or of its mirror image along ``axes``; one that keeps volumes open has its own."""
+        return Slabs(self, volume, network, key, axes)
+
     def _mirrorings(self) -> list[tuple[int, ...]]:
         """Axes along which each image of a volume is mirrored; first none."""
         return [a for count in range(len(self.mirror_axes) + 1) for a in combinations(self.mirror_axes, count)]
 
     @staticmethod
-    def _mean(images: list[_Slabs], prompts: Prompts, answer: Answer) -> Tensor:
+    def _mean(images: list[Slabs], prompts: Prompts, answer: Answer) -> Tensor:
         """Mean over the volume and its mirror images of what ``answer`` makes of each."""
         answers = (image.mirror_back(answer(image, image.mirror_prompts(prompts))) for image in images)
         logits = next(answers)
@@ -414,7 +418,7 @@ class SlabInferer(Inferer):
             logits = logits + other
         return logits / len(images) if len(images) > 1 else logits
 
-    def _answer(self, images: list[_Slabs], prompts: Prompts) -> Tensor:
+    def _answer(self, images: list[Slabs], prompts: Prompts) -> Tensor:
         automatic = self.every_class and self.others == "automatic"
         if not prompts:
             logits = self._mean(images, prompts, self._automatic if automatic else self._segment)
@@ -428,7 +432,7 @@ class SlabInferer(Inferer):
             others = keep_main_components(others, self.component_share)
         return all_classes(logits, prompts.classes, images[0].network.num_classes, others=others)
 
-    def _automatic(self, slabs: _Slabs, prompts: Prompts) -> Tensor:
+    def _automatic(self, slabs: Slabs, prompts: Prompts) -> Tensor:
         """Logits of every class without prompts (``prompts`` is empty), kept beside the embeddings."""
         cache = slabs.cache
         if cache is None:
@@ -442,19 +446,19 @@ class SlabInferer(Inferer):
         cache.put(key, [kept], network=slabs.name, version=slabs.version)
         return logits
 
-    def _segment(self, slabs: _Slabs, prompts: Prompts) -> Tensor:
+    def _segment(self, slabs: Slabs, prompts: Prompts) -> Tensor:
         """Decode every slab."""
         groups = range(len(slabs.groups))
         bar = tqdm(groups, desc="slabs", disable=not self.progress or len(groups) < 2, leave=False)
         return self._blend(slabs, ((g, self._decode(slabs, g, prompts)) for g in bar))
 
-    def _spread_sets(self, slabs: _Slabs, prompts: Prompts) -> Tensor:
+    def _spread_sets(self, slabs: Slabs, prompts: Prompts) -> Tensor:
         """Answer each prompt set from its own slabs outwards."""
         logits = torch.cat([self._spread(slabs, prompts.select([k])) for k in range(prompts.sets)], dim=1)
         slabs.finish()
         return logits
 
-    def _spread(self, slabs: _Slabs, prompts: Prompts) -> Tensor:
+    def _spread(self, slabs: Slabs, prompts: Prompts) -> Tensor:
         """Decode the slabs that hold prompts, then their neighbours as long as the mask goes on there."""
         waiting = [(g, prompts) for g in slabs.holding(prompts)]
         answers: dict[int, Tensor] = {}
@@ -474,7 +478,7 @@ class SlabInferer(Inferer):
                     waiting.append((n, self._hand_on(slabs, prompts, logits, g, n)))
         return self._blend(slabs, sorted(answers.items()))
 
-    def _witness(self, slabs: _Slabs, prompts: Prompts, logits: Tensor, g: int) -> Tensor | None:
+    def _witness(self, slabs: Slabs, prompts: Prompts, logits: Tensor, g: int) -> Tensor | None:
         """Automatic mask (H, W, D) of the class that was clicked; none where it knows nothing of what the clicks show.
 
         A click that is handed on from slab to slab says that the organ is there; without another opinion, a mask that
@@ -489,7 +493,7 @@ class SlabInferer(Inferer):
         own = torch.stack([mask[..., start : start + slabs.depth] for start in slabs.groups[g]])
         return mask if bool((own & (logits[:, 0] > 0)).any()) else None
 
-    def _goes_on(self, slabs: _Slabs, logits: Tensor, automatic: Tensor, g: int, n: int) -> bool:
+    def _goes_on(self, slabs: Slabs, logits: Tensor, automatic: Tensor, g: int, n: int) -> bool:
         """Whether the automatic mask shows what slabs ``g`` found where they meet slabs ``n``."""
         s, here, shared = self._meeting(slabs, g, n)
         found = logits[s, 0, :, :, shared.start - here : shared.stop - here] > 0
@@ -497,7 +501,7 @@ class SlabInferer(Inferer):
         return float(compute_dice(found[None, None], there[None, None], ignore_empty=False)) >= AGREEMENT
 
     @staticmethod
-    def _meeting(slabs: _Slabs, g: int, n: int) -> tuple[int, int, range]:
+    def _meeting(slabs: Slabs, g: int, n: int) -> tuple[int, int, range]:
         """Slab of ``g`` beside ``n``: its place, its first slice, and its slices where the two overlap, or touch."""
         s, here = (0, slabs.groups[g][0]) if n < g else (-1, slabs.groups[g][-1])
         shared = range(max(here, slabs.groups[n][0]), min(here, slabs.groups[n][-1]) + slabs.depth)
@@ -507,7 +511,7 @@ class SlabInferer(Inferer):
         return s, here, shared
 
     @staticmethod
-    def _hand_on(slabs: _Slabs, prompts: Prompts, logits: Tensor, g: int, n: int) -> Prompts:
+    def _hand_on(slabs: Slabs, prompts: Prompts, logits: Tensor, g: int, n: int) -> Prompts:
         """Prompts of the neighbouring slabs ``n``: clicks, and one more in the middle of what slabs ``g`` found there.
 
         A slab far from the user's clicks would have to trace an organ from a click that lies many slices away.
@@ -523,7 +527,7 @@ class SlabInferer(Inferer):
         row, column = np.unravel_index(int(depth.argmax()), depth.shape)
         return prompts.with_points(prompts.points.new_tensor([[[row, column, z]]]), prompts.labels.new_ones(1, 1))
 
-    def _decode(self, slabs: _Slabs, g: int, prompts: Prompts) -> Tensor:
+    def _decode(self, slabs: Slabs, g: int, prompts: Prompts) -> Tensor:
         """Logits (S, K, H, W, slab depth) of the slabs of a group, where they are put together."""
         embeddings = slabs.embeddings(g)
         prompts = prompts.to(slabs.place)
@@ -534,7 +538,7 @@ class SlabInferer(Inferer):
         return logits.float()[:, :, :height, :width].to(slabs.place_out)
 
     @staticmethod
-    def _blend(slabs: _Slabs, answers: Iterable[tuple[int, Tensor]], absent: float = ABSENT) -> Tensor:
+    def _blend(slabs: Slabs, answers: Iterable[tuple[int, Tensor]], absent: float = ABSENT) -> Tensor:
         """Weighted mean of overlapping slabs, ``absent`` where there is none."""
         importance = compute_importance_map((slabs.depth,), mode="gaussian", sigma_scale=0.25, device="cpu").float()
         importance = importance.clamp_min(1e-3)
@@ -553,7 +557,7 @@ class SlabInferer(Inferer):
         return result if bool(seen.all()) else torch.where(seen, result, torch.full_like(result, absent))
 
 
-class _Slabs:
+class Slabs:
     """The slabs of a volume or a mirror image of it, in groups that are encoded together when they are asked for."""
 
     def __init__(

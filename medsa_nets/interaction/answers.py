@@ -132,19 +132,26 @@ def make_answer(
 
 
 def ask(grids: Grids, prompts: Sequence[UserPrompt]) -> Asked:
-    """What prompts ask of the network: clicks, a few points of each scribble, and the newest box or outline."""
+    """What prompts ask of the network: clicks, a few points of each scribble, and the newest box or outline.
+
+    An outline in a slice of a volume does not surround the class: it is a box of one slice, where nothing else shows
+    what is meant.
+    """
     points: list[np.ndarray] = []
     labels: list[int] = []
-    box = None
+    box = outline = None
     for prompt in prompts:
         if prompt.marks:
             own = grids.positions(prompt.positions)
             own = own[np.unique(np.linspace(0, len(own) - 1, TOKENS).round().astype(int))] if len(own) > TOKENS else own
             points.extend(own)
             labels.extend([prompt.label] * len(own))
-        elif _surrounds(prompt, grids.dims):
+        elif prompt.kind == "box" or (prompt.kind == "lasso" and prompt.label == 1):
             corners = grids.positions(np.stack([prompt.positions.min(0), prompt.positions.max(0)]))
-            box = np.concatenate([corners.min(0), corners.max(0)])
+            outline = np.concatenate([corners.min(0), corners.max(0)])
+            box = outline if _surrounds(prompt, grids.dims) else box
+    if box is None and not points:
+        box = outline
     return Asked(np.array(points).reshape(-1, grids.dims), np.array(labels), box)
 
 

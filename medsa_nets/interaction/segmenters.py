@@ -89,7 +89,7 @@ class Segmenter(Protocol):
 
         Args:
             image: from :meth:`open`.
-            index: id of the class.
+            index: id of the class; below 0, what the prompts show, whatever its class.
             asked: prompts.
             earlier: logits (spatial…) of the answer before this one, or none.
         """
@@ -220,7 +220,9 @@ class NetworkSegmenter:
 
     @torch.no_grad()
     def decode(self, image: MetaTensor, index: int, asked: Asked, earlier: Tensor | None) -> Tensor:
-        """Logits (spatial…) of the network's answer to prompts of a class."""
+        """Logits (spatial…) of the network's answer to prompts of a class, or of none (see :class:`Segmenter`)."""
+        if index < 0 and not len(asked.points) and asked.box is None:
+            return torch.full(tuple(image.shape[1:]), ABSENT)  # nothing shows what is meant
         points = labels = boxes = masks = None
         if len(asked.points):
             points, labels = (torch.from_numpy(own).float()[None] for own in (asked.points, asked.labels))
@@ -228,7 +230,8 @@ class NetworkSegmenter:
             boxes = torch.from_numpy(asked.box).float()[None]
         if earlier is not None and self.feedback:
             masks = self._as_earlier(earlier)
-        prompts = Prompts(points=points, labels=labels, boxes=boxes, masks=masks, classes=torch.tensor([index]))
+        classes = torch.tensor([index]) if index >= 0 else None
+        prompts = Prompts(points=points, labels=labels, boxes=boxes, masks=masks, classes=classes)
         inputs = self._input(image)
         if isinstance(self.inferer, PromptInferer):
             return self._cut(self.inferer.decode(inputs, self.network, [prompts])[0], image)[0]

@@ -113,13 +113,20 @@ def polygon_mask(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     inside, on_line = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     rows, columns = np.ogrid[: shape[0], : shape[1]]
     for (r0, c0), (r1, c1) in zip(corners, np.roll(corners, -1, axis=0)):
+        # only pixels that the edge can say something of
+        near = tuple(
+            slice(max(0, int(np.floor(min(a, b))) - 1), max(0, int(np.ceil(max(a, b))) + 2))
+            for a, b in ((r0, r1), (c0, c1))
+        )
         if c0 != c1:
-            crosses = (c0 > columns) != (c1 > columns)
-            inside ^= crosses & (rows < (r1 - r0) * (columns - c0) / (c1 - c0) + r0)
+            beside = columns[:, near[1]]
+            crosses = (c0 > beside) != (c1 > beside)
+            inside[:, near[1]] ^= crosses & (rows < (r1 - r0) * (beside - c0) / (c1 - c0) + r0)
+        row, column = rows[near[0]], columns[:, near[1]]
         square = (r1 - r0) ** 2 + (c1 - c0) ** 2
-        along = ((rows - r0) * (r1 - r0) + (columns - c0) * (c1 - c0)) / max(square, 1e-12)
+        along = ((row - r0) * (r1 - r0) + (column - c0) * (c1 - c0)) / max(square, 1e-12)
         along = along.clip(0.0, 1.0)
-        on_line |= (rows - r0 - along * (r1 - r0)) ** 2 + (columns - c0 - along * (c1 - c0)) ** 2 <= 1e-12
+        on_line[near] |= (row - r0 - along * (r1 - r0)) ** 2 + (column - c0 - along * (c1 - c0)) ** 2 <= 1e-12
     return inside | on_line
 
 

@@ -1,0 +1,527 @@
+"""Images that are open: read from a client's array, and encoded slab by slab, first where a user clicks."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose
+from nibabel.orientations import axcodes2ornt
+from torch import Tensor
+
+from medsa_nets.inferers import PromptInferer, SlabInferer, Slabs
+from medsa_nets.interaction.grids import Grids
+from medsa_nets.interaction.segmenters import Asked, NetworkSegmenter
+from medsa_nets.networks import MedSA, VolumeMedSA
+from medsa_nets.precision import autocast
+from medsa_nets.prompts import Prompts
+from medsa_nets.server.errors import RequestError
+from medsa_nets.server.queues import AHEAD, DeviceQueue
+
+logger = logging.getLogger(__name__)
+FOREGROUND = "foreground"  # name of what has no class
+
+
+class StoppedError(Exception):
+    """Work that nobody waits for any more."""
+
+
+class Embeddings:
+    """Embeddings of all open images, bounded by bytes: those that were used least recently leave first.
+
+    Args:
+        max_bytes: most memory for all.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._kept: OrderedDict[tuple[int, int, int], Tensor] = OrderedDict()
+        self._open: set[int] = set()
+        self._lock = threading.Lock()
+
+    def open(self, study: int) -> None:
+        """Keep embeddings of an image until it is forgotten."""
+        with self._lock:
+            self._open.add(study)
+
+    def get(self, key: tuple[int, int, int]) -> Tensor | None:
+        """An embedding, or none."""
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+            return found
+
+    def put(self, key: tuple[int, int, int], embedding: Tensor) -> None:
+        """Keep an embedding."""
+        with self._lock:
+            self._remove(key)
+            if key[0] not in self._open:  # closed while it was computed
+                return
+            self._kept[key] = embedding
+            self.bytes += embedding.nbytes
+            while self.bytes > self.max_bytes and len(self._kept) > 1:
+                self._remove(next(iter(self._kept)))
+
+    def forget(self, study: int) -> None:
+        """Drop an image's."""
+        with self._lock:
+            self._open.discard(study)
+            for key in [key for key in self._kept if key[0] == study]:
+                self._remove(key)
+
+    def _remove(self, key: tuple[int, int, int]) -> None:
+        found = self._kept.pop(key, None)
+        self.bytes -= 0 if found is None else found.nbytes
+
+
+class _StudySlabs(Slabs):
+    """Slabs of an open volume, whose embeddings are kept as long as it is open."""
+
+    def __init__(self, study: Study, number: int, *args: Any) -> None:
+        super().__init__(*args)
+        self.study = study
+        self.number = number
+
+    def embeddings(self, g: int) -> Tensor:
+        """Embeddings of a group; called in the device's thread."""
+        key = (self.study.number, self.number, g)
+        found = self.study.store.get(key)
+        if found is None:
+            found = self._encode(self.groups[g])
+            self.study.store.put(key, found)
+        return found
+
+    def encoded_groups(self) -> list[bool]:
+        """Which groups are encoded."""
+        return [self.study.store.get((self.study.number, self.number, g)) is not None for g in range(len(self.groups))]
+
+    def finish(self) -> None:
+        """Nothing: the study encodes the rest by itself."""
+
+
+class _StudySlabInferer(SlabInferer):
+    """The bundle's inferer on one open volume; each slab is a piece of work of its own in the device's queue."""
+
+    study: Study
+    near = False  # whether the slab that lies best around the newest click is all that is decoded
+
+    @classmethod
+    def of(cls, inferer: SlabInferer, study: Study, near: bool = False) -> _StudySlabInferer:
+        """The same settings for an open volume."""
+        out = cls.__new__(cls)
+        out.__dict__.update(inferer.__dict__)
+        out.study, out.near = study, near
+        out.cache, out.every_class, out.spread, out.progress = None, False, True, False
+        return out
+
+    def _slabs(self, volume: Tensor, network: VolumeMedSA, key: str | None, axes: tuple[int, ...]) -> Slabs:
+        return self.study.slabs[axes]
+
+    def _spread(self, slabs: Slabs, prompts: Prompts) -> Tensor:
+        if not self.near:
+            return super()._spread(slabs, prompts)
+        g = nearest_group(slabs, prompts)
+        return self._blend(slabs, [(g, self._decode(slabs, g, prompts))])
+
+    def _decode(self, slabs: Slabs, g: int, prompts: Prompts) -> Tensor:
+        self.study.check()
+        self.study.queue.run(lambda: slabs.embeddings(g))
+        self.study.check()
+        return self.study.queue.run(lambda: super(_StudySlabInferer, self)._decode(slabs, g, prompts))
+
+
+class _StudyPromptInferer(PromptInferer):
+    """The bundle's inferer on one open image."""
+
+    study: Study
+
+    @classmethod
+    def of(cls, inferer: PromptInferer, study: Study) -> _StudyPromptInferer:
+        """The same settings for an open image."""
+        out = cls.__new__(cls)
+        out.__dict__.update(inferer.__dict__)
+        out.study, out.cache = study, None
+        return out
+
+    def decode(self, inputs: Tensor, network: MedSA, prompts: Sequence[Prompts]) -> Tensor:
+        """Answer all prompts, as a piece of work in the device's queue."""
+        self.study.check()
+        return self.study.queue.run(lambda: super(_StudyPromptInferer, self).decode(inputs, network, prompts))
+
+    def _embed(self, inputs: Tensor, medsa: MedSA) -> Tensor:
+        key = (self.study.number, 0, 0)
+        found = self.study.store.get(key)
+        if found is None:
+            found = medsa.encode_image(inputs)
+            self.study.store.put(key, found)
+        return found
+
+
+def nearest_group(slabs: Slabs, prompts: Prompts) -> int:
+    """The group of slabs in whose middle the newest click, or the box, lies best."""
+    depth = slabs.volume.shape[4]
+    place = 0.0
+    if prompts.points is not None and prompts.labels is not None:
+        place = float(prompts.points[0, prompts.labels[0] >= 0][-1, 2])
+    elif prompts.boxes is not None:
+        place = float(prompts.boxes[0, 2] + prompts.boxes[0, 5]) / 2.0
+    place = min(max(place, 0.0), depth - 1.0)
+    away = [min(abs(start + (slabs.depth - 1) / 2.0 - place) for start in group) for group in slabs.groups]
+    return int(np.argmin(away))
+
+
+class ObjectSegmenter:
+    """What a session of one object needs: the network's answers for one class, or for none, on an open image.
+
+    Args:
+        study: the image.
+        index: id of the class; none for a foreground without one.
+        near: whether answers stay within the slab of the newest click.
+    """
+
+    exclusive = False  # one class has nothing to exclude; other objects are the server's concern
+
+    def __init__(self, study: Study, index: int | None, near: bool = False) -> None:
+        self.study = study
+        self.index = index
+        self.near = near
+        self.segmenter = study.near_segmenter if near else study.segmenter
+        self.classes: Sequence[str] = [FOREGROUND if index is None else study.segmenter.classes[index]]
+        self.volumes = self.segmenter.volumes
+
+    @property
+    def feedback(self) -> bool:
+        """Whether the network was trained with earlier masks."""
+        return self.segmenter.feedback
+
+    @property
+    def prompted(self) -> bool:
+        """Whether the network was trained with clicks or boxes."""
+        return self.segmenter.prompted
+
+    def open(self, source: Any) -> MetaTensor:
+        """The study's image, whatever ``source`` is."""
+        return self.study.image
+
+    def automatic(self, image: MetaTensor) -> Tensor:
+        """Objects start from nothing."""
+        raise NotImplementedError
+
+    def on_file(self, logits: Tensor, image: MetaTensor) -> np.ndarray:
+        """Objects start from nothing."""
+        raise NotImplementedError
+
+    def decode(self, image: MetaTensor, index: int, asked: Asked, earlier: Tensor | None) -> Tensor:
+        """Logits (spatial…) of the network's answer."""
+        return self.segmenter.decode(image, -1 if self.index is None else self.index, asked, earlier)
+
+    def identity(self) -> dict[str, str]:
+        """What the answers depend on beside the image."""
+        return self.segmenter.identity()
+
+
+@dataclass(frozen=True)
+class Properties:
+    """What a client may say of an image in ``image_properties``; other entries are left alone.
+
+    Attributes:
+        affine: (4, 4), voxel indices to RAS in mm.
+        class_name: class of what is segmented: a name, ``foreground`` for none, or empty to choose by the first click.
+        session: a name by which a later client finds this session again, or empty.
+    """
+
+    affine: np.ndarray
+    class_name: str = ""
+    session: str = ""
+
+
+def read_properties(properties: Any, classes: Sequence[str], orientation: str) -> Properties:
+    """Read a client's ``image_properties``.
+
+    Args:
+        properties: ``spacing`` (mm along the three axes; 1 where absent), ``affine`` (voxel indices to RAS, in place of
+            spacing and orientation), ``orientation`` (where the three axes point to, as ``RAS`` or ``SPL``), ``class``,
+            ``session``.
+        classes: that the network has.
+        orientation: of images that say nothing of it.
+
+    Raises:
+        RequestError: when an entry has another form.
+    """
+    if not isinstance(properties, Mapping):
+        raise RequestError("image_properties: expected an object.")
+    own = properties.get("class", "")
+    if own is None or own == "":
+        name = ""
+    elif isinstance(own, str) and own.lower() in [FOREGROUND, *(c.lower() for c in classes)]:
+        name = own.lower()
+    else:
+        raise RequestError(f"image_properties, class: expected {FOREGROUND} or one of {', '.join(classes)}.")
+    session = properties.get("session", "")
+    if not isinstance(session, str) or len(session) > 200:
+        raise RequestError("image_properties, session: expected a name of at most 200 characters.")
+    if properties.get("affine") is not None:
+        affine = _numbers(properties["affine"], (4, 4), "affine")
+        if abs(np.linalg.det(affine[:3, :3])) < 1e-9 or not np.array_equal(affine[3], [0, 0, 0, 1]):
+            raise RequestError("image_properties, affine: it is singular, or its last row is not 0, 0, 0, 1.")
+        return Properties(affine, name, session)
+    spacing = np.ones(3)
+    if properties.get("spacing") is not None:
+        spacing = _numbers(properties["spacing"], (3,), "spacing")
+        if not ((spacing > 1e-3) & (spacing < 1e3)).all():
+            raise RequestError("image_properties, spacing: expected three lengths in mm.")
+    axes = properties.get("orientation") or orientation
+    return Properties(affine_of(axes, spacing), name, session)
+
+
+def affine_of(axes: Any, spacing: np.ndarray) -> np.ndarray:
+    """Affine (4, 4), to RAS in mm, of an array whose axes point to ``axes``, as ``RAS``, or ``SPL`` for 3D Slicer's.
+
+    Raises:
+        RequestError: when ``axes`` are no three directions.
+    """
+    pairs = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
+    if not isinstance(axes, str) or len(axes) != 3 or sorted(pairs.get(a, 3) for a in axes.upper()) != [0, 1, 2]:
+        raise RequestError("orientation: expected three letters as RAS or SPL, one of each R or L, A or P, S or I.")
+    affine = np.diag([0.0, 0.0, 0.0, 1.0])
+    for axis, (target, sign) in enumerate(axcodes2ornt(tuple(axes.upper()))):
+        affine[int(target), axis] = sign * spacing[axis]
+    return affine
+
+
+def _numbers(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
+    try:
+        found = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        found = np.empty(0)
+    if found.shape != shape or not np.isfinite(found).all() or np.abs(found).max() > 1e6:
+        raise RequestError(f"image_properties, {name}: expected {' x '.join(map(str, shape))} numbers.")
+    return found
+
+
+class Study:
+    """An image that a client has open, on the network's grid, and its embeddings.
+
+    Args:
+        segmenter: the bundle's.
+        queue: of the device.
+        store: keeps embeddings.
+        number: of the image, unique in the process.
+        array: (C, X, Y, Z), as the client sent it.
+        properties: of it.
+
+    Raises:
+        RequestError: when the array is no image that this network takes.
+    """
+
+    def __init__(
+        self,
+        segmenter: NetworkSegmenter,
+        queue: DeviceQueue,
+        store: Embeddings,
+        number: int,
+        array: np.ndarray,
+        properties: Properties,
+    ) -> None:
+        self.queue, self.store, self.number = queue, store, number
+        store.open(number)
+        self.closed = False
+        self.stopping = threading.local()
+        self.client_shape = tuple(int(n) for n in array.shape[1:])
+        self.slice_axis: int | None = None  # of length 1, for images
+        self.image = self._read(segmenter, array, properties)
+        self.grids = Grids(self.image)
+        self.segmenter = copy.copy(segmenter)
+        self.near_segmenter = self.segmenter
+        self.slabs: dict[tuple[int, ...], _StudySlabs] = {}
+        self._focus: float | None = None
+        self._ahead: threading.Thread | None = None
+        inferer, network = segmenter.inferer, segmenter.network
+        if isinstance(inferer, SlabInferer):
+            assert isinstance(network, VolumeMedSA)
+            own = _StudySlabInferer.of(inferer, self)
+            volume = segmenter._input(self.image)
+            for count, axes in enumerate(own._mirrorings()):
+                self.slabs[axes] = _StudySlabs(self, count, own, volume, network, None, axes)
+            self.segmenter.inferer = own
+            self.near_segmenter = copy.copy(segmenter)
+            self.near_segmenter.inferer = _StudySlabInferer.of(inferer, self, near=True)
+        else:
+            self.segmenter.inferer = _StudyPromptInferer.of(inferer, self)
+
+    def _read(self, segmenter: NetworkSegmenter, array: np.ndarray, properties: Properties) -> MetaTensor:
+        """The array as the network sees it, through the bundle's transforms without its reader."""
+        assert segmenter.preprocessing is not None
+        values = np.asarray(array, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise RequestError("image: it holds values that are not finite. Replace them, for example by air.")
+        if segmenter.volumes:
+            if len(values) != 1:
+                raise RequestError(f"image: expected one channel, (1, X, Y, Z), got {len(values)}.")
+            image = MetaTensor(
+                torch.from_numpy(np.ascontiguousarray(values)), affine=torch.from_numpy(properties.affine)
+            )
+            image.meta["original_affine"] = properties.affine
+        else:
+            flat = [axis for axis in (2, 0, 1) if values.shape[1 + axis] == 1]
+            if not flat or len(values) not in (1, 3):
+                raise RequestError("image: expected a photograph (1 or 3, X, Y, 1), or (1 or 3, 1, Y, X).")
+            self.slice_axis = flat[0]
+            plane = values.squeeze(1 + self.slice_axis)
+            if self.slice_axis == 0:  # slices, rows, columns; a photograph's own order is (x, y)
+                plane = plane.transpose(0, 2, 1)
+            plane = np.repeat(plane, 3, axis=0) if len(plane) == 1 else plane
+            image = MetaTensor(torch.from_numpy(np.ascontiguousarray(plane)))
+        image.meta["filename_or_obj"] = "image"
+        image.meta["spatial_shape"] = np.asarray(image.shape[1:])
+        transforms = [t for t in segmenter.preprocessing.transforms if not type(t).__name__.startswith("LoadImage")]
+        return Compose(transforms)({"image": image})["image"]
+
+    def to_file(self, positions: np.ndarray) -> np.ndarray:
+        """Positions (N, 3) of the client's array as those (N, dims) of the image."""
+        if self.slice_axis is None:
+            return positions
+        plane = np.delete(positions, self.slice_axis, axis=1)
+        return plane[:, ::-1] if self.slice_axis == 0 else plane
+
+    def mask_to_file(self, mask: np.ndarray) -> np.ndarray:
+        """A mask of the client's array (X, Y, Z) on the image's grid."""
+        if self.slice_axis is None:
+            return mask
+        plane = mask.squeeze(self.slice_axis)
+        return plane.T if self.slice_axis == 0 else plane
+
+    def mask_to_client(self, mask: np.ndarray) -> np.ndarray:
+        """A mask of the image's grid, or a box of it, on the client's (X, Y, Z)."""
+        if self.slice_axis is None:
+            return mask
+        return np.expand_dims(mask.T if self.slice_axis == 0 else mask, self.slice_axis)
+
+    def encode_ahead(self) -> None:
+        """Encode the image in the background, from its middle, or from where a user clicked, outwards."""
+        self._ahead = threading.Thread(target=self._encode_all, name="encode ahead", daemon=True)
+        self._ahead.start()
+
+    def look_at(self, position: np.ndarray) -> None:
+        """Encode first what lies near a position (dims,) of the image's grid."""
+        if self.slabs:
+            self._focus = float(self.grids.positions(position[None])[0, 2])
+
+    @property
+    def encoded(self) -> bool:
+        """Whether all is encoded."""
+        if not self.slabs:
+            return self.store.get((self.number, 0, 0)) is not None
+        return all(all(slabs.encoded_groups()) for slabs in self.slabs.values())
+
+    def close(self) -> None:
+        """Stop encoding, and forget the embeddings."""
+        self.closed = True
+        self.store.forget(self.number)
+
+    def check(self) -> None:
+        """Stop what is computed for nobody.
+
+        Raises:
+            StoppedError: when the image was closed, or what this thread computes is not wanted any more.
+        """
+        wanted: Callable[[], bool] = getattr(self.stopping, "wanted", lambda: True)
+        if self.closed or not wanted():
+            raise StoppedError
+
+    def automatic_logits(self, position: np.ndarray) -> np.ndarray:
+        """Logits (K,) of every class without prompts at a position (dims,) of the image's grid.
+
+        In volumes, those of the slab around it alone.
+        """
+        voxel = self.grids.voxels(position[None])[0].tolist()
+        network = self.segmenter.network
+        inferer = self.segmenter.inferer
+        if isinstance(inferer, _StudySlabInferer):
+            slabs = self.slabs[()]
+            points = torch.tensor([[voxel]], dtype=torch.float32)
+            g = nearest_group(slabs, Prompts(points=points, labels=torch.ones(1, 1)))
+            away = [abs(start + (slabs.depth - 1) / 2.0 - voxel[2]) for start in slabs.groups[g]]
+            s, amp = int(np.argmin(away)), inferer.amp
+            z = voxel[2] - slabs.groups[g][s]
+
+            def decode() -> Tensor:  # the decoder sees slices one by one
+                with autocast(amp, slabs.place):
+                    return network.decode(slabs.embeddings(g)[s : s + 1, ..., z : z + 1].to(slabs.place))
+
+            self.queue.run(lambda: slabs.embeddings(g))
+            return self.queue.run(decode)[0, :, voxel[0], voxel[1], 0].float().cpu().numpy()
+        assert isinstance(inferer, _StudyPromptInferer)
+        logits = inferer.decode(self.segmenter._input(self.image), network, [Prompts()])
+        return logits[0, :, voxel[0], voxel[1]].cpu().numpy()
+
+    def _encode_all(self) -> None:
+        if not self.slabs:
+            inferer = self.segmenter.inferer
+            assert isinstance(inferer, _StudyPromptInferer)
+            inputs = self.segmenter._input(self.image)
+
+            def encode() -> None:
+                with autocast(inferer.amp, inputs.device):
+                    if not self.closed:
+                        inferer._embed(inputs, self.segmenter.network)
+
+            self._piece(encode)
+            return
+        if self._bytes_when_encoded() > self.store.max_bytes:
+            logger.info(
+                "image %d: its embeddings are too large to be kept; slabs are encoded as they are needed", self.number
+            )
+            return
+        tried: set[tuple[int, int]] = set()  # what other images pushed out again is encoded when it is needed
+        while not self.closed:
+            left = [
+                (abs(slabs.groups[g][0] + (slabs.depth - 1) / 2.0 - self._middle(slabs)), number, g)
+                for number, slabs in enumerate(self.slabs.values())
+                for g, done in enumerate(slabs.encoded_groups())
+                if not done and (number, g) not in tried
+            ]
+            if not left:
+                return
+            _, number, g = min(left)
+            tried.add((number, g))
+            slabs = list(self.slabs.values())[number]
+            if not self._piece(partial(self._encode_group, slabs, g)):
+                return
+
+    def _encode_group(self, slabs: _StudySlabs, g: int) -> None:
+        if not self.closed:
+            slabs.embeddings(g)
+
+    def _piece(self, work: Callable[[], Any]) -> bool:
+        try:
+            self.queue.submit(work, AHEAD).result()
+        except Exception:  # the answer that needs it meets the same, and says so
+            if not self.closed:
+                logger.exception("encoding ahead stopped")
+            return False
+        return True
+
+    def _middle(self, slabs: Slabs) -> float:
+        depth = slabs.volume.shape[4]
+        focus = self._focus if self._focus is not None else (depth - 1) / 2.0
+        return depth - 1 - focus if 2 in slabs.mirrored else focus
+
+    def _bytes_when_encoded(self) -> int:
+        total = 0
+        for slabs in self.slabs.values():
+            count = sum(len(group) for group in slabs.groups) * slabs.depth
+            h, w = (-(-n // slabs.network.stride) for n in slabs.volume.shape[2:4])
+            total += count * h * w * slabs.network.prompt_encoder.embed_dim * 4
+        return total

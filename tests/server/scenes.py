@@ -1,0 +1,73 @@
+"""Images for tests of servers, their files, and what users do on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from PIL import Image
+
+SPACING = (0.6, 0.5, 1.0)
+
+
+def make_volume(seed: int = 0, shape: tuple[int, int, int] = (20, 24, 22)) -> np.ndarray:
+    """A volume of blocks (1, X, Y, Z)."""
+    random = np.random.default_rng(seed)
+    blocks = random.integers(0, 500, [-(-n // 4) for n in shape])
+    return np.kron(blocks, np.ones((4, 4, 4)))[: shape[0], : shape[1], : shape[2]][None].astype(np.int16)
+
+
+def make_photograph(seed: int = 0, shape: tuple[int, int] = (60, 45)) -> np.ndarray:
+    """A photograph of blocks (3, X, Y, 1)."""
+    random = np.random.default_rng(seed)
+    blocks = random.integers(0, 255, (3, -(-shape[0] // 10), -(-shape[1] // 10)))
+    return np.kron(blocks, np.ones((1, 10, 10)))[:, : shape[0], : shape[1], None].astype(np.uint8)
+
+
+def write_volume(volume: np.ndarray, path: Path) -> Path:
+    """The file that holds what a client sends (1, X, Y, Z)."""
+    image = nibabel.Nifti1Image(volume[0], np.diag([*SPACING, 1.0]))
+    image.header.set_zooms(SPACING)
+    nibabel.save(image, path)
+    return path
+
+
+def write_photograph(photograph: np.ndarray, path: Path) -> Path:
+    """The file that holds what a client sends (3, X, Y, 1): x and y of the picture are its first axes."""
+    Image.fromarray(photograph[..., 0].transpose(2, 1, 0)).save(path)
+    return path
+
+
+def random_action(random: np.random.Generator, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Something that a user may do on an image (X, Y, Z)."""
+    flat = shape[2] == 1
+    kind = str(random.choice(["point", "point", "point", "scribble", "box", "lasso", "mask", "undo", "undo", "reset"]))
+    out: dict[str, Any] = {"kind": kind, "label": int(random.integers(2))}
+    low = np.array([random.integers(0, max(1, n - 6)) for n in shape])
+    size = np.array([random.integers(3, 7) if n > 6 else 1 for n in shape])
+    axis = 2 if flat else int(random.integers(3))
+    if kind == "point":
+        out["position"] = [int(random.integers(n)) for n in shape]
+    elif kind == "scribble":
+        drawn = np.zeros(shape, np.uint8)
+        voxel = np.array([random.integers(n) for n in shape])
+        for _ in range(8):
+            drawn[tuple(voxel)] = 1
+            voxel = np.clip(voxel + random.integers(-1, 2, 3), 0, np.array(shape) - 1)
+        out["drawn"] = drawn
+    elif kind == "box":
+        out["label"] = 1
+        out["box"] = np.stack([low, low + size], axis=1)
+    elif kind == "lasso":
+        size[axis] = 1
+        out["box"] = np.stack([low, low + size], axis=1)
+        out["axis"] = axis
+        out["drawn"] = np.zeros(shape, np.uint8)
+        out["drawn"][tuple(slice(a, b) for a, b in out["box"])] = 1
+    elif kind == "mask":
+        drawn = np.zeros(shape, np.uint8)
+        drawn[tuple(slice(a, a + 2 * s) for a, s in zip(low, size))] = 1
+        out["drawn"] = drawn
+    return out
