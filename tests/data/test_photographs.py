@@ -463,9 +463,11 @@ def test_grey_of_every_type_is_scaled_without_wrapping(tmp_path, interpretation,
     np.testing.assert_allclose(read(path)[..., 0], expected, atol=1.5)
 
 
-@pytest.mark.parametrize("name", ["JPEG2000.dcm", "SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_rle_2frame.dcm", "examples_palette.dcm",
-                                  "examples_rgb_color.dcm", "examples_ybr_color.dcm", "SC_rgb_16bit.dcm",
-                                  "SC_rgb_32bit.dcm", "color-pl.dcm", "SC_jpeg_no_color_transform.dcm"])  # fmt: skip
+PYDICOMS = ["JPEG2000", "SC_rgb_jpeg_dcmtk", "SC_rgb_rle_2frame", "examples_palette", "examples_rgb_color"]
+PYDICOMS += ["examples_ybr_color", "SC_rgb_16bit", "SC_rgb_32bit", "color-pl", "SC_jpeg_no_color_transform"]
+
+
+@pytest.mark.parametrize("name", [f"{name}.dcm" for name in PYDICOMS])
 def test_pydicoms_own_files_give_pydicoms_colours_or_one_error(name):
     path = pydicom.data.get_testdata_file(name, download=False)
     if path is None:
