@@ -137,13 +137,13 @@ def keep_readable(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     Raises:
         DataError: when none can be read.
     """
-    from medsa_nets.data.photographs import read_photograph  # photographs.py imports this module
+    from medsa_nets.data.photographs import read_mask, read_photograph  # photographs.py imports this module
 
     kept, skipped = [], []
     for item in items:
         try:
-            for path in item.values():
-                read_photograph(path)
+            for key, path in item.items():
+                (read_mask if key == "label" else read_photograph)(path)
             kept.append(item)
         except DataError as error:
             skipped.append(str(error))

@@ -220,7 +220,8 @@ class ResultOperator(DICOMSegmentationWriterOperator):
         if source.headers:
             self._write_objects(folder, source, mask, measured)
         if not source.volume:
-            save_png(Picture.fromarray((mask.T > 0).astype(np.uint8) * 255), folder / "mask.png")
+            picture = Picture.fromarray((mask.T > 0).astype(np.uint8) * 255)
+            save_png(picture, folder / "mask.png", frame=job.image.meta["frame"])
         pictures = key_images(mask, job.image, source, self.settings)
         write_report(folder, source, self.settings, measured, pictures, warnings)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage, MRImageStorage, generate_uid
+from pydicom.valuerep import PersonName
 
 from medsa_nets.data import PhotographReader, read_volume
 from medsa_nets.data.datalists import PHOTOGRAPH_SUFFIXES, is_dicom
@@ -84,7 +86,7 @@ class Source:
         """
         out = []
         for file, header in zip(self.files, self.headers):
-            data = pydicom.dcmread(file)
+            data = with_known_characters(pydicom.dcmread(file, force=True), file)
             for name in self.made:
                 setattr(data, name, header.get(name))
             if self.made:
@@ -201,7 +203,48 @@ def read_header(file: Path) -> Dataset:
         raise DataError(
             f"{file}: not readable as DICOM ({name}: {describe(error)}). Expected a whole DICOM file; send it again."
         ) from error
-    return header
+    return with_known_characters(header, file)
+
+
+def with_known_characters(dataset: Dataset, file: Path) -> Dataset:
+    """A DICOM object, changed in place, with a single character set, which objects that refer to it can repeat.
+
+    An empty character set and ``ISO_IR 6`` are the default one, which has no name; text with code extensions becomes
+    UTF-8 (``ISO_IR 192``).
+
+    Args:
+        dataset: the object, with or without pixels.
+        file: its file, which errors name.
+
+    Raises:
+        DataError: when the character set is none of DICOM's, or does not fit the text.
+    """
+    stated = dataset.get("SpecificCharacterSet")
+    names = [str(part or "").strip() for part in ([stated] if stated is None or isinstance(stated, str) else stated)]
+    if len(names) == 1 and re.fullmatch(r"ISO_IR (100|101|109|110|144|127|126|138|148|203|13|166|192)", names[0]):
+        unchanged = names[0] == stated
+        dataset.SpecificCharacterSet = stated if unchanged else names[0]
+        return dataset
+    if not set(names) - {"", "ISO_IR 6", "ISO 2022 IR 6"}:
+        dataset.pop("SpecificCharacterSet", None)
+        return dataset
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # pydicom warns of character sets that it does not know, and of text that does not fit
+            warnings.filterwarnings("error", message="(?i).*(encoding|decode)")
+            dataset.decode()
+            for element in dataset.iterall():
+                if element.VR == "PN" and element.value:
+                    many = not isinstance(element.value, str | PersonName)
+                    element.value = [str(one) for one in element.value] if many else str(element.value)
+    except Exception as error:  # pydicom's warnings, LookupError, UnicodeError
+        raise DataError(
+            f"{file}: the DICOM field SpecificCharacterSet is {stated!r} ({describe(error)}). Expected one of DICOM's "
+            "character sets, that of the text in the file; correct it."
+        ) from error
+    dataset.SpecificCharacterSet = "ISO_IR 192"
+    return dataset
 
 
 def fill_uids(file: Path, header: Dataset) -> None:

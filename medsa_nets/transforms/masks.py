@@ -9,21 +9,21 @@ import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
+from medsa_nets.data.masks import binarize_mask
 from medsa_nets.errors import DataError
 
 
 class BinarizeMaskd(MapTransform):
     """Turn a two-valued mask (0 and 255, 0 and 1) into 0 and 1, after checking it against its image.
 
-    Values within a tenth of the range from the lowest or the highest one count as that one, since masks come as JPEG
-    too. A mask of one value is empty, unless that value is above 127 (all foreground).
+    Its distinct values are judged, see :func:`medsa_nets.data.masks.binarize_mask`.
 
     Args:
         keys: keys of the masks (1, spatial…).
         image_key: key of the image that the mask belongs to.
 
     Raises:
-        DataError: when a mask has another size than its image, or more than two values.
+        DataError: when a mask has another size than its image, or is not clearly two-valued.
     """
 
     def __init__(self, keys: KeysCollection, image_key: str = "image", allow_missing_keys: bool = False) -> None:
@@ -40,19 +40,12 @@ class BinarizeMaskd(MapTransform):
             if mask.shape[1:] != image.shape[1:]:
                 raise DataError(
                     f"{name}: the mask is {_size(mask)} pixels, its image {image_name} is {_size(image)}. "
-                    "Expected the same size; export the mask at the image's size."
+                    "Expected the same size; export the mask at the image's size, upright "
+                    "(an image whose EXIF data state an orientation is turned as it is read)."
                 )
-            low, high = float(mask.min()), float(mask.max())
-            between = (mask > low + 0.1 * (high - low)) & (mask < high - 0.1 * (high - low))
-            # JPEG leaves a few values in between at the edge of the mask.
-            if int(between.sum()) > 0.05 * mask.numel():
-                values = torch.unique(torch.as_tensor(mask))
-                raise DataError(
-                    f"{name}: the mask has {len(values)} values ({', '.join(f'{v:g}' for v in values[:6].tolist())}…); "
-                    "expected two, background and foreground."
-                )
-            threshold = (low + high) / 2.0 if high > low else (127.0 if high > 1.0 else 0.5)
-            out[key] = (mask > threshold).float()
+            lossy = bool(getattr(mask, "meta", {}).get("lossy", False))
+            found = torch.from_numpy(binarize_mask(torch.as_tensor(mask)[0].cpu().numpy(), str(name), lossy))
+            out[key] = torch.zeros_like(mask).float() + found[None].to(mask.device)
         return out
 
 

@@ -21,6 +21,7 @@ from monai.transforms import MapTransform, Transform
 from torch import Tensor
 
 from medsa_nets.data.dataset import stable_seed
+from medsa_nets.data.masks import binarize_mask
 from medsa_nets.data.photographs import PhotographReader
 from medsa_nets.errors import DataError
 from medsa_nets.prompts import (
@@ -132,11 +133,11 @@ class ReadPromptsd(MapTransform):
     def read_mask(self, path: Path, image: MetaTensor) -> np.ndarray:
         """A mask of an image, boolean on the image's own grid."""
         reader = PhotographReader(mode="L")
-        mask = np.asarray(reader.get_data(reader.read(path))[0])
+        mask, meta = reader.get_data(reader.read(path))
         if mask.shape != image.shape[1:]:
             sizes = [" x ".join(map(str, shape)) for shape in (mask.shape, image.shape[1:])]
             raise DataError(f"mask {path}: its size is {sizes[0]}, that of the image {sizes[1]}. Resample the mask.")
-        return mask > 127
+        return binarize_mask(mask, f"mask {path}", bool(meta["lossy"]))
 
 
 def prompts_of_user(prompts: Sequence[UserPrompt], dims: int, named: bool = True) -> Prompts:

@@ -17,6 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from medsa_nets.data.labels import renumber
+from medsa_nets.data.masks import binarize_mask
 from medsa_nets.data.volumes import read_volume
 from medsa_nets.errors import DataError
 from medsa_nets.prompts import Prompts, UserPrompt, class_protocol_prompts
@@ -269,7 +270,7 @@ class ReadClassPromptsd(ReadPromptsd):
             raise DataError(
                 f"mask {path}: its grid is {_grid(mask)}; that of the volume {_grid(image)}. Resample the mask."
             )
-        return (mask.as_tensor()[0] > 0.5).numpy()
+        return binarize_mask(mask.as_tensor()[0].numpy(), f"mask {path}")
 
 
 class HighestProbabilityd(MapTransform):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+import pydicom.data
 import pytest
 import torch
 from monai.transforms import LoadImage, SaveImage
@@ -292,3 +293,197 @@ def test_the_writer_serves_save_image(tmp_path):
     assert files_in(tmp_path) == ["lesion.png"]
     found = np.asarray(Image.open(tmp_path / "lesion.png"))
     assert [tuple(place) for place in np.argwhere(found > 0)] == [(2, 7)]  # PIL: row, column
+
+
+# ---------------------------------------------------------------- one frame, upright
+
+
+def marked(height: int = 24, width: int = 40) -> np.ndarray:
+    """A picture in which each corner has a colour of its own, in patches that JPEG keeps."""
+    picture = np.full((height, width, 3), 120, dtype=np.uint8)
+    picture[:8, :16], picture[:8, -8:] = (250, 20, 20), (20, 250, 20)
+    picture[-8:, :16], picture[-8:, -16:] = (20, 20, 250), (250, 250, 20)
+    return picture
+
+
+def write_turned(path: Path, picture: np.ndarray, orientation: int) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
+    Image.fromarray(picture).save(path, exif=exif, **options)
+    return path
+
+
+# What a viewer does to the stored rows and columns, EXIF 2.32, 4.6.4 A, tag Orientation.
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".tiff"])
+@pytest.mark.parametrize("orientation", list(UPRIGHT))
+def test_a_photograph_comes_upright_whatever_its_stored_orientation(tmp_path, caplog, orientation, suffix):
+    path = write_turned(tmp_path / f"photo{suffix}", marked(), orientation)
+    found = read(path).astype(int)
+    expected = UPRIGHT[orientation](marked()).astype(int)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= (40 if suffix == ".jpg" else 0)
+    said = f"{path.name}: turned upright, as its EXIF orientation {orientation} says" in caplog.text
+    assert said == (orientation != 1)
+    _, meta = PhotographReader().get_data(path)
+    assert meta["orientation"] == orientation
+    assert meta["frame"].startswith("upright")
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 300])
+def test_an_orientation_that_there_is_not_turns_nothing(tmp_path, orientation):
+    path = write_turned(tmp_path / "photo.png", marked(), orientation)
+    np.testing.assert_array_equal(read(path), marked())
+
+
+def test_damaged_exif_data_are_told_and_turn_nothing(tmp_path, caplog):
+    Image.fromarray(marked()).save(tmp_path / "photo.png", exif=b"Exif\0\0nothing of the kind")
+    np.testing.assert_array_equal(read(tmp_path / "photo.png"), marked())
+    assert "EXIF data can't be read" in caplog.text
+
+
+def test_a_mask_in_stored_orientation_is_turned_with_its_own_exif_data(tmp_path):
+    mask = (marked()[..., 0] > 200).astype(np.uint8) * 255
+    write_turned(tmp_path / "mask.png", mask, 6)
+    found, _ = PhotographReader(mode="L").get_data(tmp_path / "mask.png")
+    np.testing.assert_array_equal(found.T, UPRIGHT[6](mask))
+
+
+def test_a_written_mask_says_its_frame(tmp_path):
+    path = write_turned(tmp_path / "photo.png", marked(), 6)
+    image = LoadImage(reader=PhotographReader(), image_only=True, ensure_channel_first=True)(str(path))
+    save = SaveImage(output_dir=tmp_path, output_ext=".png", writer=AtomicPILWriter, separate_folder=False,
+                     resample=False, scale=255, print_log=False)  # fmt: skip
+    save(image[:1] / 255)
+    written = Image.open(next(tmp_path.glob("photo_*.png")))
+    assert written.size == (24, 40)
+    assert written.text["Frame"] == "upright (EXIF orientation 6 of the image is applied)"
+    save_png(Image.fromarray(marked()), tmp_path / "a.png", frame="upright (as stored)")
+    assert Image.open(tmp_path / "a.png").text["Frame"] == "upright (as stored)"
+
+
+# ---------------------------------------------------------------- depths and colours
+
+
+@pytest.mark.parametrize(
+    ("grey", "low", "high"),
+    [
+        (np.linspace(0, 1, 54).astype(np.float32), 0, 1),
+        (np.linspace(0, 0.3, 54).astype(np.float32), 0, 1),  # a dark picture stays dark
+        (np.linspace(0, 255, 54).astype(np.float32), 0, 255),
+        (np.linspace(0, 4000, 54).astype(np.float32), 0, 4000),
+        (np.linspace(-500, 300, 54).astype(np.float32), -500, 300),
+        (np.linspace(-5000, 70000, 54).astype(np.int32), -5000, 70000),
+    ],
+)
+def test_grey_of_any_type_keeps_its_brightness_and_never_wraps(tmp_path, grey, low, high):
+    grey = grey.reshape(HEIGHT, WIDTH)
+    Image.fromarray(grey).save(tmp_path / "a.tif")
+    expected = (grey.astype(np.float64) - low) / (high - low) * 255
+    np.testing.assert_allclose(read(tmp_path / "a.tif")[..., 1], expected, atol=1.0)
+
+
+def test_pixels_that_are_not_finite_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 5), np.nan, dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a\.tif: 20 pixels are not finite"):
+        read(tmp_path / "a.tif")
+
+
+def test_pictures_that_are_left_out_are_counted(tmp_path, rgb, caplog):
+    Image.fromarray(rgb).save(tmp_path / "a.tif", save_all=True, append_images=[Image.fromarray(rgb[::-1])] * 2)
+    np.testing.assert_array_equal(read(tmp_path / "a.tif"), rgb)
+    assert "a.tif: took the first of 3 pictures" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_colours_of_every_depth_keep_their_brightness(tmp_path, rgb, bits):
+    deep = np.rint(rgb / 255 * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
+    path = write_dicom(tmp_path / "a.dcm", deep, PhotometricInterpretation="RGB", BitsStored=bits, HighBit=bits - 1)
+    np.testing.assert_allclose(read(path), rgb, atol=1)
+
+
+def test_colours_that_do_not_fit_their_bits_are_refused(tmp_path, rgb):
+    deep = rgb.astype(np.uint16) * 257
+    path = write_dicom(tmp_path / "a.dcm", deep, PhotometricInterpretation="RGB", BitsStored=8, HighBit=7)
+    try:
+        found = read(path)
+    except DataError as error:
+        assert "8 bits" in str(error)  # noqa: PT017 - pydicom's versions differ in whether they cut the other bits off
+    else:
+        np.testing.assert_array_equal(found, rgb)  # the low 8 bits
+
+
+def with_palette(path: Path, index: np.ndarray, colours: np.ndarray, bits: int, **fields) -> Path:
+    tables = {}
+    for number, name in enumerate(("Red", "Green", "Blue")):
+        tables[f"{name}PaletteColorLookupTableDescriptor"] = [len(colours) % 65536, 0, bits]
+        entries = colours[:, number].astype(np.uint8 if bits == 8 else np.uint16)
+        tables[f"{name}PaletteColorLookupTableData"] = entries.tobytes() + b"\0" * (entries.nbytes % 2)
+    return write_dicom(path, index, PhotometricInterpretation="PALETTE COLOR", **tables, **fields)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_dicom_palette_is_looked_up(tmp_path, bits, dtype):
+    colours = np.random.default_rng(1).integers(0, 256, (54, 3))
+    colours[0] = 255
+    index = np.arange(HEIGHT * WIDTH, dtype=dtype).reshape(HEIGHT, WIDTH)
+    path = with_palette(tmp_path / "a.dcm", index, colours * (1 if bits == 8 else 257), bits)
+    np.testing.assert_array_equal(read(path), colours[index])
+
+
+@pytest.mark.parametrize("interpretation", ["HSV", "CMYK", "YBR_PARTIAL_420", "", "UNHEARD OF"])
+def test_colours_that_are_not_known_are_one_error(tmp_path, rgb, interpretation):
+    path = write_dicom(tmp_path / "a.dcm", rgb, PhotometricInterpretation=interpretation)
+    with pytest.raises(DataError, match=r"a\.dcm"):
+        read(path)
+
+
+@pytest.mark.parametrize("interpretation", ["MONOCHROME2", "MONOCHROME1"])
+@pytest.mark.parametrize("dtype", [np.int16, np.int8, np.uint32])
+def test_grey_of_every_type_is_scaled_without_wrapping(tmp_path, interpretation, dtype):
+    info = np.iinfo(dtype)
+    grey = np.linspace(info.min, info.max, HEIGHT * WIDTH).astype(dtype).reshape(HEIGHT, WIDTH)
+    signed = {"PixelRepresentation": int(info.min < 0)}
+    path = write_dicom(tmp_path / "a.dcm", grey, PhotometricInterpretation=interpretation, **signed)
+    expected = np.linspace(0, 255, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
+    expected = 255 - expected if interpretation == "MONOCHROME1" else expected
+    np.testing.assert_allclose(read(path)[..., 0], expected, atol=1.5)
+
+
+PYDICOMS = ["JPEG2000", "SC_rgb_jpeg_dcmtk", "SC_rgb_rle_2frame", "examples_palette", "examples_rgb_color"]
+PYDICOMS += ["examples_ybr_color", "SC_rgb_16bit", "SC_rgb_32bit", "color-pl", "SC_jpeg_no_color_transform"]
+
+
+@pytest.mark.parametrize("name", [f"{name}.dcm" for name in PYDICOMS])
+def test_pydicoms_own_files_give_pydicoms_colours_or_one_error(name):
+    path = pydicom.data.get_testdata_file(name, download=False)
+    if path is None:
+        pytest.skip(f"pydicom has no {name} here")
+    try:
+        found = read(Path(path))
+    except DataError as error:
+        assert name in str(error)  # noqa: PT017 - either is right, as long as it is one of them
+        return
+    data = pydicom.dcmread(path)
+    array = data.pixel_array
+    if data.PhotometricInterpretation == "PALETTE COLOR":
+        array = pydicom.pixels.apply_color_lut(array, data) / 257
+    elif array.ndim == 3:
+        array = array / (2**data.BitsStored - 1) * 255
+    else:
+        array = (array.astype(float) - array.min()) / (float(array.max()) - array.min()) * 255
+        array = np.repeat(array[..., None], 3, axis=2)
+    np.testing.assert_allclose(found, array, atol=1.0)

@@ -4,6 +4,7 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+from pydicom.sr.codedict import codes
 from pydicom.uid import BasicTextSRStorage, MRImageStorage, generate_uid
 
 from medsa_nets.deploy.studies import Found, Rules, Source, find_sources
@@ -263,3 +264,43 @@ def readable(source: Source) -> bool:
     assert image.shape[3] == len(source.files)
     assert np.isfinite(image.numpy()).all()
     return True
+
+
+@pytest.mark.parametrize(
+    ("characters", "name"),
+    [
+        ("", "Smith^John"),
+        ("ISO_IR 6", "Smith^John"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=\u5c71\u7530^\u592a\u90ce"),
+        (["ISO 2022 IR 6", "ISO 2022 IR 100"], "M\u00fcller^J\u00f6rg"),
+        ("ISO 2022 IR 100", "M\u00fcller^J\u00f6rg"),
+        ("ISO_IR 100", "M\u00fcller^J\u00f6rg"),
+        ("ISO_IR 192", "\u5c71\u7530^\u592a\u90ce"),
+    ],
+)
+def test_every_character_set_is_one_that_a_segmentation_can_repeat(tmp_path, characters, name):
+    hd = pytest.importorskip("highdicom")
+    path = write_photograph(tmp_path / "a.dcm", np.zeros((7, 9, 3)), SpecificCharacterSet=characters, PatientName=name)
+    found = find_sources(tmp_path, PHOTOGRAPHS)
+    (data,) = found.sources[0].datasets()
+    algorithm = hd.AlgorithmIdentificationSequence("a", codes.DCM.ArtificialIntelligence, "1")
+    described = hd.seg.SegmentDescription(
+        1, "lesion", codes.SCT.Organ, codes.SCT.Skin, hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, algorithm
+    )
+    segmentation = hd.seg.Segmentation(
+        [data], np.ones((1, 7, 9), np.uint8), "BINARY", [described], generate_uid(), 1, generate_uid(), 1, "m", "n",
+        "1", "s",
+    )  # fmt: skip
+    segmentation.save_as(tmp_path / "segmentation.dcm")
+    assert str(pydicom.dcmread(tmp_path / "segmentation.dcm").PatientName) == name
+    assert str(pydicom.dcmread(path).PatientName) == name
+
+
+def test_a_character_set_that_there_is_not_is_refused_before_inference(tmp_path):
+    path = write_photograph(tmp_path / "a.dcm", np.zeros((7, 9, 3)), PatientName="Smith^John")
+    data = pydicom.dcmread(path)
+    data.add_new("SpecificCharacterSet", "CS", "NO_SET 7")
+    data.save_as(path)
+    assert "a.dcm: the DICOM field SpecificCharacterSet is 'NO_SET 7'" in only(
+        find_sources(tmp_path, PHOTOGRAPHS), "damaged"
+    )

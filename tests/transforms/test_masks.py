@@ -45,7 +45,7 @@ def test_a_jpeg_mask_becomes_what_was_drawn():
     assert np.mean(out.numpy()[0] != mask / 255) < 0.001
 
 
-@pytest.mark.parametrize(("value", "expected"), [(0, 0), (1, 1), (255, 1), (7, 0)])
+@pytest.mark.parametrize(("value", "expected"), [(0, 0), (1, 1), (255, 1), (65535, 1)])
 def test_a_mask_of_one_value_is_empty_or_full(value, expected):
     out = BinarizeMaskd("label")(item(torch.full((6, 8), float(value))))["label"]
     assert set(out.flatten().tolist()) == {float(expected)}
