@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medsa_nets import __version__
 from medsa_nets.errors import MedSAError, find_cause
@@ -41,6 +41,36 @@ MAX_JSON = 2**16  # bytes
 MAX_WAITING = 16  # requests of one lease that wait for each other
 PROTOCOL = "2.6.0"  # of the client that this server was written for
 Result = TypeVar("Result")
+
+
+class FailuresAnswered:
+    """Answers what fails inside, and keeps the connection: a handler of ``Exception`` would answer and raise it again.
+
+    Args:
+        app: what may fail.
+        answer: makes the answer of a request and an error.
+    """
+
+    def __init__(self, app: ASGIApp, answer: Callable[[Request, Exception], Awaitable[Response]]) -> None:
+        self.app = app
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, and answer what fails before an answer has begun."""
+        begun = False
+
+        async def note(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note)
+        except Exception as error:
+            if scope["type"] != "http" or begun:
+                raise
+            response = await self.answer(Request(scope), error)
+            await response(scope, receive, send)
 
 
 class KeyRequired:
@@ -308,7 +338,7 @@ def _handle_errors(application: FastAPI) -> None:
     application.add_exception_handler(StoppedError, stopped)
     application.add_exception_handler(HTTPException, plain)
     application.add_exception_handler(MedSAError, unexpected)
-    application.add_exception_handler(Exception, unexpected)
+    application.add_middleware(FailuresAnswered, answer=unexpected)
 
 
 def _add_leases(application: FastAPI, server: Server) -> None:

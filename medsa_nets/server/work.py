@@ -25,7 +25,8 @@ from medsa_nets.server.studies import FOREGROUND, ObjectSegmenter, StoppedError,
 
 logger = logging.getLogger(__name__)
 MAX_INTERACTIONS = 10_000  # with one object
-MAX_CORNERS = 4_000  # of a drawn line
+MAX_CORNERS = 2_000  # of a drawn line
+MAX_AREAS = 8  # drawn at once, and slices of a box that excludes: each is a prompt, and every answer minds all of them
 PATIENT = 5.0  # seconds from which on a wait is one for the whole answer
 LONGEST = 45.0  # seconds that a client is let wait; usual ones give up after 60
 
@@ -508,18 +509,16 @@ class Work:
             extents = [s.stop - s.start for s in place]
             axis = int(np.argmin(extents))
             planes = [(axis, z) for z in range(place[axis].start, place[axis].stop)]
-        out: list[UserPrompt] = []
-        for plane_axis, z in planes:
-            plane = drawn if plane_axis is None else drawn.take(z, plane_axis)
-            areas = areas_of(plane)
-            if label and len(areas) > 1:
-                raise RequestError("lasso: expected one closed line in a slice; something else is drawn beside it.")
-            for area in areas:
-                corners = corners_of(area)
-                if len(corners) > MAX_CORNERS:
-                    raise RequestError(f"lasso: the line turns more than {MAX_CORNERS} times.", 413)
-                out.append(self._lasso(corners, plane_axis, z, label, study.grids.file_shape))
-        return out
+        if len(planes) > 1:
+            raise RequestError("lasso: expected a closed line in one slice.")
+        ((plane_axis, z),) = planes
+        areas = areas_of(drawn if plane_axis is None else drawn.take(z, plane_axis))
+        if len(areas) > (1 if label else MAX_AREAS):
+            raise RequestError("lasso: expected one closed line; something else is drawn beside it.")
+        lines = [corners_of(area) for area in areas]
+        if sum(map(len, lines)) > MAX_CORNERS:
+            raise RequestError(f"lasso: the line turns more than {MAX_CORNERS} times.", 413)
+        return [self._lasso(corners, plane_axis, z, label, study.grids.file_shape) for corners in lines]
 
     @staticmethod
     def _lasso(corners: np.ndarray, axis: int | None, z: int, label: int, shape: tuple[int, ...]) -> UserPrompt:
@@ -541,6 +540,8 @@ class Work:
         plane = [a for a in range(3) if a != axis]
         corners = _rectangle(first[plane], last[plane])
         slices = range(int(first[axis]), int(last[axis]) + 1)
+        if len(slices) > MAX_AREAS:
+            raise RequestError(f"bbox: one that excludes may have {MAX_AREAS} slices at most.", 413)
         return [self._lasso(corners, axis, z, label, study.grids.file_shape) for z in slices]
 
     def _read_mask(self, study: Study, mask: np.ndarray, box: Any) -> np.ndarray:
