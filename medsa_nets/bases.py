@@ -183,7 +183,7 @@ def build_medsa(
         hyper_prompting: ``additive`` or ``weights``, the form of the decoder's hyper-prompting adapters.
         train_norms: whether layer norms train too.
         checkpointing: whether training computes activations twice, for less memory.
-        class_chunk: for volumes, the classes that the decoder answers at a time; 0 answers all at once.
+        class_chunk: prompt sets or classes that the decoder answers at a time; 0 answers all at once.
         dropout: probability with which an activation in an adapter's bottleneck is left out in training; active
             learning by epistemic uncertainty samples it too. It is no part of what an adapter file belongs to.
         adaptation: makes the adapters; none makes :class:`~medsa_nets.layers.Bottlenecks` of ``adapter_ratio``,
@@ -223,11 +223,10 @@ def build_medsa(
         "pixel_mean": spec.pixel_mean,
         "pixel_std": spec.pixel_std,
         "train_norms": train_norms,
+        "class_chunk": class_chunk,
+        "checkpointing": checkpointing,
     }
-    if spatial_dims == 3:
-        network: MedSA = VolumeMedSA(class_chunk=class_chunk, checkpointing=checkpointing, **parts)
-    else:
-        network = MedSA(**parts)
+    network = VolumeMedSA(**parts) if spatial_dims == 3 else MedSA(**parts)
     fingerprint = load_base(network, spec, sam_checkpoint) if pretrained else base_fingerprint({})
     network.set_identity(
         {
