@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from medsa_nets.checksums import state_sha256, tensor_sha256
 from medsa_nets.data.atomic import make_folder, temporary_name
 from medsa_nets.engines import plain
-from medsa_nets.inferers import tensor_sha256
 from medsa_nets.networks import MedSA
-from medsa_nets.weights import base_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ class StoredEmbeddings:
         # what writes into a tensor counts its version up, what moves it changes its address
         versions = tuple((t._version, t.data_ptr()) for t in tensors.values())
         if versions != self._versions:
-            self._versions, self._encoder = versions, base_fingerprint(tensors)
+            self._versions, self._encoder = versions, state_sha256(tensors)
         return self._encoder
 
     @staticmethod

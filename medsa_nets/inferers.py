@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import threading
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from medsa_nets.backends import backend_of, expect_encodings
+from medsa_nets.checksums import tensor_sha256
 from medsa_nets.engines import as_earlier, keep_freed_memory, plain, release_freed_memory
 from medsa_nets.interaction.observations import Kernel, observe
 from medsa_nets.machine import limit_threads
@@ -35,16 +35,6 @@ logger = logging.getLogger(__name__)
 CLICK_KERNEL = Kernel(length=3.0, contrast=0.15)  # pixels of the network's grid, share of the intensity range
 AGREEMENT = 0.5  # Dice from which an automatic mask and that of clicks show the same
 Answer: TypeAlias = "Callable[[Slabs, Prompts], Tensor]"
-
-
-def tensor_sha256(*tensors: Tensor) -> str:
-    """SHA-256 of tensors' shapes, types and values."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class EmbeddingCache:

@@ -17,9 +17,10 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 from torch import Tensor
 
+from medsa_nets.checksums import tensor_sha256
 from medsa_nets.engines import LIMIT, as_earlier
 from medsa_nets.errors import DataError
-from medsa_nets.inferers import EmbeddingCache, PromptInferer, SlabInferer, adapter_key, network_name, tensor_sha256
+from medsa_nets.inferers import EmbeddingCache, PromptInferer, SlabInferer, adapter_key, network_name
 from medsa_nets.interaction.grids import Grids
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.networks.identity import decode_identity

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from medsa_nets.bases import BASES, build_medsa
+from medsa_nets.build import build_medsa
 from medsa_nets.errors import WeightsError
 from medsa_nets.layers import HYPER_PROMPTING_FORMS
 from medsa_nets.networks.identity import decode_identity, encode_identity
+from medsa_nets.weights import BASES
 
 SIZE = 256
 SETS = 3
