@@ -15,7 +15,7 @@ from torch import Tensor
 from medsa_nets.errors import WeightsError
 from medsa_nets.interaction.grids import Grids, Place, bounding_place
 from medsa_nets.interaction.observations import MARGIN, Kernel, newest_labels, observe
-from medsa_nets.interaction.refinement import Refinement, kept, packaged, refine
+from medsa_nets.interaction.refinement import Refinement, kept, refine
 from medsa_nets.interaction.segmenters import Asked, Segmenter
 from medsa_nets.prompts.user import UserPrompt
 
@@ -48,7 +48,7 @@ class AnswerSettings:
             wrong. 0 bounds nothing; none takes that of :data:`USUAL`.
         interpolate: whether clicks speak for other voxels at all; false lets them set their own voxel alone.
         refinement: file of a :class:`~medsa_nets.interaction.refinement.Refinement`, which says what a click means for
-            the voxels around it; none takes the one that comes with the package, an empty name goes without.
+            the voxels around it; none takes the one that belongs to the adapter, an empty name goes without.
         network: ``always`` asks the network again for each answer, ``first`` where there was no mask before; ``auto``
             asks again in images, and in volumes where the adapter was trained with earlier masks; of one that knows
             clicks alone, it takes an answer that shows something else than the mask before.
@@ -82,26 +82,27 @@ class AnswerSettings:
         out = replace(self, **usual)
         return out if out.reach is not None or out.kernel is None else replace(out, reach=out.kernel.radius)
 
-    def refine_with(self, dims: int) -> Refinement | None:
-        """The refinement of clicks on images of 2 or volumes of 3 dimensions, or none.
 
-        Raises:
-            WeightsError: when its file is missing, damaged or for other dimensions.
-        """
-        if self.refinement == "":
-            return None
-        found = packaged(dims) if self.refinement is None else kept(self.refinement)
-        if found.dims != dims:
-            raise WeightsError(
-                f"{self.refinement}: this refinement is for images of {found.dims} dimensions, not of {dims}."
-            )
-        return found
+def refinement_of(settings: AnswerSettings, segmenter: Segmenter) -> Refinement | None:
+    """The refinement of clicks that answers are made with, or none.
+
+    Raises:
+        WeightsError: when its file is missing, damaged or for other dimensions.
+    """
+    if settings.refinement is None:
+        return segmenter.refinement
+    if settings.refinement == "":
+        return None
+    found, dims = kept(settings.refinement), 3 if segmenter.volumes else 2
+    if found.dims != dims:
+        raise WeightsError(f"{settings.refinement}: it refines clicks in {found.dims} dimensions, not in {dims}.")
+    return found
 
 
-def answer_identity(settings: AnswerSettings, dims: int) -> dict[str, str]:
-    """What answers depend on beside image, network and settings: the SHA-256 of the refinement, empty without."""
-    refinement = settings.refine_with(dims)
-    return {"refinement_sha256": "" if refinement is None else refinement.sha256}
+def answer_identity(settings: AnswerSettings, segmenter: Segmenter) -> dict[str, str]:
+    """What answers depend on beside image and settings: the network, and SHA-256 of the refinement or nothing."""
+    refinement = refinement_of(settings, segmenter)
+    return {**segmenter.identity(), "refinement_sha256": "" if refinement is None else refinement.sha256}
 
 
 @dataclass
@@ -159,7 +160,7 @@ def make_answer(
         Logits (spatial…): every marked voxel, and every bound, holds.
     """
     draft = draft_answer(segmenter, image, grids, index, previous, prompts, settings)
-    refinement = settings.refine_with(grids.dims)
+    refinement = refinement_of(settings, segmenter)
     if refinement is not None and draft.corrects:
         assert draft.previous is not None
         draft.values = refine(

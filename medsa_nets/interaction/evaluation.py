@@ -26,6 +26,7 @@ from medsa_nets.inferers import PromptInferer, SlabInferer
 from medsa_nets.interaction.answers import AnswerSettings, answer_identity
 from medsa_nets.interaction.grids import Grids
 from medsa_nets.interaction.metrics import SessionCurve, summarise
+from medsa_nets.interaction.refinement import beside
 from medsa_nets.interaction.segmenters import NetworkSegmenter, load_adapter
 from medsa_nets.interaction.session import STARTS, InteractiveSession
 from medsa_nets.interaction.users import SimulatedUser
@@ -158,7 +159,7 @@ class SessionEvaluation:
         network: Any = unwrap(self.network)
         if self.checkpoint:
             load_adapter(network, self.checkpoint)
-        segmenter = NetworkSegmenter(network, None, self.classes, self.inferer)
+        segmenter = NetworkSegmenter(network, None, self.classes, self.inferer, beside(self.checkpoint))
         rank, processes = idist.get_rank(), idist.get_world_size()
         state = self.output_dir / (KEPT if processes == 1 else f"{rank}_{KEPT}")
         make_folder(self.output_dir)
@@ -186,10 +187,10 @@ class SessionEvaluation:
     def _identity(self, segmenter: NetworkSegmenter) -> str:
         """What measured sessions depend on, beside the images."""
         user = {"shares": self.user.shares.tolist(), "jitter": self.user.jitter, "apart": self.user.apart}
-        dims = 3 if segmenter.volumes else 2
-        answers = {**dataclasses.asdict(self.settings.of(dims)), **answer_identity(self.settings, dims)}
+        answers = dataclasses.asdict(self.settings.of(3 if segmenter.volumes else 2))
         settings = {
-            "network": segmenter.identity(), "inferer": str(segmenter.inferer.amp), "user": user, "seed": self.seed,
+            "network": answer_identity(self.settings, segmenter), "inferer": str(segmenter.inferer.amp),
+            "user": user, "seed": self.seed,
             "answers": answers, "clicks": self.clicks, "tolerance": self.tolerance,
             "classes": self.classes,
         }  # fmt: skip

@@ -54,7 +54,7 @@ def describe_session(session: InteractiveSession) -> dict[str, Any]:
             "size": list(grids.file_shape),
             "affine": grids.world.tolist(),
         },
-        "network": {**session.segmenter.identity(), **answer_identity(session.settings, grids.dims)},
+        "network": answer_identity(session.settings, session.segmenter),
         "classes": session.classes,
         "start": session.start,
         "settings": settings,
@@ -156,7 +156,7 @@ def replay_session(session: InteractiveSession, path: Path, source: Any) -> None
     from medsa_nets.interaction.session import InteractiveSession
 
     log = read_log(path)
-    own = {**session.segmenter.identity(), **answer_identity(log["settings"], len(log["image"]["size"]))}
+    own = answer_identity(log["settings"], session.segmenter)
     for name, there in log["network"].items():
         here = own.get(name)
         if here != there:

@@ -30,19 +30,15 @@ NAMES = (
     "signed difference of intensity", "gradient", "gradient along the normal", "slope of the logit",
     "nearest click of its kind", "nearest click of the other kind", "clicks", "kind",
 )  # fmt: skip
-HERE = Path(__file__).parent
-PACKAGED = {
-    2: (HERE / "refinement_2d.pt", ""),
-    3: (HERE / "refinement_3d.pt", "233ed5a6d80d89da40ec37cca53e180e7ae32cfaf4900d3dc2ae843981347576"),
-}
+SUFFIX = ".clicks.pt"
 
 
 class Refinement(nn.Module):
     """Logits around a click, from what is known of each voxel there: a perceptron of two hidden layers.
 
     It sees no absolute place and no class, only how a voxel lies to the newest click, to earlier ones and to the mask's
-    border, and what logits and intensities both have (:data:`NAMES`). So one serves every adapter of its dimensions.
-    Untrained, it changes nothing.
+    border, and what logits and intensities both have (:data:`NAMES`). What clicks mean depends on the masks that they
+    correct: it lies beside the adapter whose masks taught it (:func:`beside`). Untrained, it changes nothing.
 
     Args:
         dims: 2 (images) or 3 (volumes).
@@ -87,23 +83,18 @@ class Refinement(nn.Module):
             torch.save({"form": [self.dims, self.reach, self.width, list(NAMES)], "state": self.state_dict()}, part)
 
     @classmethod
-    def load(cls, path: str | Path, sha256: str = "") -> Refinement:
+    def load(cls, path: str | Path) -> Refinement:
         """Read one from a file that :meth:`save` wrote.
 
         Args:
             path: of the file.
-            sha256: that the file must have; empty checks nothing.
 
         Raises:
             WeightsError: when the file is missing, damaged or something else.
         """
         path = Path(path)
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise WeightsError(f"{path}: it can't be read ({error.strerror}). Name a file of a refinement.") from error
-        if sha256 and hashlib.sha256(content).hexdigest() != sha256:
-            raise WeightsError(f"{path}: its sha256 is another than {sha256}. Install the package anew.")
+        if not path.is_file():
+            raise WeightsError(f"{path}: there is no such file. Name a refinement, which configs/refine.yaml trains.")
         try:
             kept = torch.load(path, map_location="cpu", weights_only=True)
             dims, reach, width, names = kept["form"]
@@ -114,20 +105,21 @@ class Refinement(nn.Module):
         except Exception as error:  # torch names damaged files in many ways
             raise WeightsError(
                 f"{path}: no refinement of clicks of this version ({str(error).splitlines()[0]}). Train one with "
-                "python -m medsa_nets.interaction refine."
+                "configs/refine.yaml of a bundle."
             ) from error
         return out.eval().requires_grad_(False)
 
 
-@lru_cache(maxsize=8)
-def packaged(dims: int) -> Refinement:
-    """The refinement of clicks that comes with the package, for images (2) or volumes (3).
+def place_beside(adapter: str | Path) -> Path:
+    """Where the refinement of an adapter lies: ``model.clicks.pt`` beside ``model.pt``."""
+    path = Path(adapter).with_suffix("")
+    return path.with_name(path.name + SUFFIX)
 
-    Raises:
-        WeightsError: when its file is missing or damaged.
-    """
-    path, sha256 = PACKAGED[dims]
-    return Refinement.load(path, sha256)
+
+def beside(adapter: str | Path | None) -> str:
+    """Path of the refinement that lies beside an adapter; empty where none does."""
+    path = place_beside(adapter) if adapter else None
+    return str(path) if path is not None and path.is_file() else ""
 
 
 @lru_cache(maxsize=8)

@@ -26,7 +26,7 @@ from medsa_nets.inferers import PromptInferer, SlabInferer
 from medsa_nets.interaction.answers import AnswerSettings, draft_answer, finish_answer
 from medsa_nets.interaction.evaluation import target_masks
 from medsa_nets.interaction.grids import Grids
-from medsa_nets.interaction.refinement import LIMIT, NAMES, Refinement, describe, refine
+from medsa_nets.interaction.refinement import LIMIT, NAMES, Refinement, describe, place_beside, refine
 from medsa_nets.interaction.segmenters import NetworkSegmenter, load_adapter
 from medsa_nets.interaction.users import SimulatedUser
 from medsa_nets.prompts.user import UserPrompt
@@ -99,8 +99,8 @@ class RefinementTraining:
     with automatic masks, as they are, bent, shifted or with errors drawn at random. A share of the images is left out
     and tells which round's was the best.
 
-    Files below ``output_dir``: the refinement, ``samples.pt`` of the last rounds, from which the training for another
-    adapter may go on, and ``refinement.png``, mean Dice over clicks on the images left out.
+    Beside the adapter it writes the refinement; to ``output_dir`` ``samples.pt`` of the last rounds, from which the
+    training for another adapter may learn too, and ``refinement.png``, mean Dice over clicks on the images left out.
 
     Args:
         network: the network.
@@ -108,8 +108,9 @@ class RefinementTraining:
         dataset: items with ``image`` as the network sees it, and ``label``, not resampled.
         classes: names of the classes, in the order of their ids.
         output_dir: folder of the results.
-        filename: of the refinement.
         checkpoint: file of the adapter, which :meth:`run` loads; none or empty takes the network as it is.
+        path: file of the refinement; none takes its place beside the adapter, without one
+            ``refinement.clicks.pt`` in ``output_dir``.
         settings: how answers are made, without refinement; none takes the usual ones, but does not ask a network
             whether clicks show something else than the mask, since here they do not.
         start_from: file of a refinement to start from.
@@ -136,8 +137,8 @@ class RefinementTraining:
         dataset: Any,
         classes: Sequence[str],
         output_dir: str | Path,
-        filename: str = "refinement.pt",
         checkpoint: str | Path | None = None,
+        path: str | Path | None = None,
         settings: AnswerSettings | None = None,
         start_from: str | Path | None = None,
         others: Sequence[str | Path] = (),
@@ -155,7 +156,8 @@ class RefinementTraining:
             raise ValueError("rounds, clicks, epochs and samples_per_click are 1 or more, held_out lies in (0, 1).")
         self.network, self.inferer, self.dataset = network, inferer, dataset
         self.classes = list(classes)
-        self.output_dir, self.filename, self.checkpoint = Path(output_dir), filename, checkpoint
+        self.output_dir, self.checkpoint = Path(output_dir), checkpoint
+        self.path = Path(path or place_beside(checkpoint or self.output_dir / "refinement.pt"))
         self.settings = settings
         self.start_from, self.others = start_from, list(others)
         self.rounds, self.clicks, self.epochs = rounds, clicks, epochs
@@ -183,6 +185,7 @@ class RefinementTraining:
             refinement = Refinement.load(self.start_from)
         fresh = not self.start_from
         make_folder(self.output_dir)
+        make_folder(self.path.parent)
         learnt, checked = self._split(list(self._cases(segmenter)))
         lines = {"without": self._curve(segmenter, checked, None)[0]}
         best = (-math.inf, 0)
@@ -209,13 +212,13 @@ class RefinementTraining:
             )  # fmt: skip
             if gain > best[0]:
                 best = (gain, number)
-                refinement.save(self.output_dir / self.filename)
+                refinement.save(self.path)
                 lines["with"] = curve
                 figures = {f"dice_after_{n}": value for n, value in enumerate(curve)} | {"harmful": harmful}
             Samples.joined(rounds).save(self.output_dir / SAMPLES)
             save_png(draw_curves(lines, "clicks", f"mean Dice of {len(checked)} masks"),
                      self.output_dir / "refinement.png")  # fmt: skip
-        logger.info("wrote %s, of round %d", self.output_dir / self.filename, best[1] + 1)
+        logger.info("wrote %s, of round %d", self.path, best[1] + 1)
         return figures
 
     def _cases(self, segmenter: NetworkSegmenter) -> Iterator[_Case]:

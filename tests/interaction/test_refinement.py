@@ -14,9 +14,9 @@ from scipy import ndimage
 
 from medsa_nets.errors import DataError, WeightsError
 from medsa_nets.interaction import refinement_training as training
-from medsa_nets.interaction.answers import AnswerSettings, answer_identity
+from medsa_nets.interaction.answers import AnswerSettings, answer_identity, refinement_of
 from medsa_nets.interaction.record import read_settings
-from medsa_nets.interaction.refinement import NAMES, PACKAGED, Refinement, describe, packaged, refine
+from medsa_nets.interaction.refinement import NAMES, Refinement, beside, describe, kept, refine
 from medsa_nets.interaction.refinement_training import RefinementTraining, Samples, bend
 from medsa_nets.interaction.session import InteractiveSession
 
@@ -83,33 +83,21 @@ def test_masks_without_a_border_are_described_too(empty: bool) -> None:
     assert np.isfinite(found).all()
 
 
-def test_a_file_gives_back_what_was_saved_and_others_are_refused(tmp_path: Path) -> None:
+def test_a_file_gives_back_what_was_saved_and_others_are_refused(tmp_path: Path, stand_in: Any) -> None:
     one = perturbed(2, 7.0)
     one.save(tmp_path / "r.pt")
     again = Refinement.load(tmp_path / "r.pt")
     assert (again.dims, again.reach, again.width) == (2, 7.0, 8)
     assert again.sha256 == one.sha256 != perturbed(2, 7.0, 1).sha256
-    with pytest.raises(WeightsError, match="its sha256 is another"):
-        Refinement.load(tmp_path / "r.pt", "0" * 64)
-    with pytest.raises(WeightsError, match=r"none\.pt: it can't be read"):
+    with pytest.raises(WeightsError, match=r"none\.pt: there is no such file"):
         Refinement.load(tmp_path / "none.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "r.pt").read_bytes()[:500])
     torch.save({"model": torch.ones(2)}, tmp_path / "other.pt")
     for name in ("cut.pt", "other.pt"):
         with pytest.raises(WeightsError, match=rf"{name}: no refinement"):
             Refinement.load(tmp_path / name)
-    with pytest.raises(WeightsError, match="for images of 2 dimensions, not of 3"):
-        AnswerSettings(refinement=str(tmp_path / "r.pt")).refine_with(3)
-
-
-@pytest.mark.parametrize("dims", sorted(PACKAGED))
-def test_the_package_brings_one_that_mends_more_than_the_click_alone(dims: int) -> None:
-    found = packaged(dims)
-    assert found.dims == dims
-    target, logits, image, click = scene(dims)
-    refined = refine(found, logits, logits, image, click[None], np.ones(1), 1, [1.0] * dims)
-    wrong, left = (logits > 0) != target, (refined > 0) != target
-    assert left.sum() < 0.8 * wrong.sum()
+    with pytest.raises(WeightsError, match="it refines clicks in 2 dimensions, not in 3"):
+        refinement_of(AnswerSettings(refinement=str(tmp_path / "r.pt")), stand_in(volumes=True))
 
 
 @pytest.mark.parametrize("volumes", [True, False])
@@ -148,23 +136,24 @@ def test_a_log_of_another_refinement_is_not_replayed(tmp_path: Path, stand_in: A
     again.replay(log, path)
     assert np.array_equal(again.mask(), mask)
     perturbed(2, 6.0, 1).save(tmp_path / "r.pt")
-    from medsa_nets.interaction.refinement import kept
-
     kept.cache_clear()
     with pytest.raises(DataError, match="refinement_sha256"):
         InteractiveSession(stand_in(volumes=False)).replay(log, path)
 
 
-def test_logs_from_before_there_was_a_refinement_go_without() -> None:
+def test_logs_from_before_there_was_a_refinement_go_without(stand_in: Any) -> None:
     entry = dataclasses.asdict(AnswerSettings())
     del entry["refinement"]
-    assert answer_identity(read_settings(entry), 3) == {"refinement_sha256": ""}
+    session = stand_in(volumes=True)
+    session.refinement = perturbed(3, 5.0)
+    assert answer_identity(read_settings(entry), session)["refinement_sha256"] == ""
+    assert answer_identity(AnswerSettings(), session)["refinement_sha256"] == session.refinement.sha256
 
 
 class Balls:
     """Volumes of a ball, masks with a dent or a bump, and a network that sees no more than that."""
 
-    volumes, exclusive, feedback, prompted = True, True, False, False
+    volumes, exclusive, feedback, prompted, refinement = True, True, False, False, None
 
     def __init__(self, *args: Any) -> None:
         self.items = [self._item(seed) for seed in range(10)]
@@ -206,11 +195,11 @@ def test_training_helps_on_volumes_left_out(tmp_path: Path, monkeypatch: pytest.
     assert figures["dice_after_0"] == pytest.approx(without[0])
     assert figures["dice_after_3"] - without[0] > 1.2 * (without[3] - without[0])
     assert (tmp_path / "refinement.png").is_file()
-    found, harmful = trained._curve(Balls(), cases, Refinement.load(tmp_path / "refinement.pt"))  # type: ignore[arg-type]
+    found, harmful = trained._curve(Balls(), cases, Refinement.load(tmp_path / "refinement.clicks.pt"))  # type: ignore[arg-type]
     assert figures == {f"dice_after_{n}": value for n, value in enumerate(found)} | {"harmful": harmful}
     again = RefinementTraining(
         torch.nn.Identity(), None, Balls(), output_dir=tmp_path / "more",  # type: ignore[arg-type]
-        start_from=tmp_path / "refinement.pt", others=[tmp_path / "samples.pt"], **{**options, "rounds": 1},
+        start_from=tmp_path / "refinement.clicks.pt", others=[tmp_path / "samples.pt"], **{**options, "rounds": 1},
     )  # fmt: skip
     assert again.run()["dice_after_3"] > without[3]
     torch.save({"names": ["a"]}, tmp_path / "others.pt")
@@ -231,3 +220,9 @@ def test_bent_logits_keep_their_size(shape: tuple[int, ...]) -> None:
     random = np.random.default_rng(0)
     logits = np.zeros(shape, np.float32)
     assert {bend(logits, random).shape for _ in range(40)} == {shape}
+
+
+def test_it_lies_beside_its_adapter(tmp_path: Path) -> None:
+    assert beside(tmp_path / "a.b.pt") == beside("") == beside(None) == ""
+    (tmp_path / "a.b.clicks.pt").touch()
+    assert beside(tmp_path / "a.b.pt") == str(tmp_path / "a.b.clicks.pt")
