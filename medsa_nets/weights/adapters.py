@@ -16,7 +16,11 @@ from medsa_nets.networks.identity import decode_identity, decode_task
 
 def _adapters_beside(path: Path) -> str:
     """A sentence on the adapters where one was looked for, and on the bundle's overlays that belong to them."""
-    names = sorted(file.name for file in path.parent.glob("*.pt") if file.name != "training_state.pt")
+    names = sorted(
+        file.name
+        for file in path.parent.glob("*.pt")
+        if file.name != "training_state.pt" and not file.name.endswith(".clicks.pt")
+    )
     if not names:
         return ""
     overlays: dict[str, str] = {}
