@@ -324,7 +324,11 @@ def describe_file(path: str | Path) -> str:
 
 def _adapters_beside(path: Path) -> str:
     """A sentence on the adapters where one was looked for, and on the bundle's overlays that belong to them."""
-    names = sorted(file.name for file in path.parent.glob("*.pt") if file.name != "training_state.pt")
+    names = sorted(
+        file.name
+        for file in path.parent.glob("*.pt")
+        if file.name != "training_state.pt" and not file.name.endswith(".clicks.pt")
+    )
     if not names:
         return ""
     overlays: dict[str, str] = {}
