@@ -37,7 +37,7 @@ def serve(
     idle_timeout_seconds: float = 600.0,
     liveness_timeout_seconds: float = 60.0,
     orientation: str = "RAS",
-    patience: float = 0.25,
+    patience: float = 0.1,
     log_level: str = "info",
 ) -> None:
     """Serve a bundle to clients of nnInteractive (3D Slicer, napari, Python).
@@ -94,6 +94,7 @@ def serve(
         patience=float(patience),
     )
     server = Server(segmenter, settings, name=Path(bundle).resolve().name)
+    server.computing.submit(server.warm_up)
     uvicorn.run(
         make_application(server),
         host=host,
