@@ -2,6 +2,7 @@
 
 from medsa_nets import (
     backends,
+    bundles,
     data,
     embeddings,
     engines,
@@ -36,6 +37,7 @@ __all__ = [
     "WeightsError",
     "backends",
     "build_medsa",
+    "bundles",
     "data",
     "embeddings",
     "engines",

@@ -19,9 +19,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from monai.bundle import ConfigParser, run
+from monai.bundle import run
 from PIL import Image
 
+from medsa_nets.bundles import Bundle
 from medsa_nets.data.phantoms import write_phantoms
 from medsa_nets.errors import DataError, find_cause, print_anything
 from medsa_nets.machine import limit_threads
@@ -174,12 +175,11 @@ class Demo:
 
     def take_steps(self) -> list[float]:
         """Take training steps on one batch with a network that is thrown away: the seconds of each."""
-        parser = ConfigParser()
-        parser.read_config(self.files("train.yaml", "decoder.yaml"))
         seconds = []
         with TemporaryDirectory(prefix="medsa_") as folder:
             places = {"embedding_dir": f"{folder}/embeddings", "output_dir": folder}
-            parser.update({**self.common, **places, "image_size": TIMED_SIZE, "samples_interval": 0})
+            settings = {**self.common, **places, "image_size": TIMED_SIZE, "samples_interval": 0}
+            parser = Bundle.of_files(self.files("train.yaml", "decoder.yaml"), settings).parser()
             iteration, trainer, batches = (
                 parser.get_parsed_content(f"train#{name}") for name in ("iteration", "trainer", "dataloader")
             )

@@ -16,9 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from monai.bundle import ConfigParser
-
-from medsa_nets.bundle import ADAPTER, copy_bundle
+from medsa_nets.bundles import ADAPTER, Bundle, copy_bundle
 from medsa_nets.errors import DataError, MedSAError
 from medsa_nets.handlers import save_atomically
 
@@ -70,15 +68,13 @@ def add_bundle(app: Path, bundle: Path, name: str | None = None, overlays: Seque
     if "deepedit" not in name:
         name += "_deepedit"
     target = app / "model" / name
-    if not copy_bundle(bundle, target, overlays):
+    if not copy_bundle(bundle, target, overlays, server=True):
         _write_fresh_adapter(target, target / ADAPTER)
     return target
 
 
 def _write_fresh_adapter(target: Path, adapter: Path) -> None:
-    config = ConfigParser()
-    config.read_config(str(target / "configs" / "inference.yaml"))
-    network = config.get_parsed_content("network_def")
+    network = Bundle.open(target).value("network_def")
     save_atomically(network.state_dict(), adapter)
     print(f"{target.name}: the bundle has no trained adapter yet; the frozen model answers until you train.")
 

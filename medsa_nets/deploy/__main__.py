@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import shutil
@@ -12,7 +13,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from medsa_nets.bundle import ADAPTER, copy_bundle
+from medsa_nets.bundles import ADAPTER, Bundle, copy_bundle
 from medsa_nets.data.atomic import make_writable
 from medsa_nets.deploy.settings import read_settings
 from medsa_nets.deploy.studies import find_sources
@@ -168,6 +169,35 @@ def under_its_name(file: Path, scratch: Path) -> Path:
     return Path(shutil.copyfile(file, scratch / f"{name}.ts"))
 
 
+def with_facts(file: Path, scratch: Path) -> Path:
+    """A TorchScript file that holds the facts of its task: itself, or a copy of what ``monai.bundle`` has exported.
+
+    ``monai.bundle ckpt_export`` keeps the configuration as it stands, which reads a file of the bundle.
+
+    Raises:
+        DataError: when the facts are neither in the file nor in the bundle that it lies in (``models/model.ts``).
+    """
+    bundle = Bundle.of_torchscript(file)
+    if not isinstance(bundle.config.get("facts"), str):
+        return file
+    root = file.resolve().parent.parent
+    if not (root / "configs" / "tasks").is_dir():
+        raise DataError(
+            f"model {file}: it does not hold the facts of its task, and does not lie in the folder models of a bundle. "
+            "Export it with python -m medsa_nets.deploy export."
+        )
+    import torch
+
+    whole = Bundle({**bundle.config, "bundle_root": str(root)}, bundle.metadata, root).whole()
+    with zipfile.ZipFile(file) as archive:
+        inside = [name.partition("/extra/")[2] for name in archive.namelist() if "/extra/" in name]
+    extra = dict.fromkeys(inside, "")
+    network = torch.jit.load(file, map_location="cpu", _extra_files=extra)
+    target = scratch / file.name
+    torch.jit.save(network, target, _extra_files={**extra, "inference.json": json.dumps(whole)})
+    return target
+
+
 def prepare(model: Path, overlays: Sequence[str], scratch: Path, backend: str | None = None) -> Path:
     """A bundle as MONAI Deploy loads it: one folder with ``models/model.pt``, or a TorchScript file.
 
@@ -177,7 +207,7 @@ def prepare(model: Path, overlays: Sequence[str], scratch: Path, backend: str | 
     if not model.is_dir():
         if overlays or backend:
             raise DataError(f"model {model}: overlays and back ends are chosen when a TorchScript file is exported.")
-        return under_its_name(model, scratch)
+        return under_its_name(with_facts(model, scratch), scratch)
     target = scratch / model.resolve().name
     settings = {"bundle_root": str(target), **({"backend": backend} if backend else {})}
     if not copy_bundle(model, target, overlays, settings):

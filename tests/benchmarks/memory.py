@@ -79,7 +79,7 @@ CLICKS = """
 import sys, torch
 from monai.bundle import ConfigParser
 parser = ConfigParser()
-parser.read_config(sys.argv[1] + "/configs/inference.yaml")
+parser.read_config([sys.argv[1] + f"/configs/{name}.yaml" for name in ("inference", "server")])
 parser.update({"bundle_root": sys.argv[1], "use_click": True})
 parser["postprocessing#transforms"] = [t for t in parser["postprocessing#transforms"] if t["_target_"] != "SaveImaged"]
 parser.get_parsed_content("initialize")
