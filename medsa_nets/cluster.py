@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fire
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
@@ -292,13 +293,16 @@ def _write_summary(rows: list[dict[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
-def main(config_file: Any, dataset_dir: str, output_dir: str, **settings: Any) -> None:
-    """Command line; see :func:`segment_all`."""
-    try:
-        rows = segment_all(config_file=config_file, dataset_dir=dataset_dir, output_dir=output_dir, **settings)
-    except MedSAError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+def segment_studies(config_file: Any, dataset_dir: str, output_dir: str, **settings: Any) -> int:
+    """Segment each study of a folder once with several processes; every other option is a setting of the bundle.
+
+    Args:
+        config_file: a bundle's inference.yaml, or a list of it and overlays.
+        dataset_dir: folder of studies, as the bundle takes it.
+        output_dir: folder of the results; summary.csv there lists the studies.
+        settings: workers, scheduler, meta_file, and settings of the configuration.
+    """
+    rows = segment_all(config_file=config_file, dataset_dir=dataset_dir, output_dir=output_dir, **settings)
     width = max(len(Path(row["study"]).name) for row in rows)
     for row in rows:
         seconds = f"{row['seconds']:.1f} s" if row["seconds"] != "" else ""
@@ -306,13 +310,27 @@ def main(config_file: Any, dataset_dir: str, output_dir: str, **settings: Any) -
         print(f"{name:<{width}}  {row['status']:<7}  {seconds:>8}  {row['worker']}  {row['message']}".rstrip())
     counts = {status: sum(row["status"] == status for row in rows) for status in ("done", "skipped", "failed")}
     print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; {output_dir}/summary.csv")
-    if counts["failed"]:
-        raise SystemExit(1)
+    return 1 if counts["failed"] else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; an error of this package ends it with 2, a study that failed with 1."""
+    status: list[int] = []
+
+    def run(config_file: Any, dataset_dir: str, output_dir: str, **settings: Any) -> None:
+        status.append(segment_studies(config_file, dataset_dir, output_dir, **settings))
+
+    run.__doc__ = segment_studies.__doc__
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        fire.Fire(run, ["--", "--help"] if "--help" in given else given, name="python -m medsa_nets cluster")
+    except MedSAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status[0] if status else 0
 
 
 if __name__ == "__main__":
-    import fire
-
     from medsa_nets import cluster  # workers import it by this name, not as __main__
 
-    fire.Fire(cluster.main)
+    sys.exit(cluster.main())

