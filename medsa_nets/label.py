@@ -18,7 +18,7 @@ from pathlib import Path
 from medsa_nets.bundles import ADAPTER, Bundle, copy_bundle
 from medsa_nets.commands import command
 from medsa_nets.errors import DataError
-from medsa_nets.handlers import save_atomically
+from medsa_nets.training import save_atomically
 
 
 def find_stock_app() -> Path:

@@ -88,7 +88,7 @@ def run(
             )
         make_output(target)
         from medsa_nets.deploy.application import MedSAApplication
-        from medsa_nets.engines import keep_freed_memory
+        from medsa_nets.runtime import keep_freed_memory
 
         keep_freed_memory()
         application = MedSAApplication(bundle, settings, found.sources, target.resolve())

@@ -16,13 +16,13 @@ from monai.transforms import Compose
 from torch import Tensor
 
 from medsa_nets.bundles import Bundle, read
-from medsa_nets.engines import LIMIT, as_earlier
 from medsa_nets.errors import DataError
 from medsa_nets.inferers import EmbeddingCache, PromptInferer, SlabInferer, adapter_key, network_name, tensor_sha256
 from medsa_nets.interaction.grids import Grids
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.networks.identity import decode_identity
 from medsa_nets.prompts import Prompts
+from medsa_nets.prompts.earlier import LIMIT, as_earlier
 from medsa_nets.transforms.volumes import ABSENT, MasksToSourceLabeld
 from medsa_nets.weights import check_adapter
 

@@ -24,7 +24,7 @@ import torch
 from monai.bundle import run
 
 from medsa_nets.bundles import read_task
-from medsa_nets.handlers import save_atomically
+from medsa_nets.training import save_atomically
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv"
 TRAIN, COARSE, EVALUATE = (str(BUNDLE / "configs" / f"{name}.yaml") for name in ("train", "ct_3mm", "evaluate"))

@@ -25,9 +25,9 @@ from medsa_nets.bundles import Bundle
 from medsa_nets.data import read_volume
 from medsa_nets.demo import read_metrics
 from medsa_nets.errors import DataError, find_cause
-from medsa_nets.handlers import save_atomically
 from medsa_nets.networks.identity import decode_identity
 from medsa_nets.prompts import prompts_of
+from medsa_nets.training import save_atomically
 from medsa_nets.weights import find_base_file, get_base
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv"

@@ -26,9 +26,9 @@ from medsa_nets import WeightsError, build_medsa
 from medsa_nets.data.phantoms import phantom, write_phantoms
 from medsa_nets.demo import read_metrics
 from medsa_nets.errors import find_cause
-from medsa_nets.handlers import TrainingCheckpoint, save_atomically
 from medsa_nets.networks.identity import decode_task
 from medsa_nets.prompts import prompts_of
+from medsa_nets.training import TrainingCheckpoint, save_atomically
 from medsa_nets.weights import find_base_file, get_base
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_isic"
