@@ -85,6 +85,7 @@ def test_overlays_are_merged_with_their_classes_and_adapter(tmp_path: Path) -> N
     config.read_config(str(model / "configs" / "inference.yaml"))
     config["bundle_root"] = str(model)
     assert config.get_parsed_content("checkpoint") == str(model / "models" / "model.pt")
+    assert config.get_parsed_content("click_refinement") == str(model / "models" / "model.clicks.pt")
     network = config.get_parsed_content("network_def")
     network.load_state_dict(torch.load(model / "models" / "model.pt", weights_only=True))
     training = Bundle.open(model, config="train.yaml")

@@ -62,6 +62,8 @@ def copy_bundle(
     if not adapter.is_file() and trained.is_file():
         with temporary_name(adapter) as part:
             shutil.copyfile(check_adapter(trained), part)
+        for beside in sorted(trained.parent.glob(f"{trained.stem}.*{trained.suffix}")):  # as model.clicks.pt
+            shutil.copyfile(beside, adapter.with_name(adapter.stem + beside.name.removeprefix(trained.stem)))
     return adapter.is_file()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def make_folder(folder: str | Path) -> Path:
 
 
 def make_writable(folder: str | Path, option: str) -> Path:
-    """Make a folder that results go to, and test whether files can be written there, before the work begins.
+    """Make a folder that results go to, and test whether files can be written there.
 
     Args:
         folder: the folder.
@@ -39,20 +39,49 @@ def make_writable(folder: str | Path, option: str) -> Path:
         OutputError: when it can't be made or written to.
     """
     folder = Path(folder)
-    try:
+    check_writable(folder, option)
+    with _named(folder, option):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".medsa-") as file:
+    return folder
+
+
+def check_writable(folder: str | Path, option: str) -> None:
+    """Test whether files can be written to a folder, before the work begins. Nothing is left behind.
+
+    Args:
+        folder: the folder. Where it does not exist, it is tested whether it can be made.
+        option: what names another one, as ``--output_dir``.
+
+    Raises:
+        OutputError: when it can't be made or written to.
+    """
+    folder = Path(folder)
+    with _named(folder, option):
+        above = _existing(folder)
+        new = nullcontext(above) if above == folder else tempfile.TemporaryDirectory(dir=above, prefix=".medsa-")
+        with new as place, tempfile.TemporaryFile(dir=place) as file:
             file.write(b"0" * 4096)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next((path for path in (folder, *folder.parents) if path.exists() or path.is_symlink()), folder)
+
+
+@contextmanager
+def _named(folder: Path, option: str) -> Iterator[None]:
+    """Name the folder and the option in what goes wrong."""
+    try:
+        yield
     except OSError as error:
-        above = next((path for path in (folder, *folder.parents) if path.exists() or path.is_symlink()), folder)
+        above = _existing(folder)
         reason = error.strerror if above.is_dir() else f"{above} is no folder"
         raise OutputError(
             f"output {folder}: it can't be written ({reason}). Make room, change its permissions, or name another "
             f"folder ({option})."
         ) from error
-    return folder
 
 
 @contextmanager

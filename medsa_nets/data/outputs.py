@@ -10,7 +10,7 @@ from typing import Any
 from monai.data import FolderLayoutBase
 
 from medsa_nets import errors
-from medsa_nets.data.atomic import make_folder, make_writable
+from medsa_nets.data.atomic import check_writable, make_folder
 from medsa_nets.errors import DataError
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff",
@@ -89,7 +89,7 @@ def prepare_outputs(entries: Iterable[Mapping[str, Any]], output_dir: str | Path
 
     Args:
         entries: the data list, with ``image``.
-        output_dir: folder of the results; it is made.
+        output_dir: folder of the results.
         endings: of the files that each image gives behind its name, as ``_segmentation.png``.
 
     Raises:
@@ -126,7 +126,7 @@ def check_names(paths: Iterable[str]) -> None:
 
 
 def prepare_folders(**folders: str | Path) -> None:
-    """Make the folders of a run and test whether files can be written there.
+    """Test whether files can be written to the folders of a run, and leave these as they were.
 
     Args:
         folders: by the option that names another one, as ``output_dir``.
@@ -135,6 +135,6 @@ def prepare_folders(**folders: str | Path) -> None:
         OutputError: when one can't be made or written to.
     """
     for option, folder in folders.items():
-        make_writable(folder, f"--{option}")
+        check_writable(folder, f"--{option}")
         if str(folder) not in errors.output_folders:
             errors.output_folders.append(str(folder))

@@ -234,7 +234,10 @@ def prepare(model: Path, overlays: Sequence[str], scratch: Path, backend: str | 
     target = scratch / model.resolve().name
     settings = {"bundle_root": str(target), **({"backend": backend} if backend else {})}
     if not copy_bundle(model, target, overlays, settings):
-        known = ", ".join(sorted(p.name for p in (model / "models").glob("*.pt"))) or "none"
+        known = (
+            ", ".join(sorted(p.name for p in (model / "models").glob("*.pt") if not p.name.endswith(".clicks.pt")))
+            or "none"
+        )
         raise WeightsError(
             f"bundle {model}: it has no trained adapter ({ADAPTER}; adapters that are there: {known}). Train one, or "
             "name the overlay that belongs to an adapter, as --overlay ct_3mm.yaml."

@@ -16,9 +16,10 @@ from monai.transforms import Compose
 from torch import Tensor
 
 from medsa_nets.bundles import Bundle, read
-from medsa_nets.errors import DataError
+from medsa_nets.errors import DataError, WeightsError
 from medsa_nets.inferers import EmbeddingCache, PromptInferer, SlabInferer, adapter_key, network_name, tensor_sha256
 from medsa_nets.interaction.grids import Grids
+from medsa_nets.interaction.refinement import Refinement, beside, kept
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.networks.identity import decode_identity
 from medsa_nets.prompts import Prompts
@@ -60,6 +61,7 @@ class Segmenter(Protocol):
     classes: Sequence[str]
     volumes: bool
     exclusive: bool
+    refinement: Refinement | None  # what clicks on masks of this adapter mean, where that was learnt
 
     @property
     def feedback(self) -> bool:
@@ -108,8 +110,10 @@ class NetworkSegmenter:
             are opened that went through them already.
         classes: names of the classes, in the order of their ids.
         inferer: the bundle's; none takes one with usual settings.
+        refinement: file of what clicks on masks of this adapter mean; empty: it was not learnt.
 
     Raises:
+        WeightsError: when the refinement is missing or damaged, or for images where the network takes volumes.
         DataError: when the classes are not as many as the network has.
     """
 
@@ -119,6 +123,7 @@ class NetworkSegmenter:
         preprocessing: Compose | None,
         classes: Sequence[str],
         inferer: PromptInferer | SlabInferer | None = None,
+        refinement: str = "",
     ) -> None:
         if len(classes) != network.num_classes:
             raise DataError(
@@ -130,6 +135,11 @@ class NetworkSegmenter:
         self.classes: Sequence[str] = list(classes)
         self.volumes = isinstance(network, VolumeMedSA)
         self.exclusive = self.volumes  # a label map has one class at each voxel
+        self.refinement = kept(refinement) if refinement else None
+        if self.refinement is not None and (self.refinement.dims == 3) != self.volumes:
+            raise WeightsError(
+                f"{refinement}: it refines clicks in {self.refinement.dims} dimensions; the network does not."
+            )
         cache = EmbeddingCache(EMBEDDING_BYTES)
         if inferer is None:
             inferer = SlabInferer(cache=cache, spread=True) if self.volumes else PromptInferer(cache=cache)
@@ -168,10 +178,10 @@ class NetworkSegmenter:
         """
         opened = Bundle.open(bundle, overlays, {"use_click": True, **(settings or {})}, server=True)
         parser = opened.parser()
-        network = read(parser, "network")
-        load_adapter(network, read(parser, "checkpoint"))
-        inferer = read(parser, "inferer")
-        return cls(network, read(parser, "preprocessing"), opened.classes, getattr(inferer, "inferer", inferer))
+        network, checkpoint = read(parser, "network"), read(parser, "checkpoint")
+        load_adapter(network, checkpoint)
+        inferer, preprocessing = read(parser, "inferer"), read(parser, "preprocessing")
+        return cls(network, preprocessing, opened.classes, getattr(inferer, "inferer", inferer), beside(checkpoint))
 
     def open(self, source: Any) -> MetaTensor:
         """Read and preprocess an image from its path; an image that the network can see stays as it is."""

@@ -288,7 +288,7 @@ def test_every_protocol_gives_its_prompts_to_the_validation(phantoms: Path, prom
 
 def test_an_evaluation_gives_all_metrics_and_raw_values(phantoms: Path, tmp_path: Path) -> None:
     run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(phantoms), prompt="box50", image_size=64,
-        overlays=1, output_dir=str(tmp_path), **COMMON)  # fmt: skip
+        same_task=False, overlays=1, output_dir=str(tmp_path), **COMMON)  # fmt: skip
     assert set(read_metrics(tmp_path)) == {"val_mean_dice", "val_mean_iou", "val_hd95"}
     assert len((tmp_path / "val_mean_dice_raw.csv").read_text().splitlines()) == 3  # a head and two images
     assert len(list((tmp_path / "overlays").glob("*_overlay.png"))) == 1

@@ -11,8 +11,8 @@ from monai.bundle import ConfigParser
 
 from medsa_nets import __version__
 from medsa_nets.bundles import Bundle, read_task
-from medsa_nets.errors import DataError
-from medsa_nets.weights import get_base
+from medsa_nets.errors import DataError, WeightsError
+from medsa_nets.weights import check_adapter, get_base
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 NAMES = ("medsa_isic", "medsa_btcv")
@@ -125,3 +125,10 @@ def test_the_mode_of_a_server_is_an_overlay(name: str) -> None:
     scoring = Bundle.open(BUNDLES / name, settings={"network_def#dropout": 0.2}, server=True)
     scores = [type(t).__name__ for t in scoring.value("postprocessing").transforms]
     assert not {"CastToTyped", "EnforceUserPromptsd", "AsDiscreted"} & set(scores)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_adapter_names_the_overlays_of_those_beside_it(name: str) -> None:
+    overlay = {"medsa_isic": "kvasir", "medsa_btcv": "hippocampus"}[name]
+    with pytest.raises(WeightsError, match=rf"{overlay}\.pt \(lay configs/{overlay}\.yaml over\)"):
+        check_adapter(BUNDLES / name / "models" / "none.pt")

@@ -103,7 +103,7 @@ def test_runs_whose_results_would_be_lost_are_refused_before_they_start(tmp_path
     with pytest.raises(DataError, match="would replace this image"):
         prepare_outputs(entries("d.jpg", "d_segmentation.png"), tmp_path, "_segmentation.png")
     prepare_outputs(entries("e.jpg", "f.jpg", "1.2.3.1", "1.2.3.2"), tmp_path / "out", "_segmentation.png")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()  # until there is a result
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file", "a system's folder", "a link to nowhere"])

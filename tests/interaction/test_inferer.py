@@ -14,6 +14,7 @@ from medsa_nets.interaction import inferer as module
 from medsa_nets.interaction.inferer import SessionInferer
 from medsa_nets.interaction.session import InteractiveSession
 from medsa_nets.networks import MedSA
+from medsa_nets.networks.identity import Adapted
 from medsa_nets.prompts import Prompts, UserPrompt, with_user_prompts
 
 
@@ -49,7 +50,7 @@ class _Network(MedSA):
     """A network that nobody asks: the segmenter stands in for it."""
 
     def __init__(self) -> None:
-        torch.nn.Module.__init__(self)
+        Adapted.__init__(self)
 
 
 NETWORK = _Network().eval()

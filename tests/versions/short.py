@@ -28,7 +28,9 @@ BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 PHOTOGRAPHS, VOLUMES = BUNDLES / "medsa_isic", BUNDLES / "medsa_btcv"
 # of each adapter: file, dimensions, classes
 ADAPTERS = [("medsa_isic/models/model.pt", {"click_feedback": True}),
-            ("medsa_btcv/models/model.pt", {"spatial_dims": 3, "num_classes": 13, "classes_per_pass": 13}),
+            ("medsa_isic/models/kvasir.pt", {"click_feedback": True}),
+            ("medsa_btcv/models/model.pt", {"spatial_dims": 3, "num_classes": 13, "classes_per_pass": 13,
+                                            "click_feedback": True}),
             ("medsa_btcv/models/ct_3mm.pt", {"spatial_dims": 3, "num_classes": 13}),
             ("medsa_btcv/models/hippocampus.pt", {"spatial_dims": 3, "num_classes": 2})]  # fmt: skip
 AFFINE = np.array([[-3.0, 0, 0, 70], [0, -3.0, 0, 70], [0, 0, 3.0, -30], [0, 0, 0, 1]])
