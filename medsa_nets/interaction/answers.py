@@ -51,8 +51,9 @@ class AnswerSettings:
             the voxels around it; none takes the one that belongs to the adapter, an empty name goes without.
         network: ``always`` asks the network again for each answer, ``first`` where there was no mask before; ``auto``
             does as the refinement learnt it; without one, it asks again in images, and in volumes where the adapter was
-            trained with earlier masks. Where it does not ask again, it does so of a click farther than a quarter of
-            ``reach`` and ``SLACK`` voxels from the border of the mask, and takes an answer that shows something else than the mask before.
+            trained with earlier masks. Where it does not ask again, it does so for a click farther than a quarter of
+            ``reach`` and ``SLACK`` voxels from the mask's border, and takes an answer that shows something else than
+            the mask before.
 
     Raises:
         ValueError: when a setting has another value.
