@@ -161,7 +161,7 @@ def _list_studies(parser: ConfigParser) -> list[dict[str, Any]]:
 
 
 def _job(config: dict[str, Any], parser: ConfigParser) -> str:
-    """What tells this run's settings and adapter from others: two runs of one name give the same masks."""
+    """Name of a run's settings and adapter: two runs of one name give the same masks."""
     digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k != "dataset_dir"}, default=str).encode())
     checkpoint = read(parser, "checkpoint") if "checkpoint" in parser else None
     if checkpoint and Path(checkpoint).is_file():
