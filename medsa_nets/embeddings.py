@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from medsa_nets.data.atomic import make_folder, temporary_name
-from medsa_nets.engines import plain
 from medsa_nets.inferers import tensor_sha256
 from medsa_nets.networks import MedSA
+from medsa_nets.runtime import plain
 from medsa_nets.weights import base_fingerprint
 
 logger = logging.getLogger(__name__)
