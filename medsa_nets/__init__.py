@@ -2,6 +2,7 @@
 
 from medsa_nets import (
     backends,
+    bundles,
     data,
     embeddings,
     engines,
@@ -14,6 +15,8 @@ from medsa_nets import (
     networks,
     precision,
     prompts,
+    runtime,
+    training,
     transforms,
     visualize,
     weights,
@@ -37,6 +40,7 @@ __all__ = [
     "WeightsError",
     "backends",
     "build_medsa",
+    "bundles",
     "data",
     "embeddings",
     "engines",
@@ -50,6 +54,8 @@ __all__ = [
     "parameter_table",
     "precision",
     "prompts",
+    "runtime",
+    "training",
     "transforms",
     "use_backend",
     "visualize",

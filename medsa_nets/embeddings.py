@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from medsa_nets.checksums import state_sha256, tensor_sha256
 from medsa_nets.data.atomic import make_folder, temporary_name
-from medsa_nets.engines import plain
 from medsa_nets.layers.fast import Kept
 from medsa_nets.networks import MedSA
+from medsa_nets.runtime import plain
 
 logger = logging.getLogger(__name__)
 

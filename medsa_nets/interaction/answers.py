@@ -50,8 +50,10 @@ class AnswerSettings:
         refinement: file of a :class:`~medsa_nets.interaction.refinement.Refinement`, which says what a click means for
             the voxels around it; none takes the one that belongs to the adapter, an empty name goes without.
         network: ``always`` asks the network again for each answer, ``first`` where there was no mask before; ``auto``
-            asks again in images, and in volumes where the adapter was trained with earlier masks; of one that knows
-            clicks alone, it takes an answer that shows something else than the mask before.
+            does as the refinement learnt it; without one, it asks again in images, and in volumes where the adapter was
+            trained with earlier masks. Where it does not ask again, it does so for a click farther than a quarter of
+            ``reach`` and ``SLACK`` voxels from the mask's border, and takes an answer that shows something else than
+            the mask before.
 
     Raises:
         ValueError: when a setting has another value.
@@ -182,9 +184,10 @@ def draft_answer(
     """Ask the network where that is due, and take clicks as measurements (arguments as of :func:`make_answer`)."""
     settings = settings.of(grids.dims)
     assert settings.kernel is not None
-    again = settings.network == "always" or (
-        settings.network == "auto" and (segmenter.feedback or not segmenter.volumes)
-    )
+    assert settings.reach is not None
+    refinement = refinement_of(settings, segmenter)
+    usual = (segmenter.feedback or not segmenter.volumes) if refinement is None else refinement.asks
+    again = settings.network == "always" or (settings.network == "auto" and usual)
     # Where there is no mask yet, there is nothing to keep, and nothing that clicks alone could mend. A box says where
     # the whole class is, whatever there was.
     empty = previous is None or not bool((previous > 0).any())
@@ -194,7 +197,9 @@ def draft_answer(
     else:
         assert previous is not None
         logits = previous
-        if settings.network == "auto" and segmenter.prompted and prompts[-1].marks:
+        distance = max(settings.reach / 4.0, SLACK * float(min(grids.spacing)))
+        far = _far_from_border(previous, grids, prompts[-1], distance)
+        if settings.network == "auto" and segmenter.prompted and far:
             # Where clicks show something else than the mask, it was a wrong one, and no border of it to be moved.
             other = segmenter.decode(image, index, ask(grids, prompts), None)
             if _dice(other > 0, previous > 0) < AGREEMENT and _agrees(other.numpy(), grids, prompts[-1]):
@@ -250,6 +255,19 @@ def _dice(one: Tensor, other: Tensor) -> float:
 def _agrees(values: np.ndarray, grids: Grids, prompt: UserPrompt) -> bool:
     """Whether logits carry the label of what a prompt marked."""
     return bool(((values[tuple(grids.voxels(prompt.voxels()).T)] > 0) == bool(prompt.label)).all())
+
+
+def _far_from_border(previous: Tensor, grids: Grids, prompt: UserPrompt, distance: float) -> bool:
+    """Whether a prompt marks a voxel farther than ``distance`` from all on the other side of a mask's border."""
+    if not prompt.marks:
+        return False
+    half = np.floor(distance / np.asarray(grids.spacing)).astype(int)
+    for voxel in grids.voxels(prompt.voxels()):
+        place = tuple(slice(max(0, v - h), v + h + 1) for v, h in zip(voxel, half))
+        side = previous[place] > 0
+        if bool((side == side[tuple(int(v) - s.start for v, s in zip(voxel, place))]).all()):
+            return True
+    return False
 
 
 def _surrounds(prompt: UserPrompt, dims: int) -> bool:

@@ -107,7 +107,8 @@ def write_label(label: np.ndarray, image: MetaTensor, path: Path) -> None:
     writer = volume_writer(suffix)(output_dtype=np.uint8)
     affine = torch.as_tensor(np.asarray(image.meta["original_affine"]))
     writer.set_data_array(label[None], channel_dim=0)
-    writer.set_metadata({"affine": affine, "original_affine": affine}, resample=False)
+    meta = {name: image.meta[name] for name in ("nifti_geometry", "nrrd_unit") if name in image.meta}
+    writer.set_metadata({**meta, "affine": affine, "original_affine": affine}, resample=False)
     writer.write(path)
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,16 +45,17 @@ class Refinement(nn.Module):
         dims: 2 (images) or 3 (volumes).
         reach: distance from the click up to which logits may change, in steps: multiples of the smallest spacing.
         width: of the hidden layers.
+        asks: whether it refines answers that the network gives to each click anew, or corrects the mask before alone.
 
     Raises:
         ValueError: when ``dims`` is another, or ``reach`` or ``width`` is below 1.
     """
 
-    def __init__(self, dims: int, reach: float, width: int = 64) -> None:
+    def __init__(self, dims: int, reach: float, width: int = 64, asks: bool = False) -> None:
         super().__init__()
         if dims not in (2, 3) or reach < 1 or width < 1:
             raise ValueError(f"expected dims 2 or 3, reach and width of 1 or more, got {dims}, {reach} and {width}.")
-        self.dims, self.reach, self.width = dims, float(reach), width
+        self.dims, self.reach, self.width, self.asks = dims, float(reach), width, bool(asks)
         self.register_buffer("mean", torch.zeros(len(NAMES)))
         self.register_buffer("std", torch.ones(len(NAMES)))
         self.layers = nn.Sequential(
@@ -69,10 +71,13 @@ class Refinement(nn.Module):
         out: Tensor = self.layers((features - self.get_buffer("mean")) / self.get_buffer("std"))
         return out[:, 0]
 
+    def _form(self) -> list[Any]:
+        return [self.dims, self.reach, self.width, self.asks, list(NAMES)]
+
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of its form and weights."""
-        digest = hashlib.sha256(json.dumps([self.dims, self.reach, self.width, list(NAMES)]).encode())
+        digest = hashlib.sha256(json.dumps(self._form()).encode())
         for tensor in self.state_dict().values():
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -80,7 +85,7 @@ class Refinement(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write it to a file, whole or not at all."""
         with temporary_name(path) as part:
-            torch.save({"form": [self.dims, self.reach, self.width, list(NAMES)], "state": self.state_dict()}, part)
+            torch.save({"form": self._form(), "state": self.state_dict()}, part)
 
     @classmethod
     def load(cls, path: str | Path) -> Refinement:
@@ -97,10 +102,10 @@ class Refinement(nn.Module):
             raise WeightsError(f"{path}: there is no such file. Name a refinement, which configs/refine.yaml trains.")
         try:
             kept = torch.load(path, map_location="cpu", weights_only=True)
-            dims, reach, width, names = kept["form"]
+            dims, reach, width, asks, names = kept["form"]
             if names != list(NAMES):
                 raise ValueError("its features are others")
-            out = cls(dims, reach, width)
+            out = cls(dims, reach, width, asks)
             out.load_state_dict(kept["state"])
         except Exception as error:  # torch names damaged files in many ways
             raise WeightsError(

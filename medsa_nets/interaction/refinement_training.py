@@ -21,7 +21,6 @@ from tqdm import tqdm
 from medsa_nets.data import save_png, stable_seed
 from medsa_nets.data.atomic import make_folder, temporary_name
 from medsa_nets.errors import DataError
-from medsa_nets.handlers import unwrap
 from medsa_nets.inferers import PromptInferer, SlabInferer
 from medsa_nets.interaction.answers import AnswerSettings, draft_answer, finish_answer
 from medsa_nets.interaction.evaluation import target_masks
@@ -30,6 +29,7 @@ from medsa_nets.interaction.refinement import LIMIT, NAMES, Refinement, describe
 from medsa_nets.interaction.segmenters import NetworkSegmenter, load_adapter
 from medsa_nets.interaction.users import SimulatedUser
 from medsa_nets.prompts.user import UserPrompt
+from medsa_nets.runtime import unwrap
 from medsa_nets.visualize import draw_curves
 
 logger = logging.getLogger(__name__)
@@ -111,8 +111,8 @@ class RefinementTraining:
         checkpoint: file of the adapter, which :meth:`run` loads; none or empty takes the network as it is.
         path: file of the refinement; none takes its place beside the adapter, without one
             ``refinement.clicks.pt`` in ``output_dir``.
-        settings: how answers are made, without refinement; none takes the usual ones, but does not ask a network
-            whether clicks show something else than the mask, since here they do not.
+        settings: how answers are made, without refinement; none takes the usual ones, and in images asks the
+            network again for each click, in volumes does not.
         start_from: file of a refinement to start from.
         others: files of samples of other trainings, to be learnt as well.
         rounds: how often sessions are run and learnt from.
@@ -177,10 +177,10 @@ class RefinementTraining:
         segmenter = NetworkSegmenter(network, None, self.classes, self.inferer)
         dims = 3 if segmenter.volumes else 2
         if self.settings is None:
-            known = segmenter.feedback or not segmenter.volumes
-            self.settings = AnswerSettings(network="always" if known else "first")
+            self.settings = AnswerSettings(network="first" if segmenter.volumes else "always")
         others = [Samples.load(path) for path in self.others]
-        refinement = Refinement(dims, self.reach or REACH[dims], self.width)
+        asks = self.settings.network == "always"
+        refinement = Refinement(dims, self.reach or REACH[dims], self.width, asks)
         if self.start_from:
             refinement = Refinement.load(self.start_from)
         fresh = not self.start_from

@@ -24,8 +24,13 @@ def _adapters_beside(path: Path) -> str:
     if not names:
         return ""
     overlays: dict[str, str] = {}
-    for overlay in sorted((path.parent.parent / "configs").glob("*.yaml")):
-        found = re.search(r"^checkpoint_filename: *(\S+)", overlay.read_text(encoding="utf-8"), re.MULTILINE)
+    configs = path.parent.parent / "configs"
+    for overlay in sorted(configs.glob("*.yaml")):
+        text = overlay.read_text(encoding="utf-8")
+        task = re.search(r"^task: *(\w+)", text, re.MULTILINE)
+        if task and (facts := configs / "tasks" / f"{task.group(1)}.yaml").is_file():
+            text += facts.read_text(encoding="utf-8")
+        found = re.search(r"^checkpoint_filename: *(\S+)", text, re.MULTILINE)
         if found and overlay.name not in ("train.yaml", "inference.yaml"):
             overlays.setdefault(found.group(1), overlay.name)
     listed = [f"{name} (lay configs/{overlays[name]} over)" if name in overlays else name for name in names]

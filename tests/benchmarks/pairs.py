@@ -31,10 +31,11 @@ import torch
 from torch import nn
 
 from medsa_nets import build_medsa
-from medsa_nets.engines import keep_freed_memory, trainable_parameters
 from medsa_nets.layers import fast
 from medsa_nets.layers.fast import attention, convolution, groups, linear
 from medsa_nets.layers.fast.choices import CHOICES
+from medsa_nets.runtime import keep_freed_memory
+from medsa_nets.training import trainable_parameters
 
 # what holds a processor back, by environment; for a mistake in a name see --isa's choices
 ENVIRONMENTS = {

@@ -52,11 +52,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medsa_nets import build_medsa, use_backend
 from medsa_nets.embeddings import train_decoder_alone
-from medsa_nets.engines import keep_freed_memory, trainable_parameters
 from medsa_nets.inferers import EmbeddingCache, SlabInferer
 from medsa_nets.layers.fast import linear
 from medsa_nets.losses import AnnotatedDiceCELoss
 from medsa_nets.prompts import Prompts
+from medsa_nets.runtime import keep_freed_memory
+from medsa_nets.training import trainable_parameters
 from medsa_nets.weights import from_hugging_face
 
 HERE = Path(__file__).resolve().parent

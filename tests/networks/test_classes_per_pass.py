@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from medsa_nets import build_medsa
-from medsa_nets.engines import train_slices
 from medsa_nets.errors import WeightsError
 from medsa_nets.layers import Bottlenecks, DepthBranch
 from medsa_nets.networks import MaskDecoder, TwoWayTransformer
+from medsa_nets.training import train_slices
 
 
 @pytest.fixture
