@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from medsa_nets.errors import MedSAError, print_anything
+from medsa_nets.precomputed import precompute
 from medsa_nets.server.command import serve
 
-COMMANDS = {"serve": serve}
+COMMANDS = {"serve": serve, "precompute": precompute}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,14 +13,18 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from monai.bundle import ConfigParser
 
 from medsa_nets.bundle import ADAPTER, copy_bundle
 from medsa_nets.errors import DataError, MedSAError
 from medsa_nets.handlers import save_atomically
+from medsa_nets.precomputed import precompute
+
+EMBEDDINGS = "embeddings"  # folder beside the models; an adapter that is trained later has embeddings of its own
 
 
 def find_stock_app() -> Path:
@@ -50,7 +54,13 @@ def add_app(app: Path, source: Path | None = None) -> None:
     shutil.copytree(source, app, ignore=ignored, dirs_exist_ok=True)
 
 
-def add_bundle(app: Path, bundle: Path, name: str | None = None, overlays: Sequence[str] = ()) -> Path:
+def add_bundle(
+    app: Path,
+    bundle: Path,
+    name: str | None = None,
+    overlays: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
     """Copy a bundle to ``app/model/NAME``, with overlays merged into its configurations.
 
     Args:
@@ -59,6 +69,7 @@ def add_bundle(app: Path, bundle: Path, name: str | None = None, overlays: Seque
         name: name of the model in the server; none takes that of the bundle. ``deepedit`` is appended where it is
             missing: MONAI Label offers clicks to such names.
         overlays: files of the bundle's ``configs``, as ``hippocampus.yaml``.
+        settings: keys of its configurations to set.
 
     Returns:
         Folder of the model. Where it exists, its adapter stays as it is.
@@ -70,7 +81,7 @@ def add_bundle(app: Path, bundle: Path, name: str | None = None, overlays: Seque
     if "deepedit" not in name:
         name += "_deepedit"
     target = app / "model" / name
-    if not copy_bundle(bundle, target, overlays):
+    if not copy_bundle(bundle, target, overlays, settings):
         _write_fresh_adapter(target, target / ADAPTER)
     return target
 
@@ -93,13 +104,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overlay", action="append", default=[], help="file of the bundle's configs to lay over")
     parser.add_argument("--name", help="name of the model in the server")
     parser.add_argument("--studies", default="STUDIES", help="folder of images, or address of a DICOMweb server")
+    parser.add_argument(
+        "--precompute", action="store_true", help="encode all studies of the folder now, so that first clicks are fast"
+    )
     options = parser.parse_args(arguments)
     try:
         if len(options.bundle) > 1 and (options.name or options.overlay):
             raise DataError("--name and --overlay belong to one bundle: run the command once for each.")
         add_app(options.app)
+        if options.precompute and not Path(options.studies).is_dir():
+            raise DataError(f"--precompute needs a folder of studies, --studies is {options.studies}.")
         for bundle in options.bundle:
-            print(f"added {add_bundle(options.app, bundle, options.name, options.overlay)}")
+            settings = {"precomputed": str(options.app.resolve() / EMBEDDINGS)} if options.precompute else None
+            model = add_bundle(options.app, bundle, options.name, options.overlay, settings)
+            print(f"added {model}", flush=True)
+            if options.precompute:
+                precompute(str(model), options.studies, str(options.app / EMBEDDINGS))
     except MedSAError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
