@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import threading
@@ -24,12 +23,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from medsa_nets.backends import backend_of, expect_encodings
-from medsa_nets.engines import as_earlier, keep_freed_memory, plain, release_freed_memory
+from medsa_nets.checksums import tensor_sha256
 from medsa_nets.interaction.observations import Kernel, observe
 from medsa_nets.machine import limit_threads
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import Amp, autocast, choose_amp, read_amp
 from medsa_nets.prompts import Prompts, prompts_of_batch
+from medsa_nets.prompts.earlier import as_earlier
+from medsa_nets.runtime import keep_freed_memory, plain, release_freed_memory, unwrap
 from medsa_nets.transforms import ABSENT, all_classes, keep_main_components
 
 logger = logging.getLogger(__name__)
@@ -37,16 +38,6 @@ CLICK_KERNEL = Kernel(length=3.0, contrast=0.15)  # pixels of the network's grid
 AGREEMENT = 0.5  # Dice from which an automatic mask and that of clicks show the same
 Answer: TypeAlias = "Callable[[Slabs, Prompts], Tensor]"
 Look: TypeAlias = Callable[[range], Tensor]  # a mask (H, W, slices) on some slices
-
-
-def tensor_sha256(*tensors: Tensor) -> str:
-    """SHA-256 of tensors' shapes, types and values."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class EmbeddingCache:
@@ -139,7 +130,7 @@ def shared_cache(max_bytes: int) -> EmbeddingCache | None:
     """The cache of this size that all inferers of the process share; none for 0 bytes.
 
     A server holds an automatic and a clicking task for one bundle: what one of them has encoded, the other one needs.
-    Its process also keeps the memory that it frees for the next request (:func:`medsa_nets.engines.keep_freed_memory`),
+    Its process also keeps the memory that it frees for the next request (:func:`medsa_nets.runtime.keep_freed_memory`),
     and computes with as many threads as it has processors (:func:`medsa_nets.machine.limit_threads`): a server does not
     run what a bundle lists under ``initialize``.
     """
@@ -195,7 +186,7 @@ class PromptInferer(SimpleInferer):
         asked = prompts_of_batch(inputs, prompts)
         inputs = plain(inputs)
         with autocast(self.amp, inputs.device):
-            medsa = getattr(network, "module", network)
+            medsa = unwrap(network)
             if not isinstance(medsa, MedSA) or medsa.training:  # dropout answers anew each time
                 return network(inputs, *args, **Prompts.batched(asked)).float()
             _read_precomputed(medsa, self.precomputed)
@@ -390,7 +381,7 @@ class SlabInferer(Inferer):
             ValueError: when the volume has another shape, or one that earlier masks can't be mirrored in, or there are
                 prompts for another number of volumes.
         """
-        medsa: Any = getattr(network, "module", network)
+        medsa: Any = unwrap(network)
         if not isinstance(medsa, VolumeMedSA) and getattr(medsa, "original_name", "") != VolumeMedSA.__name__:
             raise ValueError(
                 f"SlabInferer needs a network built with spatial_dims=3, got {type(medsa).__name__}. For another "

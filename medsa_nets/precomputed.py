@@ -20,11 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from medsa_nets.checksums import tensor_sha256
+from medsa_nets.commands import command
 from medsa_nets.data import list_photographs, list_volumes
 from medsa_nets.data.atomic import make_folder, make_writable, temporary_name
 from medsa_nets.embeddings import StoredEmbeddings
 from medsa_nets.errors import DataError, find_cause
-from medsa_nets.inferers import SlabInferer, Slabs, tensor_sha256
+from medsa_nets.inferers import SlabInferer, Slabs
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import autocast
 
@@ -114,7 +116,7 @@ def precompute(
     bundle: str,
     studies: str,
     folder: str,
-    overlay: str | Sequence[str] = (),
+    overlay: Sequence[str] = (),
     *,
     checkpoint: str = "",
     device: str = "",
@@ -130,14 +132,14 @@ def precompute(
         bundle: folder of the bundle.
         studies: a study, or a folder of studies.
         folder: where the embeddings go; it is made where it is missing.
-        overlay: file of the bundle's configs to lay over, as ct_3mm.yaml, or several, with commas between them.
+        overlay: file of the bundle's configs to lay over, as ct_3mm.yaml; may be given more than once.
         checkpoint: the adapter; by default that of the bundle.
         device: cpu, cuda, …; by default the bundle's choice.
         amp: precision, auto, true or false; by default the bundle's choice. The server has to have the same.
     """
     from medsa_nets.interaction.segmenters import NetworkSegmenter
 
-    overlays = overlay.split(",") if isinstance(overlay, str) else list(overlay)
+    overlays = [name for one in ([overlay] if isinstance(overlay, str) else overlay) for name in one.split(",")]
     chosen = {"device": device, "checkpoint": checkpoint, "amp": amp}
     config = {name: value for name, value in chosen.items() if value != ""}
     segmenter = NetworkSegmenter.from_bundle(bundle, [name for name in overlays if name], config)
@@ -162,3 +164,8 @@ def precompute(
         print(f"{number} of {len(items)}: {item['image']}: {new} encoded, {known} known ({taken:.1f} s)", flush=True)
     if failed:
         raise DataError(f"{len(failed)} of {len(items)} studies can't be read: {', '.join(failed)}.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    return command(precompute, arguments, name="python -m medsa_nets precompute")

@@ -8,8 +8,7 @@ import torch
 from monai.data import MetaTensor, list_data_collate
 from monai.inferers import SlidingWindowInferer
 
-from medsa_nets.bases import build_medsa
-from medsa_nets.engines import as_earlier
+from medsa_nets.build import build_medsa
 from medsa_nets.inferers import (
     EmbeddingCache,
     PromptInferer,
@@ -20,6 +19,7 @@ from medsa_nets.inferers import (
     tensor_sha256,
 )
 from medsa_nets.prompts import Prompts, with_prompts
+from medsa_nets.prompts.earlier import as_earlier
 
 pytestmark = pytest.mark.usefixtures("small_base")
 

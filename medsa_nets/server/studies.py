@@ -225,6 +225,7 @@ class ObjectSegmenter:
         self.segmenter = study.near_segmenter if near else study.segmenter
         self.classes: Sequence[str] = [FOREGROUND if index is None else study.segmenter.classes[index]]
         self.volumes = self.segmenter.volumes
+        self.refinement = self.segmenter.refinement
 
     @property
     def feedback(self) -> bool:

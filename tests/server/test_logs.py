@@ -185,7 +185,7 @@ def test_an_image_is_known_by_values_type_place_network_and_class():
     assert known == hash_image(image.copy(), affine, {"base": "a"}, "")
     others = [(image + 1, affine, {"base": "a"}, ""), (image.astype(np.int32), affine, {"base": "a"}, ""),
               (image, 2 * affine, {"base": "a"}, ""), (image, affine, {"base": "b"}, ""),
-              (image, affine, {"base": "a"}, "liver"), 
+              (image, affine, {"base": "a"}, "liver"),
               (image.reshape(1, 4, 2, 1), affine, {"base": "a"}, "")]  # fmt: skip
     assert len({known, *(hash_image(*other) for other in others)}) == 1 + len(others)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from medsa_nets.bundle import ADAPTER, copy_bundle
+from medsa_nets.bundles import ADAPTER, copy_bundle
 from medsa_nets.errors import DataError, SettingError
 from medsa_nets.inferers import SlabInferer
 from medsa_nets.interaction.segmenters import NetworkSegmenter
