@@ -21,7 +21,6 @@ from tqdm import tqdm
 from medsa_nets.data import output_name, save_png, stable_seed, unique_names
 from medsa_nets.data.atomic import make_folder, temporary_name
 from medsa_nets.errors import DataError
-from medsa_nets.handlers import unwrap, writes_files
 from medsa_nets.inferers import PromptInferer, SlabInferer
 from medsa_nets.interaction.answers import AnswerSettings, answer_identity
 from medsa_nets.interaction.grids import Grids
@@ -30,6 +29,7 @@ from medsa_nets.interaction.refinement import beside
 from medsa_nets.interaction.segmenters import NetworkSegmenter, load_adapter
 from medsa_nets.interaction.session import STARTS, InteractiveSession
 from medsa_nets.interaction.users import SimulatedUser
+from medsa_nets.runtime import unwrap, writes_files
 from medsa_nets.visualize import draw_curves, overlay, side_by_side
 
 logger = logging.getLogger(__name__)

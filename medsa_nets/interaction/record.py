@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
+from medsa_nets.checksums import file_sha256
 from medsa_nets.data import save_png, volume_writer
 from medsa_nets.data.atomic import temporary_name
 from medsa_nets.errors import DataError, describe
 from medsa_nets.interaction.answers import AnswerSettings, answer_identity
 from medsa_nets.interaction.observations import Kernel
 from medsa_nets.prompts.user import prompt_from_json, prompt_to_json
-from medsa_nets.weights import file_sha256
 
 if TYPE_CHECKING:
     from medsa_nets.interaction.session import InteractiveSession

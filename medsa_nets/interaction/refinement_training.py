@@ -21,7 +21,6 @@ from tqdm import tqdm
 from medsa_nets.data import save_png, stable_seed
 from medsa_nets.data.atomic import make_folder, temporary_name
 from medsa_nets.errors import DataError
-from medsa_nets.handlers import unwrap
 from medsa_nets.inferers import PromptInferer, SlabInferer
 from medsa_nets.interaction.answers import AnswerSettings, draft_answer, finish_answer
 from medsa_nets.interaction.evaluation import target_masks
@@ -30,6 +29,7 @@ from medsa_nets.interaction.refinement import LIMIT, NAMES, Refinement, describe
 from medsa_nets.interaction.segmenters import NetworkSegmenter, load_adapter
 from medsa_nets.interaction.users import SimulatedUser
 from medsa_nets.prompts.user import UserPrompt
+from medsa_nets.runtime import unwrap
 from medsa_nets.visualize import draw_curves
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Command line of the base weights: ``python -m medsa_nets.weights``."""
+"""Command line of weights: ``python -m medsa_nets.weights``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import sys
 from typing import Any
 
-from medsa_nets.bases import BASES, parameter_table
+from medsa_nets.build import parameter_table
 from medsa_nets.errors import WeightsError
-from medsa_nets.weights import describe_file, fetch, find_base_file
+from medsa_nets.weights import BASES, describe_file, fetch, find_base_file
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     fetch_parser = commands.add_parser("fetch", help="fetch the weights of a base")
     fetch_parser.add_argument("name", choices=list(BASES))
     fetch_parser.add_argument("--url", help="another address of the same file")
-    check_parser = commands.add_parser("check", help="say which base a file holds, or that it holds none")
+    check_parser = commands.add_parser("check", help="say what a file is: an adapter, a base, or neither")
     check_parser.add_argument("file")
     parameters_parser = commands.add_parser("parameters", help="table of parameters, total and trainable, per base")
     parameters_parser.add_argument("--adapter_ratio", type=float, default=0.25)

