@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from medsa_nets.backends import backend_of, expect_encodings
 from medsa_nets.checksums import tensor_sha256
-from medsa_nets.interaction.observations import Kernel, observe
 from medsa_nets.machine import limit_threads
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import Amp, autocast, choose_amp, read_amp
 from medsa_nets.prompts import Prompts, prompts_of_batch
 from medsa_nets.prompts.earlier import as_earlier
+from medsa_nets.prompts.observations import Kernel, observe
 from medsa_nets.runtime import keep_freed_memory, plain, release_freed_memory, unwrap
 from medsa_nets.transforms import ABSENT, all_classes, keep_main_components
 
@@ -224,7 +224,7 @@ def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: S
     A session begins with the box, where there is one, else with the automatic mask, where the class is named, else with
     the first click. A click on foreground takes nothing from a mask, one on background adds nothing, so that no later
     click undoes what was right elsewhere. In each answer every clicked pixel carries its label
-    (:func:`~medsa_nets.interaction.observations.observe`).
+    (:func:`~medsa_nets.prompts.observations.observe`).
 
     Args:
         network: the network.
