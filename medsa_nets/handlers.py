@@ -70,6 +70,7 @@ def for_this_process(handlers: Sequence[Any]) -> list[Any]:
         "EpochSeed",
         "LrScheduleHandler",
         "MetricsSaver",
+        "RankBudget",
         "StartFrom",
         "TrainingCheckpoint",
         "ValidationHandler",

@@ -14,6 +14,7 @@ from medsa_nets.layers.common import (
 from medsa_nets.layers.depth import DepthBranch, DistantPrompt
 from medsa_nets.layers.feedback import ClickFeedback
 from medsa_nets.layers.linear import Linear, multiply_linear, remember
+from medsa_nets.layers.lora import Frozen, LoRA, LowRank, LowRankLinear, merge_low_rank
 
 __all__ = [
     "HYPER_PROMPTING_FORMS",
@@ -24,14 +25,19 @@ __all__ = [
     "ConvBN",
     "DepthBranch",
     "DistantPrompt",
+    "Frozen",
     "HyperPromptingAdapter",
     "LayerNorm2d",
     "Linear",
+    "LoRA",
+    "LowRank",
+    "LowRankLinear",
     "MLPBlock",
     "attend",
     "attend_map",
     "cut_windows",
     "join_windows",
+    "merge_low_rank",
     "multiply_linear",
     "remember",
     "split_windows",
