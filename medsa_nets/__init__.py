@@ -2,6 +2,7 @@
 
 from medsa_nets import (
     backends,
+    bundles,
     data,
     embeddings,
     engines,
@@ -14,14 +15,17 @@ from medsa_nets import (
     networks,
     precision,
     prompts,
+    runtime,
+    training,
     transforms,
     visualize,
     weights,
 )
 from medsa_nets.backends import use_backend
-from medsa_nets.bases import BASES, Base, build_medsa, parameter_table
+from medsa_nets.build import build_medsa, parameter_table
 from medsa_nets.errors import BackendError, DataError, MedSAError, WeightsError
 from medsa_nets.networks import MedSA, VolumeMedSA
+from medsa_nets.weights.bases import BASES, Base
 
 __version__ = "0.1.0"
 
@@ -36,6 +40,7 @@ __all__ = [
     "WeightsError",
     "backends",
     "build_medsa",
+    "bundles",
     "data",
     "embeddings",
     "engines",
@@ -49,6 +54,8 @@ __all__ = [
     "parameter_table",
     "precision",
     "prompts",
+    "runtime",
+    "training",
     "transforms",
     "use_backend",
     "visualize",

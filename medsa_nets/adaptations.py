@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from medsa_nets.checksums import state_sha256
 from medsa_nets.errors import SettingError
 from medsa_nets.layers import Adaptation, Bottlenecks, Frozen, LoRA, merge_low_rank
 from medsa_nets.networks import MedSA
@@ -116,8 +117,6 @@ def merge_adapter(network: MedSA) -> MedSA:
     Raises:
         SettingError: when it holds none: the paper's adapters are not linear and can't be merged.
     """
-    from medsa_nets.weights import base_fingerprint  # weights reads files for the networks that plans are made for
-
     identity = decode_identity(network.identity)
     if not merge_low_rank(network):
         name = identity["adapter"].get("adaptation", "adapters")
@@ -133,6 +132,6 @@ def merge_adapter(network: MedSA) -> MedSA:
     if not whole:
         kept.pop("train_decoder", None)
     network.freeze(bool(kept.get("train_norms")), whole)
-    fingerprint = base_fingerprint(network.base_state_dict())
+    fingerprint = state_sha256(network.base_state_dict())
     network.set_identity({"base": identity["base"], "sha256": fingerprint, "adapter": {"adaptation": "none", **kept}})
     return network

@@ -28,10 +28,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fire
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from medsa_nets.backends import expect_images
+from medsa_nets.bundles import Bundle, read
 from medsa_nets.data import check_names
 from medsa_nets.data.atomic import make_writable, temporary_name
 from medsa_nets.errors import ClusterError, MedSAError, OutputError, describe, find_cause
@@ -43,15 +45,13 @@ RECORDS = ".medsa_done"  # in the output folder: a file for each study that is d
 PARTS = ".medsa_part_"  # in the output folder: what a worker is writing
 
 
-class _Bundle:
+class _Inference:
     """A bundle's inference, made once in a worker: the network is loaded, studies are put in one after the other."""
 
     def __init__(self, config: dict[str, Any], meta: dict[str, Any], output_dir: str) -> None:
         self.output_dir = Path(output_dir)
         self.part = self.output_dir / f"{PARTS}{socket.gethostname()}_{os.getpid()}"
-        parser = ConfigParser({**config, "output_dir": str(self.part), "num_workers": 0})
-        if meta:
-            parser["_meta_"] = meta
+        parser = Bundle({**config, "output_dir": str(self.part), "num_workers": 0}, meta).parser()
         handlers = parser["handlers"]
         # The adapter is loaded here, not at every start of the evaluator; workers' own bars would mix with the summary.
         loaders = [h for h in handlers if str(h.get("_target_")).endswith("CheckpointLoader")]
@@ -91,7 +91,7 @@ class _Bundle:
             shutil.rmtree(self.part, ignore_errors=True)
 
 
-_bundles: dict[str, _Bundle] = {}  # of a worker process
+_bundles: dict[str, _Inference] = {}  # of a worker process
 _lock = threading.Lock()  # a bundle segments one study at a time
 
 
@@ -120,7 +120,7 @@ def segment_study(
                 return known
             if job not in _bundles:
                 _bundles.clear()
-                _bundles[job] = _Bundle(config, meta, output_dir)
+                _bundles[job] = _Inference(config, meta, output_dir)
             files = _bundles[job].segment(entry)
             row["seconds"] = round(time.perf_counter() - start, 2)
             record.parent.mkdir(exist_ok=True)
@@ -153,13 +153,7 @@ def _read_record(record: Path, output_dir: str) -> dict[str, Any] | None:
 
 def _list_studies(parser: ConfigParser) -> list[dict[str, Any]]:
     """The bundle's own list of data, each study with a name of its own."""
-    try:
-        entries = [dict(entry) for entry in parser.get_parsed_content("dataset#data")]
-    except RuntimeError as error:
-        cause = find_cause(error)
-        if cause is None:
-            raise
-        raise cause from None
+    entries = [dict(entry) for entry in read(parser, "dataset#data")]
     for entry in entries:
         entry["image"] = os.path.abspath(entry["image"])  # a link keeps its own name
     check_names(entry["image"] for entry in entries)
@@ -167,9 +161,9 @@ def _list_studies(parser: ConfigParser) -> list[dict[str, Any]]:
 
 
 def _job(config: dict[str, Any], parser: ConfigParser) -> str:
-    """What tells this run's settings and adapter from others: two runs of one name give the same masks."""
+    """Name of a run's settings and adapter: two runs of one name give the same masks."""
     digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k != "dataset_dir"}, default=str).encode())
-    checkpoint = parser.get_parsed_content("checkpoint") if "checkpoint" in parser else None
+    checkpoint = read(parser, "checkpoint") if "checkpoint" in parser else None
     if checkpoint and Path(checkpoint).is_file():
         digest.update(Path(checkpoint).read_bytes())
     return digest.hexdigest()
@@ -230,15 +224,9 @@ def segment_all(
     if workers < 1:
         raise ClusterError(f"--workers must be 1 or more, got {workers}.")
     files = [config_file] if isinstance(config_file, str) else list(config_file)
-    first = Path(files[0]).resolve()
-    parser = ConfigParser(ConfigParser.load_config_files(files))
-    if parser.get("bundle_root") == ".":
-        parser["bundle_root"] = str(first.parents[1])
-    for name, value in {**settings, "dataset_dir": os.path.abspath(Path(dataset_dir).expanduser())}.items():
-        parser[name] = value  # a name may be a path, as network_def#dropout
-    meta_path = Path(meta_file) if meta_file else first.parent / "metadata.json"
-    meta = json.loads(meta_path.read_text(encoding="utf-8")) if meta_path.is_file() else {}
-    config = dict(parser.get())
+    dataset_dir = os.path.abspath(Path(dataset_dir).expanduser())
+    bundle = Bundle.of_files(files, {**settings, "dataset_dir": dataset_dir}, meta_file)
+    parser, config, meta = bundle.parser(), bundle.whole(), bundle.metadata
     out = Path(output_dir).expanduser().resolve()
     make_writable(out, "--output_dir")
     studies, job = _list_studies(parser), _job(config, parser)
@@ -305,13 +293,16 @@ def _write_summary(rows: list[dict[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
-def main(config_file: Any, dataset_dir: str, output_dir: str, **settings: Any) -> None:
-    """Command line; see :func:`segment_all`."""
-    try:
-        rows = segment_all(config_file=config_file, dataset_dir=dataset_dir, output_dir=output_dir, **settings)
-    except MedSAError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+def segment_studies(config_file: Any, dataset_dir: str, output_dir: str, **settings: Any) -> int:
+    """Segment each study of a folder once with several processes; every other option is a setting of the bundle.
+
+    Args:
+        config_file: a bundle's inference.yaml, or a list of it and overlays.
+        dataset_dir: folder of studies, as the bundle takes it.
+        output_dir: folder of the results; summary.csv there lists the studies.
+        settings: workers, scheduler, meta_file, and settings of the configuration.
+    """
+    rows = segment_all(config_file=config_file, dataset_dir=dataset_dir, output_dir=output_dir, **settings)
     width = max(len(Path(row["study"]).name) for row in rows)
     for row in rows:
         seconds = f"{row['seconds']:.1f} s" if row["seconds"] != "" else ""
@@ -319,13 +310,27 @@ def main(config_file: Any, dataset_dir: str, output_dir: str, **settings: Any) -
         print(f"{name:<{width}}  {row['status']:<7}  {seconds:>8}  {row['worker']}  {row['message']}".rstrip())
     counts = {status: sum(row["status"] == status for row in rows) for status in ("done", "skipped", "failed")}
     print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; {output_dir}/summary.csv")
-    if counts["failed"]:
-        raise SystemExit(1)
+    return 1 if counts["failed"] else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; an error of this package ends it with 2, a study that failed with 1."""
+    status: list[int] = []
+
+    def run(config_file: Any, dataset_dir: str, output_dir: str, **settings: Any) -> None:
+        status.append(segment_studies(config_file, dataset_dir, output_dir, **settings))
+
+    run.__doc__ = segment_studies.__doc__
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        fire.Fire(run, ["--", "--help"] if "--help" in given else given, name="python -m medsa_nets cluster")
+    except MedSAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status[0] if status else 0
 
 
 if __name__ == "__main__":
-    import fire
-
     from medsa_nets import cluster  # workers import it by this name, not as __main__
 
-    fire.Fire(cluster.main)
+    sys.exit(cluster.main())

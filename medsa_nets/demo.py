@@ -8,22 +8,25 @@ much is trained, and on pictures of which size, depends on how fast the machine 
 
 from __future__ import annotations
 
-import argparse
 import csv
+import inspect
 import logging.config
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from monai.bundle import ConfigParser, run
+from monai.bundle import run
 from PIL import Image
 
+from medsa_nets.bundles import Bundle
+from medsa_nets.commands import command
 from medsa_nets.data.phantoms import write_phantoms
-from medsa_nets.errors import DataError, find_cause, print_anything
+from medsa_nets.errors import DataError, find_cause
 from medsa_nets.machine import limit_threads
 from medsa_nets.visualize import contact_sheet
 
@@ -174,12 +177,11 @@ class Demo:
 
     def take_steps(self) -> list[float]:
         """Take training steps on one batch with a network that is thrown away: the seconds of each."""
-        parser = ConfigParser()
-        parser.read_config(self.files("train.yaml", "decoder.yaml"))
         seconds = []
         with TemporaryDirectory(prefix="medsa_") as folder:
             places = {"embedding_dir": f"{folder}/embeddings", "output_dir": folder}
-            parser.update({**self.common, **places, "image_size": TIMED_SIZE, "samples_interval": 0})
+            settings = {**self.common, **places, "image_size": TIMED_SIZE, "samples_interval": 0}
+            parser = Bundle.of_files(self.files("train.yaml", "decoder.yaml"), settings).parser()
             iteration, trainer, batches = (
                 parser.get_parsed_content(f"train#{name}") for name in ("iteration", "trainer", "dataloader")
             )
@@ -231,14 +233,14 @@ class Demo:
         )
 
 
-def run_demo(demo: Demo, *, minutes: float, go_on: bool = False, command: str = "") -> Path:
+def run_demo(demo: Demo, *, minutes: float, go_on: bool = False, next_command: str = "") -> Path:
     """Time a few steps, measure, train, measure again, judge, and draw.
 
     Args:
         demo: bundle, data set and folders.
         minutes: time limit of all of it.
         go_on: whether to begin with the adapter of an earlier demo.
-        command: goes on with this demo.
+        next_command: goes on with this demo.
 
     Returns:
         Path of the page of overlays.
@@ -258,43 +260,54 @@ def run_demo(demo: Demo, *, minutes: float, go_on: bool = False, command: str = 
     for prompt in PROMPTS:
         print(f"prompt {prompt:6}  {before[prompt]:6.3f}  {after[prompt]:6.3f}")
     page = demo.draw()
-    print(f"\nOverlays: {page}\nAdapter:  {demo.adapter}\n\n{judge(after, out_of_time, command)}")
+    print(f"\nOverlays: {page}\nAdapter:  {demo.adapter}\n\n{judge(after, out_of_time, next_command)}")
     return page
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m medsa_nets.demo", description=__doc__)
-    parser.add_argument("--bundle", type=Path, default=Path("bundles/medsa_isic"))
-    parser.add_argument("--dataset_dir", type=Path, default=os.environ.get("DATASET_DIR") or None)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"))
-    parser.add_argument("--minutes", type=float, default=4.5, help="time limit, measuring before and after included")
-    parser.add_argument("--go_on", action="store_true", help="begin with the adapter that an earlier demo left")
-    options = parser.parse_args(arguments)
-    print_anything()
+def demonstrate(
+    *,
+    bundle: Path = Path("bundles/medsa_isic"),
+    dataset_dir: Path | None = None,
+    output_dir: Path = Path("demo"),
+    minutes: float = 4.5,
+    go_on: bool = False,
+) -> None:
+    """Adapt a base to lesions in a few minutes, measure before and after, and draw a page of overlays.
+
+    Args:
+        bundle: folder of the bundle medsa_isic.
+        dataset_dir: a data set in a layout that the bundle reads; by default that of the environment variable
+            DATASET_DIR, else generated pictures.
+        output_dir: adapter, metrics and pictures go here.
+        minutes: time limit, measuring before and after included.
+        go_on: begin with the adapter that an earlier demo left.
+    """
     limit_threads()
-    dataset_dir = options.dataset_dir
+    if not (bundle / "configs" / "train.yaml").is_file():
+        raise DataError(
+            f"--bundle {bundle}: there is no configs/train.yaml. Run this in the project's folder, or pass the folder "
+            "of the bundle medsa_isic."
+        )
+    if dataset_dir is None and os.environ.get("DATASET_DIR"):
+        dataset_dir = Path(os.environ["DATASET_DIR"])
+    next_command = f"{sys.executable} -m medsa_nets.demo --go_on --minutes {2 * minutes:g}"
+    given = {"bundle": bundle, "dataset_dir": dataset_dir, "output_dir": output_dir}
+    usual = {name: own.default for name, own in inspect.signature(demonstrate).parameters.items()}
+    next_command += "".join(f" --{name} {value}" for name, value in given.items() if value not in (None, usual[name]))
+    if dataset_dir is None:
+        dataset_dir = write_phantoms(output_dir / "phantoms", training=IMAGES, validation=VALIDATION)
+        print("No DATASET_DIR: using phantoms, generated pictures that look a little like dermoscopy.")
     try:
-        if not (options.bundle / "configs" / "train.yaml").is_file():
-            raise DataError(
-                f"--bundle {options.bundle}: there is no configs/train.yaml. Run this in the project's folder, or "
-                "pass the folder of the bundle medsa_isic."
-            )
-        if dataset_dir is None:
-            dataset_dir = write_phantoms(options.output_dir / "phantoms", training=IMAGES, validation=VALIDATION)
-            print("No DATASET_DIR: using phantoms, generated pictures that look a little like dermoscopy.")
-        command = f"{sys.executable} -m medsa_nets.demo --go_on --minutes {2 * options.minutes:g}"
-        for name in ("bundle", "dataset_dir", "output_dir"):
-            if (value := getattr(options, name)) is not None and value != parser.get_default(name):
-                command += f" --{name} {value}"
-        demo = Demo(options.bundle, Path(dataset_dir), options.output_dir)
-        run_demo(demo, minutes=options.minutes, go_on=options.go_on, command=command)
+        run_demo(Demo(bundle, dataset_dir, output_dir), minutes=minutes, go_on=go_on, next_command=next_command)
     except Exception as error:
         if (cause := find_cause(error)) is None:
             raise
-        print(f"error: {cause}", file=sys.stderr)
-        return 1
-    return 0
+        raise cause from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    return command(demonstrate, arguments, name="python -m medsa_nets demo")
 
 
 if __name__ == "__main__":

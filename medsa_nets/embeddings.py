@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from medsa_nets.checksums import state_sha256, tensor_sha256
 from medsa_nets.data.atomic import make_folder, temporary_name
-from medsa_nets.engines import plain
-from medsa_nets.inferers import tensor_sha256
+from medsa_nets.layers.fast import Kept
 from medsa_nets.networks import MedSA
-from medsa_nets.weights import base_fingerprint
+from medsa_nets.runtime import plain
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,7 @@ class StoredEmbeddings:
         self.folder = Path(folder)
         self.computed = 0
         self.read = 0
-        self._versions: tuple[tuple[int, int], ...] = ()
-        self._encoder = ""
+        self._encoder = Kept[str]()
 
     def __call__(self, image: Tensor) -> Tensor:
         """Encode images (B, …), as :meth:`~medsa_nets.networks.MedSA.encode_image` does."""
@@ -71,11 +70,7 @@ class StoredEmbeddings:
     def _fingerprint(self) -> str:
         tensors = {**dict(self.network.image_encoder.named_parameters()), "mean": self.network.pixel_mean,
                    "std": self.network.pixel_std}  # fmt: skip
-        # what writes into a tensor counts its version up, what moves it changes its address
-        versions = tuple((t._version, t.data_ptr()) for t in tensors.values())
-        if versions != self._versions:
-            self._versions, self._encoder = versions, base_fingerprint(tensors)
-        return self._encoder
+        return self._encoder.get(tensors.values(), lambda: state_sha256(tensors))
 
     @staticmethod
     def _load(file: Path) -> Tensor | None:

@@ -76,7 +76,7 @@ _INSTALL = {
     "onnxruntime": "'medsa[onnxruntime]'",
     "onnxscript": "'medsa[onnxruntime]'",
     "openvino": "'medsa[openvino]'",
-    "mlflow": "'mlflow-skinny>=2.16' sqlalchemy alembic",
+    "mlflow": "'medsa[mlflow]'",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import threading
@@ -23,28 +22,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from medsa_nets.backends import backend_of, expect_encodings
-from medsa_nets.engines import as_earlier, keep_freed_memory, plain, release_freed_memory
+from medsa_nets.checksums import tensor_sha256
 from medsa_nets.interaction.observations import Kernel, observe
 from medsa_nets.machine import limit_threads
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import Amp, autocast, choose_amp, read_amp
 from medsa_nets.prompts import Prompts, prompts_of_batch
+from medsa_nets.prompts.earlier import as_earlier
+from medsa_nets.runtime import keep_freed_memory, plain, release_freed_memory, unwrap
 from medsa_nets.transforms import ABSENT, all_classes, keep_main_components
 
 logger = logging.getLogger(__name__)
 CLICK_KERNEL = Kernel(length=3.0, contrast=0.15)  # pixels of the network's grid, share of the intensity range
 AGREEMENT = 0.5  # Dice from which an automatic mask and that of clicks show the same
 Answer: TypeAlias = "Callable[[Slabs, Prompts], Tensor]"
-
-
-def tensor_sha256(*tensors: Tensor) -> str:
-    """SHA-256 of tensors' shapes, types and values."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+Look: TypeAlias = Callable[[range], Tensor]  # a mask (H, W, slices) on some slices
 
 
 class EmbeddingCache:
@@ -137,7 +129,7 @@ def shared_cache(max_bytes: int) -> EmbeddingCache | None:
     """The cache of this size that all inferers of the process share; none for 0 bytes.
 
     A server holds an automatic and a clicking task for one bundle: what one of them has encoded, the other one needs.
-    Its process also keeps the memory that it frees for the next request (:func:`medsa_nets.engines.keep_freed_memory`),
+    Its process also keeps the memory that it frees for the next request (:func:`medsa_nets.runtime.keep_freed_memory`),
     and computes with as many threads as it has processors (:func:`medsa_nets.machine.limit_threads`): a server does not
     run what a bundle lists under ``initialize``.
     """
@@ -189,7 +181,7 @@ class PromptInferer(SimpleInferer):
         asked = prompts_of_batch(inputs, prompts)
         inputs = plain(inputs)
         with autocast(self.amp, inputs.device):
-            medsa = getattr(network, "module", network)
+            medsa = unwrap(network)
             if not isinstance(medsa, MedSA) or medsa.training:  # dropout answers anew each time
                 return network(inputs, *args, **Prompts.batched(asked)).float()
             in_order = medsa.click_feedback is not None and medsa.click_feedback.trained
@@ -380,7 +372,7 @@ class SlabInferer(Inferer):
             ValueError: when the volume has another shape, or one that earlier masks can't be mirrored in, or there are
                 prompts for another number of volumes.
         """
-        medsa: Any = getattr(network, "module", network)
+        medsa: Any = unwrap(network)
         if not isinstance(medsa, VolumeMedSA) and getattr(medsa, "original_name", "") != VolumeMedSA.__name__:
             raise ValueError(
                 f"SlabInferer needs a network built with spatial_dims=3, got {type(medsa).__name__}. For another "
@@ -462,7 +454,7 @@ class SlabInferer(Inferer):
         """Decode the slabs that hold prompts, then their neighbours as long as the mask goes on there."""
         waiting = [(g, prompts) for g in slabs.holding(prompts)]
         answers: dict[int, Tensor] = {}
-        automatic: Tensor | None = None
+        automatic: Look | None = None
         while waiting:
             g, own = waiting.pop()
             if g in answers:
@@ -478,8 +470,8 @@ class SlabInferer(Inferer):
                     waiting.append((n, self._hand_on(slabs, prompts, logits, g, n)))
         return self._blend(slabs, sorted(answers.items()))
 
-    def _witness(self, slabs: Slabs, prompts: Prompts, logits: Tensor, g: int) -> Tensor | None:
-        """Automatic mask (H, W, D) of the class that was clicked; none where it knows nothing of what the clicks show.
+    def _witness(self, slabs: Slabs, prompts: Prompts, logits: Tensor, g: int) -> Look | None:
+        """Automatic mask of the class that was clicked; none where it knows nothing of what the clicks show.
 
         A click that is handed on from slab to slab says that the organ is there; without another opinion, a mask that
         leaves the organ once would follow whatever it has got into through the whole volume.
@@ -489,15 +481,45 @@ class SlabInferer(Inferer):
         index = int(prompts.classes[0])
         if index < 0:
             return None
-        mask = self._automatic(slabs, Prompts())[0, index] > 0
-        own = torch.stack([mask[..., start : start + slabs.depth] for start in slabs.groups[g]])
+        mask = self._automatic_mask(slabs, index)
+        own = torch.stack([mask(range(start, start + slabs.depth)) for start in slabs.groups[g]])
         return mask if bool((own & (logits[:, 0] > 0)).any()) else None
 
-    def _goes_on(self, slabs: Slabs, logits: Tensor, automatic: Tensor, g: int, n: int) -> bool:
+    def _automatic_mask(self, slabs: Slabs, index: int) -> Look:
+        """Automatic mask (H, W, slices) of a class on some slices; where it is all that is asked for, no more of it is
+        computed than the slabs that hold these slices."""
+        if self.every_class and self.others == "automatic":  # all of it is part of the answer
+            whole = self._automatic(slabs, Prompts())[0, index] > 0
+            return lambda slices: whole[..., slices.start : slices.stop]
+        known: dict[int, Tensor] = {}
+
+        def look(slices: range) -> Tensor:
+            groups = [g for g in range(len(slabs.groups)) if slabs.holds(g, slices)]
+            for g in groups:
+                if g not in known:
+                    known[g] = self._automatic_slabs(slabs, g, index)
+            logits = self._blend(slabs, [(g, known[g]) for g in groups])
+            return logits[0, 0, ..., slices.start : slices.stop] > 0
+
+        return look
+
+    def _automatic_slabs(self, slabs: Slabs, g: int, index: int) -> Tensor:
+        """Logits (S, 1, H, W, slab depth) of a class without prompts, kept beside the embeddings."""
+        key = f"automatic {index} of slabs {g} of {slabs.key}"
+        found = slabs.cache.get(key) if slabs.cache is not None else None
+        if found is not None:
+            return found[0].to(slabs.place_out)
+        logits = self._decode(slabs, g, Prompts(classes=torch.tensor([index])))
+        if slabs.cache is not None:
+            kept = logits if slabs.cache.device is None else logits.to(slabs.cache.device)
+            slabs.cache.put(key, [kept], network=slabs.name, version=slabs.version)
+        return logits
+
+    def _goes_on(self, slabs: Slabs, logits: Tensor, automatic: Look, g: int, n: int) -> bool:
         """Whether the automatic mask shows what slabs ``g`` found where they meet slabs ``n``."""
         s, here, shared = self._meeting(slabs, g, n)
         found = logits[s, 0, :, :, shared.start - here : shared.stop - here] > 0
-        there = automatic[..., shared.start : shared.stop]
+        there = automatic(shared)
         return float(compute_dice(found[None, None], there[None, None], ignore_empty=False)) >= AGREEMENT
 
     @staticmethod
@@ -616,7 +638,11 @@ class Slabs:
                 slices.update(range(box[2], box[5] + 1))
         last = self.volume.shape[4] - 1
         slices = {min(max(z, 0), last) for z in slices} or {0}
-        return [g for g, group in enumerate(self.groups) if any(s <= z < s + self.depth for s in group for z in slices)]
+        return [g for g in range(len(self.groups)) if self.holds(g, slices)]
+
+    def holds(self, g: int, slices: Iterable[int]) -> bool:
+        """Whether a group holds one of some slices."""
+        return any(start <= z < start + self.depth for start in self.groups[g] for z in slices)
 
     def embeddings(self, g: int) -> Tensor:
         """Embeddings (S, 256, h, w, slab depth) of a group, from the cache or new."""

@@ -6,7 +6,6 @@ The server is MONAI Label's own (its ``monaibundle`` app, unmodified). This comm
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import shlex
@@ -16,11 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from monai.bundle import ConfigParser
-
-from medsa_nets.bundle import ADAPTER, copy_bundle
-from medsa_nets.errors import DataError, MedSAError
-from medsa_nets.handlers import save_atomically
+from medsa_nets.bundles import ADAPTER, Bundle, copy_bundle
+from medsa_nets.commands import command
+from medsa_nets.errors import DataError
+from medsa_nets.training import save_atomically
 
 
 def find_stock_app() -> Path:
@@ -70,45 +68,44 @@ def add_bundle(app: Path, bundle: Path, name: str | None = None, overlays: Seque
     if "deepedit" not in name:
         name += "_deepedit"
     target = app / "model" / name
-    if not copy_bundle(bundle, target, overlays):
+    if not copy_bundle(bundle, target, overlays, server=True):
         _write_fresh_adapter(target, target / ADAPTER)
     return target
 
 
 def _write_fresh_adapter(target: Path, adapter: Path) -> None:
-    config = ConfigParser()
-    config.read_config(str(target / "configs" / "inference.yaml"))
-    network = config.get_parsed_content("network_def")
+    network = Bundle.open(target).value("network_def")
     save_atomically(network.state_dict(), adapter)
     print(f"{target.name}: the bundle has no trained adapter yet; the frozen model answers until you train.")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m medsa_nets.label", description=__doc__.splitlines()[0])
-    parser.add_argument("app", type=Path, help="folder of the app, made where it is missing")
-    parser.add_argument(
-        "--bundle", type=Path, action="append", required=True, help="folder of a bundle; may be repeated"
-    )
-    parser.add_argument("--overlay", action="append", default=[], help="file of the bundle's configs to lay over")
-    parser.add_argument("--name", help="name of the model in the server")
-    parser.add_argument("--studies", default="STUDIES", help="folder of images, or address of a DICOMweb server")
-    options = parser.parse_args(arguments)
-    try:
-        if len(options.bundle) > 1 and (options.name or options.overlay):
-            raise DataError("--name and --overlay belong to one bundle: run the command once for each.")
-        add_app(options.app)
-        for bundle in options.bundle:
-            print(f"added {add_bundle(options.app, bundle, options.name, options.overlay)}")
-    except MedSAError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    models = ",".join(sorted(p.name for p in (options.app / "model").iterdir() if (p / "configs").is_dir()))
-    command = ["monailabel", "start_server", "--app", str(options.app), "--studies", options.studies,
-               "--conf", "models", models, "--conf", "zoo_source", "local", "--conf", "sam2", "false"]  # fmt: skip
-    quoted = subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+def serve_with_monai_label(
+    app: Path, *, bundle: Sequence[str], overlay: Sequence[str] = (), name: str = "", studies: str = "STUDIES"
+) -> None:
+    """Set up a folder that MONAI Label serves, and print the command that starts the server.
+
+    Args:
+        app: folder of the app, made where it is missing.
+        bundle: folder of a bundle; may be given more than once.
+        overlay: file of the bundle's configs to lay over; may be given more than once.
+        name: name of the model in the server.
+        studies: folder of images, or address of a DICOMweb server.
+    """
+    if len(bundle) > 1 and (name or overlay):
+        raise DataError("--name and --overlay belong to one bundle: run the command once for each.")
+    add_app(app)
+    for one in bundle:
+        print(f"added {add_bundle(app, Path(one), name or None, overlay)}")
+    models = ",".join(sorted(p.name for p in (app / "model").iterdir() if (p / "configs").is_dir()))
+    start = ["monailabel", "start_server", "--app", str(app), "--studies", studies,
+             "--conf", "models", models, "--conf", "zoo_source", "local", "--conf", "sam2", "false"]  # fmt: skip
+    quoted = subprocess.list2cmdline(start) if os.name == "nt" else shlex.join(start)
     print(f"\nStart the server:\n  {quoted}")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    return command(serve_with_monai_label, arguments, name="python -m medsa_nets label")
 
 
 if __name__ == "__main__":

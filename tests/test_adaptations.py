@@ -11,10 +11,10 @@ import torch
 
 from medsa_nets import WeightsError, build_medsa
 from medsa_nets.adaptations import ADAPTATIONS, merge_adapter, settings_of
+from medsa_nets.checksums import state_sha256
 from medsa_nets.errors import SettingError
 from medsa_nets.layers import LowRank
 from medsa_nets.networks.identity import decode_identity
-from medsa_nets.weights import base_fingerprint
 
 SIZE = 32
 # each adaptation with each decoder, the usual one named by none
@@ -132,7 +132,7 @@ def test_a_merged_network_gives_the_same_masks_and_is_a_base(base, adaptation, d
     kept = {"num_classes": 2, **({"train_decoder": "whole"} if decoder == "whole" else {})}
     again = build(base, adaptation="none", sam_checkpoint=str(tmp_path / "merged.pth"), **kept)
     again.load_state_dict(merged.state_dict())
-    assert decode_identity(again.identity)["sha256"] == base_fingerprint(merged.base_state_dict())
+    assert decode_identity(again.identity)["sha256"] == state_sha256(merged.base_state_dict())
     with torch.no_grad():
         for prompts in ({}, CLICK):
             expected = network(picture(2), **prompts)

@@ -6,15 +6,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from medsa_nets.anatomy import check_anatomy
+from medsa_nets.bundles import read_task
 from medsa_nets.prompts import Prompts, with_prompts
 from medsa_nets.transforms import CheckAnatomyd, SaveImageWarningsd
 
-CONFIG = Path(__file__).resolve().parents[1] / "bundles" / "medsa_btcv" / "configs" / "inference.yaml"
-CLASSES = ConfigParser.load_config_file(str(CONFIG))["classes"]
+CLASSES = read_task("btcv", Path(__file__).resolve().parents[1] / "bundles" / "medsa_btcv")["classes"]
 TOTALSEGMENTATOR = {1: 1, 2: 2, 3: 3, 4: 4, 15: 5, 5: 6, 6: 7, 52: 8, 63: 9, 64: 10, 7: 11, 8: 12, 9: 13}
 SIZE = (80, 64, 60)  # voxels of 5 mm
 AFFINE = np.diag([5.0, 5.0, 5.0, 1.0])

@@ -9,8 +9,8 @@ from torch import nn
 
 from medsa_nets import build_medsa
 from medsa_nets.embeddings import StoredEmbeddings, train_decoder_alone
-from medsa_nets.engines import trainable_parameters
 from medsa_nets.inferers import PromptInferer, SlabInferer
+from medsa_nets.training import trainable_parameters
 
 pytestmark = pytest.mark.usefixtures("small_base")
 

@@ -233,5 +233,5 @@ def test_a_package_that_is_not_installed_is_named_with_how_to_get_it():
     cause = find_cause(raised(RuntimeError("Failed to instantiate"), caught.value))
     assert isinstance(cause, SettingError)
     assert "mlflow" in str(cause)
-    assert "pip install 'mlflow-skinny" in str(cause)
+    assert "pip install 'medsa[mlflow]'" in str(cause)
     assert "--tracking" in str(cause)

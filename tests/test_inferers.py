@@ -8,17 +8,18 @@ import torch
 from monai.data import MetaTensor, list_data_collate
 from monai.inferers import SlidingWindowInferer
 
-from medsa_nets.bases import build_medsa
-from medsa_nets.engines import as_earlier
+from medsa_nets.build import build_medsa
 from medsa_nets.inferers import (
     EmbeddingCache,
     PromptInferer,
     SlabInferer,
+    Slabs,
     obey,
     shared_cache,
     tensor_sha256,
 )
 from medsa_nets.prompts import Prompts, with_prompts
+from medsa_nets.prompts.earlier import as_earlier
 
 pytestmark = pytest.mark.usefixtures("small_base")
 
@@ -358,6 +359,21 @@ def test_a_mask_that_leaves_its_organ_goes_on_no_further_than_the_automatic_one(
 
     assert slices(others="automatic") == list(expected)
     assert slices(others="absent") == list(range(23))
+
+
+def test_the_automatic_mask_of_a_class_is_computed_where_it_is_looked_at_and_kept(three):
+    image = torch.rand(1, 1, 32, 32, 23)
+    whole = SlabInferer(slab_depth=4)(image, three)[0, 1] > 0
+    inferer = SlabInferer(slab_depth=4, others="automatic", cache=EmbeddingCache())
+    slabs = Slabs(inferer, image, three, None)
+    decoded: list[int] = []
+    plain = inferer._decode
+    inferer._decode = lambda slabs, g, prompts: [decoded.append(g), plain(slabs, g, prompts)][1]
+    for look in (inferer._automatic_mask(slabs, 1), inferer._automatic_mask(slabs, 1)):
+        assert torch.equal(look(range(9, 12)), whole[..., 9:12])
+        assert torch.equal(look(range(10, 16)), whole[..., 10:16])
+    assert decoded == [2, 3, 4, 5]
+    assert len(slabs.groups) == 8
 
 
 def test_spreading_is_the_whole_answer_where_the_mask_spans_the_volume(network):

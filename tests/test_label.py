@@ -11,6 +11,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from medsa_nets import WeightsError
+from medsa_nets.bundles import Bundle, read_task
 from medsa_nets.errors import DataError
 from medsa_nets.label import add_app, add_bundle, main
 from medsa_nets.weights import find_base_file, get_base
@@ -46,11 +47,13 @@ def test_a_bundle_with_a_trained_adapter_is_served_with_it(tmp_path: Path) -> No
     model = add_bundle(tmp_path, BUNDLES / "medsa_isic")
     assert model == tmp_path / "model" / "medsa_isic_deepedit"
     assert (model / "models" / "model.pt").read_bytes() == (BUNDLES / "medsa_isic" / "models" / "model.pt").read_bytes()
-    for name in ("inference.yaml", "train.yaml"):
-        there, here = (
-            ConfigParser.load_config_file(str(f / "configs" / name)) for f in (BUNDLES / "medsa_isic", model)
-        )
-        assert here == there
+    for names in (["inference.yaml", "server.yaml"], ["train.yaml"]):
+        files = [str(BUNDLES / "medsa_isic" / "configs" / name) for name in names]
+        there, here = (ConfigParser.load_config_files(f) for f in (files, str(model / "configs" / names[0])))
+        facts, name = (here.pop("facts"), here.pop("checkpoint_filename"))
+        assert here == {key: value for key, value in there.items() if key not in ("facts", "checkpoint_filename")}
+        assert facts == read_task("isic", BUNDLES / "medsa_isic")
+        assert name == "model.pt"
 
 
 def test_a_bundle_without_adapter_starts_from_the_frozen_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -82,11 +85,12 @@ def test_overlays_are_merged_with_their_classes_and_adapter(tmp_path: Path) -> N
     config.read_config(str(model / "configs" / "inference.yaml"))
     config["bundle_root"] = str(model)
     assert config.get_parsed_content("checkpoint") == str(model / "models" / "model.pt")
+    assert config.get_parsed_content("click_refinement") == str(model / "models" / "model.clicks.pt")
     network = config.get_parsed_content("network_def")
     network.load_state_dict(torch.load(model / "models" / "model.pt", weights_only=True))
-    training = ConfigParser.load_config_file(str(model / "configs" / "train.yaml"))
-    assert training["classes"] == ["anterior", "posterior"]
-    assert training["checkpoint_filename"] == "model.pt"
+    training = Bundle.open(model, config="train.yaml")
+    assert training.value("classes") == ["anterior", "posterior"]
+    assert training.config["checkpoint_filename"] == "model.pt"
 
 
 def test_wrong_bundles_and_overlays_are_named(stock: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_home_that_is_absent_and_a_plain_locale_break_nothing(home, tmp_path):
     code = (
         "from monai.bundle import ConfigParser\n"
         "import medsa_nets\n"
-        "from medsa_nets.handlers import save_atomically\n"
+        "from medsa_nets.training import save_atomically\n"
         f"parser = ConfigParser(); parser.read_config({str(CONFIGS)!r})\n"
         "parser['network_def#pretrained'] = False\n"
         "parser.get_parsed_content('initialize')\n"

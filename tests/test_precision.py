@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from medsa_nets import measurements, precision
-from medsa_nets.engines import PromptedIteration, VolumeIteration
 from medsa_nets.errors import MedSAError
 from medsa_nets.inferers import PromptInferer, SlabInferer
 from medsa_nets.precision import Precision, agree, autocast, choose_amp, gain, measure_bfloat16, read_amp
 from medsa_nets.prompts import PromptSampler
+from medsa_nets.training import PromptedIteration, VolumeIteration
 
 FASTER = {"float32 forward": 2.0, "bfloat16 forward": 1.0, "float32 training": 3.0, "bfloat16 training": 2.0}
 SLOWER = {"float32 forward": 0.005, "bfloat16 forward": 0.061}

@@ -20,6 +20,7 @@ from medsa_nets.visualize import (
     overlay_sample,
     overlay_volume,
     side_by_side,
+    tint,
 )
 
 WIDTH, HEIGHT = 80, 50
@@ -193,3 +194,15 @@ def test_curves_rise_where_their_values_do():
 def test_pictures_beside_each_other_have_one_height():
     page = side_by_side([Image.new("RGB", (100, 50)), Image.new("RGB", (30, 60))], "two", height=120)
     assert page.size == (6 + 246 + 66, 148)
+
+
+def test_a_mask_is_tinted_and_its_outline_drawn():
+    canvas = np.full((4, 5, 3), 100.0, dtype=np.float32)
+    mask = np.zeros((4, 5), dtype=bool)
+    mask[1:3, 1:4] = True
+    line = np.zeros_like(mask)
+    line[1, 1] = True
+    tint(canvas, mask, (200, 0, 100), line)
+    assert canvas[1, 1].tolist() == [200, 0, 100]
+    assert canvas[2, 3].tolist() == [125, 75, 100]
+    assert (canvas[~mask] == 100).all()

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,19 @@ def list_photographs(folder: str | Path, *, skip_unreadable: bool = False) -> li
 
 
 def is_dicom(path: str | Path) -> bool:
-    """Whether a file carries DICOM's mark: ``DICM`` at byte 128."""
+    """Whether a file is DICOM: ``DICM`` at byte 128 or, without that preamble, an object that names its SOP class."""
     with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        start = file.read(132)
+    if start[128:] == b"DICM":
+        return True
+    if start[:2] not in (b"\x02\0", b"\x08\0", b"\0\x02", b"\0\x08") or len(start) < 132:
+        return False  # an object without preamble begins with group 2 or 8, in either byte order
+    import pydicom
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header = pydicom.dcmread(path, force=True, specific_tags=["SOPClassUID"], stop_before_pixels=True)
+            return str(header.get("SOPClassUID", "")).startswith("1.2.840.10008.")
+    except Exception:  # pydicom raises errors of every kind for what is no DICOM
+        return False

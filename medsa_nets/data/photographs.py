@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from medsa_nets.data.atomic import AtomicWriter, make_folder, temporary_name
 from medsa_nets.data.datalists import is_dicom
 from medsa_nets.data.masks import mask_values
+from medsa_nets.data.slices import read_dicom
 from medsa_nets.errors import DataError, describe
 
 logger = logging.getLogger(__name__)
@@ -222,7 +223,7 @@ def _dicom_pixels(path: Path, values: bool = False) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dataset = pydicom.dcmread(path)
+            dataset = read_dicom(path)
             if "PhotometricInterpretation" not in dataset:
                 raise ValueError("no PhotometricInterpretation")
             interpretation = str(dataset.PhotometricInterpretation).strip().upper()

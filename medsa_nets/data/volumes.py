@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import itk
 import nibabel
 import numpy as np
-import pydicom
 import torch
-from monai.data import ITKReader, ITKWriter, MetaTensor, NibabelReader, NibabelWriter
-from pydicom.errors import InvalidDicomError
+from monai.data import ITKReader, ITKWriter, MetaTensor, NibabelWriter
 
 from medsa_nets.data.atomic import AtomicWriter
 from medsa_nets.data.datalists import SPLITS, choose_split, is_dicom, read_datalist, read_json
+from medsa_nets.data.geometry import (
+    check_spacing,
+    nifti_geometry,
+    scale_nrrd,
+    stated_unit,
+    with_nifti_geometry,
+    written_geometry,
+)
 from medsa_nets.data.labels import Renumbering, match_labels, read_labels
+from medsa_nets.data.slices import (
+    Slice,
+    count_frames,
+    drop_twins,
+    grid_affine,
+    is_media_directory,
+    is_multi_frame,
+    order_slices,
+    read_slice_header,
+    read_slices,
+    split_frames,
+)
 from medsa_nets.errors import DataError, describe
 
 logger = logging.getLogger(__name__)
@@ -25,8 +43,6 @@ logger = logging.getLogger(__name__)
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 _DATALIST_NAMES = ("dataset_0.json", "dataset.json")
 _FOLDERS = (("imagesTr", "labelsTr"), ("images", "labels"))
-SLICE_FIELDS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}
-_TOLERANCE = 1e-2  # mm, or its like in directions, by which positions may deviate
 
 
 def volume_id(path: str | Path) -> str:
@@ -39,35 +55,85 @@ def volume_id(path: str | Path) -> str:
 
 
 def is_volume(path: str | Path) -> bool:
-    """Whether a path looks like a volume: a file with a volume's suffix, a DICOM file, or a folder with such in it."""
+    """Whether a path looks like a volume: a file of a volume's suffix or of DICOM, or a folder with DICOM files.
+
+    A folder that holds volumes' files beside DICOM files is none.
+    """
     path = Path(path)
     if path.is_dir():
-        return any(file.is_file() and is_dicom(file) for file in path.iterdir())
-    return path.is_file() and (path.name.lower().endswith(VOLUME_SUFFIXES) or is_dicom(path))
+        files = [file for file in path.iterdir() if file.is_file()]
+        return not any(map(_has_volume_suffix, files)) and any(_is_dicom_image(file) for file in files)
+    return path.is_file() and (_has_volume_suffix(path) or _is_dicom_image(path))
+
+
+def _has_volume_suffix(path: Path) -> bool:
+    return path.name.lower().endswith(VOLUME_SUFFIXES)
+
+
+def _is_dicom_image(path: Path) -> bool:
+    """Whether a file is DICOM and no directory of a medium."""
+    return is_dicom(path) and path.name.upper() != "DICOMDIR"
 
 
 def list_volumes(folder: str | Path) -> list[dict[str, str]]:
-    """List the volumes of a folder for inference, by name, as entries with ``image``.
+    """List the volumes of a folder for inference, by name, as entries with ``image``; the log names what is left out.
 
     Args:
-        folder: a volume (NIfTI, NRRD, MetaImage, or the folder of a DICOM series), or a folder of such.
+        folder: a volume (NIfTI, NRRD, MetaImage, a multi-frame DICOM file, or the folder of a DICOM series), a folder
+            of such, or a DICOM medium (a folder with a ``DICOMDIR``, at any depth below which series lie).
 
     Raises:
-        DataError: when there is no such folder, or no volume in it; the message says what was found.
+        DataError: when there is no such folder, no volume in it, or slices beside volumes; the message says what was
+            found.
     """
     root = Path(folder).expanduser()
     if not root.exists():
         raise DataError(f"dataset_dir {root}: no such folder or file. Pass the volumes' folder (--dataset_dir).")
-    if is_volume(root):
+    if root.name.upper() == "DICOMDIR" and root.is_file():
+        root = root.parent
+    if root.is_file() and is_volume(root):
         return [{"image": str(root)}]
-    volumes = sorted(path for path in root.iterdir() if is_volume(path)) if root.is_dir() else []
+    inside = sorted(root.iterdir()) if root.is_dir() else []
+    if any(path.name.upper() == "DICOMDIR" for path in inside):
+        folders = [root, *(path for path in sorted(root.rglob("*")) if path.is_dir())]
+        volumes = [volume for path in folders if is_volume(path) for volume in _of_folder(path)]
+        left_out: list[Path] = []  # what else a medium holds, as viewers, is no loss
+    elif is_volume(root):
+        volumes = _of_folder(root)
+        left_out = [path for path in inside if path.is_dir() and is_volume(path)]
+    else:
+        slices = [path for path in inside if path.is_file() and not _has_volume_suffix(path) and is_dicom(path)]
+        found = [path for path in inside if path not in slices and is_volume(path)]
+        if found and len(slices) >= len(found):
+            raise DataError(
+                f"dataset_dir {root}: it holds {len(slices)} DICOM files ({slices[0].name}) beside {len(found)} "
+                f"volumes ({found[0].name}). Put a series into a folder of its own."
+            )
+        volumes = [volume for path in found for volume in (_of_folder(path) if path.is_dir() else [path])]
+        left_out = [path for path in inside if path not in found]
     if not volumes:
-        found = ", ".join(sorted(p.name for p in root.iterdir())[:10]) if root.is_dir() else f"the file {root.name}"
+        listed = _first([p.name for p in inside]) if root.is_dir() else f"the file {root.name}"
+        deeper = next((p for p in sorted(root.rglob("*")) if p.is_dir() and any(map(is_volume, p.iterdir()))), None)
         raise DataError(
             f"dataset_dir {root}: no volumes ({', '.join(VOLUME_SUFFIXES)}, or folders of DICOM series); "
-            f"found {found or 'nothing'}."
+            f"found {listed or 'nothing'}.{f' Volumes lie deeper: pass {deeper}.' if deeper else ''}"
         )
+    if left_out:
+        names = [path.name + ("/" if path.is_dir() else "") for path in left_out]
+        logger.warning("dataset_dir %s: left out %d that are no volumes: %s.", root, len(names), _first(names))
     return [{"image": str(path)} for path in volumes]
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    """The volumes of a folder of DICOM files: the folder, as one series, or its files where each holds frames."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_dicom_image(path)]
+    if len(files) > 1 and is_multi_frame(read_slice_header(files[0])):
+        headers = [read_slice_header(file) for file in files]
+        if len({str(h.get("SeriesInstanceUID", "")) for h in headers}) == len(files) and all(
+            map(is_multi_frame, headers)
+        ):
+            return files
+    return [folder]
 
 
 def load_volume_datalist(
@@ -199,20 +265,31 @@ def read_volume(path: str | Path, files: Sequence[Path] = ()) -> MetaTensor:
         raise DataError(f"{path}: there is no such volume.")
     try:
         # MONAI's LoadImage tries other readers where one fails, and ITK takes a cut NIfTI file for a whole one.
-        if path.is_dir() or is_dicom(path):
-            slices = files or (_dicom_series(path) if path.is_dir() else [path])  # one file is a volume of one slice
-            volume = _from_reader(ITKReader(), itk.imread([str(file) for file in slices], itk.F))
+        unit, nifti, nrrd_unit = 1.0, np.zeros(0), 1.0
+        if path.is_dir() or files or is_dicom(path):
+            volume = _read_dicom(path, files)
         elif path.name.lower().endswith((".nii", ".nii.gz")):
-            _check_affine(nibabel.load(path).affine, path)  # MONAI's reader repairs some, silently
-            reader = NibabelReader()
-            volume = _from_reader(reader, reader.read(path))
-            if not (int(volume.meta.get("qform_code", 0)) or int(volume.meta.get("sform_code", 0))):
-                raise DataError(
-                    f"{path}: the file has no affine (qform_code and sform_code are 0), so that its orientation is not "
-                    "known. Write it again with its affine."
-                )
+            image = nibabel.load(path)
+            _check_affine(image.affine, path)
+            unit, nifti = nifti_geometry(image, path)
+            # MONAI's reader replaces a sform by the qform where the header's spacing is not that of the sform
+            array = np.ascontiguousarray(np.asanyarray(image.dataobj), dtype=np.float32)
+            volume = MetaTensor(torch.from_numpy(array), affine=torch.from_numpy(image.affine.astype(np.float64)))
         else:
-            volume = _from_reader(ITKReader(), ITKReader().read(path))
+            unit = stated_unit(path)
+            nrrd_unit = unit if path.suffix.lower() == ".nrrd" else 1.0
+            components = _components(path)
+            if components > 1:
+                raise DataError(
+                    f"{path}: its voxels have {components} components (colours, vectors or complex numbers); expected "
+                    "grey values. Split channels into files of their own."
+                )
+            array, meta = ITKReader().get_data(itk.imread(str(path), itk.F))  # whatever type the file has
+            volume = MetaTensor(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)), meta=meta)
+        if unit != 1.0:
+            scale = torch.diag(torch.tensor([unit, unit, unit, 1.0], dtype=torch.float64))
+            volume.affine = scale @ volume.affine.double()
+            check_spacing(np.asarray(volume.affine), unit, path)
     except DataError:
         raise
     except Exception as error:  # nibabel, ITK, zlib and pydicom raise errors of their own
@@ -238,7 +315,9 @@ def read_volume(path: str | Path, files: Sequence[Path] = ()) -> MetaTensor:
     bad = int((~torch.isfinite(volume.as_tensor())).sum())
     if bad:
         raise DataError(f"{path}: {bad} voxels are not finite (NaN or infinite). Replace them, for example by air.")
-    return MetaTensor(volume.as_tensor().unsqueeze(0).float(), affine=volume.affine, meta=_plain_meta(volume, path))
+    return MetaTensor(
+        volume.as_tensor().unsqueeze(0).float(), affine=volume.affine, meta=_plain_meta(volume, path, nifti, nrrd_unit)
+    )
 
 
 def _check_affine(affine: np.ndarray, path: Path) -> None:
@@ -246,18 +325,24 @@ def _check_affine(affine: np.ndarray, path: Path) -> None:
         raise DataError(f"{path}: its affine is singular: {affine.tolist()}. Write the file again with a valid one.")
 
 
-def _from_reader(reader: ITKReader | NibabelReader, image: Any) -> MetaTensor:
-    array, meta = reader.get_data(image)
-    return MetaTensor(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)), meta=meta)
+def _components(path: Path) -> int:
+    header = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
+    if header is None:
+        raise ValueError("no ITK reader knows it")
+    header.SetFileName(str(path))
+    header.ReadImageInformation()
+    return int(header.GetNumberOfComponents())
 
 
-def _plain_meta(volume: MetaTensor, path: Path) -> dict[str, Any]:
+def _plain_meta(volume: MetaTensor, path: Path, nifti: np.ndarray, nrrd_unit: float) -> dict[str, Any]:
     return {
         "filename_or_obj": str(path),
         "original_affine": np.asarray(volume.affine, dtype=np.float64),
         "original_channel_dim": 0,
         "spatial_shape": np.asarray(volume.shape),
         "space": "RAS",
+        "nifti_geometry": nifti if nifti.size else np.zeros(28),  # as geometry.py says; zeros: the file is no NIfTI
+        "nrrd_unit": nrrd_unit,
     }
 
 
@@ -279,12 +364,48 @@ class _VolumeWriter(AtomicWriter):
             self.data_obj = self.data_obj[..., 0]  # MONAI's NIfTI writer adds an axis of channels
 
 
-class AtomicNibabelWriter(_VolumeWriter, NibabelWriter):
-    """MONAI's NIfTI writer, whole files only."""
+class _SourceNibabelWriter(NibabelWriter):
+    """MONAI's NIfTI writer; a mask on the grid of a NIfTI file carries that file's qform, sform, codes and units."""
+
+    geometry: np.ndarray | None = None
+    source_affine = np.eye(4)
+
+    def set_metadata(self, meta_dict: Mapping[str, Any] | None, resample: bool = True, **options: Any) -> None:
+        """Note affine and source of the voxels."""
+        super().set_metadata(meta_dict, resample, **options)
+        self.geometry, _ = written_geometry(meta_dict)
+        self.source_affine = np.asarray((meta_dict or {}).get("original_affine", np.eye(4)), dtype=np.float64)
+
+    def write(self, filename: Any, verbose: bool = False, **kwargs: Any) -> None:
+        """Write the image to ``filename``."""
+        super().write(filename, verbose=verbose, **kwargs)
+        if self.geometry is not None and np.allclose(np.asarray(self.affine), self.source_affine, atol=1e-4):
+            nibabel.save(with_nifti_geometry(self.data_obj, self.geometry), filename)
 
 
-class AtomicITKWriter(_VolumeWriter, ITKWriter):
-    """MONAI's ITK writer (NRRD, MetaImage), whole files only."""
+class _SourceITKWriter(ITKWriter):
+    """MONAI's ITK writer; the mask of an NRRD file counts in that file's unit."""
+
+    unit = 1.0
+
+    def set_metadata(self, meta_dict: Mapping[str, Any] | None = None, resample: bool = True, **options: Any) -> None:
+        """Note affine and unit of the voxels."""
+        super().set_metadata(meta_dict, resample, **options)
+        _, self.unit = written_geometry(meta_dict)
+
+    def write(self, filename: Any, verbose: bool = False, **kwargs: Any) -> None:
+        """Write the image to ``filename``."""
+        super().write(filename, verbose=verbose, **kwargs)
+        if self.unit != 1.0 and str(filename).endswith(".nrrd"):
+            scale_nrrd(Path(filename), self.unit)
+
+
+class AtomicNibabelWriter(_VolumeWriter, _SourceNibabelWriter):
+    """MONAI's NIfTI writer, whole files only, with the transforms of the image's file."""
+
+
+class AtomicITKWriter(_VolumeWriter, _SourceITKWriter):
+    """MONAI's ITK writer (NRRD, MetaImage), whole files only, in the unit of the image's file."""
 
 
 def volume_writer(output_ext: str) -> type[NibabelWriter] | type[ITKWriter]:
@@ -300,84 +421,36 @@ def volume_writer(output_ext: str) -> type[NibabelWriter] | type[ITKWriter]:
     raise DataError(f"output_ext must be .nii.gz, .nii, .nrrd or .mha; got {output_ext!r}.")
 
 
-def _dicom_series(folder: Path) -> list[Path]:
-    """Files of the largest DICOM series of a folder, in the order of their position along the slice's normal."""
-    series: dict[str, list[tuple[Path, Any]]] = {}
-    for file in sorted(folder.iterdir()):
+def _read_dicom(path: Path, files: Sequence[Path]) -> MetaTensor:
+    found = [Slice(file, read_slice_header(file)) for file in files] if files else _dicom_series(path)
+    slices = order_slices(split_frames(found), str(path))
+    return MetaTensor(torch.from_numpy(read_slices(slices)), affine=torch.from_numpy(grid_affine(slices)))
+
+
+def _dicom_series(path: Path) -> list[Slice]:
+    """Slices of the largest DICOM series of a folder, or of one file."""
+    series: dict[str, list[Slice]] = {}
+    others = []
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if not file.is_file() or not is_dicom(file):
+            others.append(file.name + ("/" if file.is_dir() else ""))
             continue
-        try:
-            header = pydicom.dcmread(file, stop_before_pixels=True)
-        except (InvalidDicomError, OSError, ValueError) as error:
-            raise DataError(f"{file}: not readable as DICOM ({describe(error)}). Replace the file.") from error
-        series.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((file, header))
+        header = read_slice_header(file)
+        if is_media_directory(header) or not {"Rows", "ImagePositionPatient"} & set(header.dir()):
+            others.append(file.name)
+            continue
+        series.setdefault(str(header.get("SeriesInstanceUID", "")), []).append(Slice(file, header))
     if not series:
-        raise DataError(f"{folder}: no DICOM files in this folder.")
-    chosen = max(series, key=lambda uid: len(series[uid]))
+        raise DataError(f"{path}: no DICOM images in it; found {_first(others) or 'nothing'}.")
+    if others:
+        logger.warning("%s: left out %d that are no DICOM images: %s.", path, len(others), _first(others))
+    chosen = max(series, key=lambda uid: sum(count_frames(one.header) for one in series[uid]))
     if len(series) > 1:
-        others = ", ".join(f"{uid} ({len(files)} files)" for uid, files in series.items() if uid != chosen)
-        logger.warning("%s: took the series %s (%d files); left out %s.", folder, chosen, len(series[chosen]), others)
-    return [file for file, _ in order_slices(series[chosen], str(folder))]
+        left = _first([f"{uid} ({len(files)} files)" for uid, files in series.items() if uid != chosen])
+        logger.warning("%s: took the series %s (%d files); left out %s.", path, chosen, len(series[chosen]), left)
+    return drop_twins(series[chosen])
 
 
-def order_slices(slices: Sequence[tuple[Path, Any]], name: str) -> list[tuple[Path, Any]]:
-    """Sort the slices of a DICOM series by their position along the slice's normal, and check that they are a grid.
-
-    Args:
-        slices: path and header (pydicom) of each slice.
-        name: what errors about the series as a whole name.
-
-    Raises:
-        DataError: when a position field is missing or no number, when orientation, size, spacing or frame of reference
-            differ, or when slices are missing, doubled, tilted or unevenly spaced.
-    """
-    slices = list(slices)
-    for file, header in slices:
-        for field, count in SLICE_FIELDS.items():
-            value = header.get(field)
-            if value is None or value == "":
-                raise DataError(f"{file}: the DICOM field {field} is missing. Expected slices of a CT or MR series.")
-            try:
-                usable = bool(np.isfinite(numbers := np.atleast_1d(np.asarray(value, dtype=float))).all())
-                usable = usable and len(numbers) == count and (field.startswith("Image") or bool((numbers > 0).all()))
-            except (TypeError, ValueError):
-                usable = False
-            if not usable:
-                raise DataError(f"{file}: the DICOM field {field} is {value!r}; expected {count} number(s).")
-    orientation = np.asarray(slices[0][1].ImageOrientationPatient, dtype=float)
-    normal = np.cross(orientation[:3], orientation[3:])
-    if abs(float(np.linalg.norm(normal)) - 1.0) > _TOLERANCE:
-        raise DataError(f"{slices[0][0]}: ImageOrientationPatient {orientation.tolist()} is no pair of directions.")
-    first = slices[0][1]
-    for file, header in slices:
-        if np.abs(np.asarray(header.ImageOrientationPatient, dtype=float) - orientation).max() > _TOLERANCE:
-            raise DataError(f"{file}: its orientation differs from that of {slices[0][0].name}. Split the series.")
-        if (header.Rows, header.Columns, *header.PixelSpacing) != (first.Rows, first.Columns, *first.PixelSpacing):
-            raise DataError(f"{file}: its size or pixel spacing differs from that of {slices[0][0].name}.")
-        if header.get("FrameOfReferenceUID") != first.get("FrameOfReferenceUID"):
-            raise DataError(
-                f"{file}: its frame of reference differs from that of {slices[0][0].name}: the slices do not share one "
-                "coordinate system. Split the series."
-            )
-    slices.sort(key=lambda pair: float(np.asarray(pair[1].ImagePositionPatient, dtype=float) @ normal))
-    places = np.asarray([header.ImagePositionPatient for _, header in slices], dtype=float)
-    if len(places) > 1:
-        steps = np.diff(places, axis=0)
-        lengths = steps @ normal
-        middle = float(np.median(lengths))
-        if middle <= _TOLERANCE:
-            raise DataError(f"{name}: several slices lie at one position. Split the series (phases, echoes).")
-        worst = int(np.abs(lengths - middle).argmax())
-        if abs(lengths[worst] - middle) > max(_TOLERANCE, 0.02 * middle):
-            raise DataError(
-                f"{name}: unevenly spaced slices: {lengths[worst]:.3f} mm between {slices[worst][0].name} and "
-                f"{slices[worst + 1][0].name}, {middle:.3f} mm elsewhere. A slice is missing, or the series has to be "
-                "resampled first."
-            )
-        aside = np.linalg.norm(steps - lengths[:, None] * normal, axis=1).max()
-        if aside > max(_TOLERANCE, 0.02 * middle):
-            raise DataError(
-                f"{name}: a tilted gantry: slices are shifted by {aside:.3f} mm against each other in their plane. "
-                "Resample the series to a straight grid first."
-            )
-    return slices
+def _first(names: Sequence[str]) -> str:
+    """Some of many names, and how many more there are."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 import logging
 import os
 import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from medsa_nets.bundle import ADAPTER, copy_bundle
+from medsa_nets.bundles import ADAPTER, Bundle, copy_bundle
+from medsa_nets.commands import command
 from medsa_nets.data.atomic import make_writable
 from medsa_nets.deploy.settings import read_settings
 from medsa_nets.deploy.studies import find_sources
-from medsa_nets.errors import DataError, MedSAError, WeightsError
+from medsa_nets.errors import DataError, WeightsError
 
 logger = logging.getLogger("medsa_nets.deploy")
 
@@ -24,24 +26,10 @@ logger = logging.getLogger("medsa_nets.deploy")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run an application, or one of the commands that make one; the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command = given.pop(0) if given[:1] in (["package"], ["export"], ["check"]) else "run"
-    options = parser(command).parse_args(given)
+    chosen = given.pop(0) if given[:1] and given[0] in COMMANDS else ""
     try:
-        if command == "run":
-            return run(options)
-        from medsa_nets.deploy import package
-
-        if command == "export":
-            print(f"written: {package.export(options.model, options.output, options.overlay)}")
-        elif command == "check":
-            package.check(options.folder)
-            print(f"{options.folder}: complete")
-        else:
-            package.write(options.model, options.output, options.overlay, tag=options.tag)
-        return 0
-    except MedSAError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        name = f"python -m medsa_nets deploy {chosen}".rstrip()
+        return command(COMMANDS.get(chosen, run), given, name=name, short=SHORT)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("holoscan", "highdicom", "monai", "typeguard"):
             raise
@@ -52,55 +40,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def parser(command: str) -> argparse.ArgumentParser:
-    """The options of a command."""
-    out = argparse.ArgumentParser(
-        prog="python -m medsa_nets.deploy" + ("" if command == "run" else f" {command}"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=HELP[command],
-    )
-    if command == "check":
-        out.add_argument("folder", type=Path, help="folder that the command package wrote")
-        return out
-    place = os.environ.get
-    if command == "run":
-        out.add_argument("-i", "--input", type=Path, default=place("HOLOSCAN_INPUT_PATH", "input"), help="DICOM folder")
-        out.add_argument("--make_uids", action="store_true", help="make the identifiers that DICOM files lack")
-        out.add_argument("--backend", help="what computes the image encoder: a value of the bundle's setting 'backend'")
-    out.add_argument("-o", "--output", type=Path, default=place("HOLOSCAN_OUTPUT_PATH", "output"), help="results")
-    out.add_argument("-m", "--model", type=Path, default=place("HOLOSCAN_MODEL_PATH", "models"),
-                     help="folder of a bundle, or a TorchScript file of one")  # fmt: skip
-    out.add_argument("--overlay", action="append", default=[], help="file of the bundle's configs to lay over")
-    if command == "package":
-        out.add_argument("--tag", default="medsa:latest", help="name of the image")
-    return out
+def run(
+    *,
+    input: Path | None = None,
+    output: Path | None = None,
+    model: Path | None = None,
+    overlay: Sequence[str] = (),
+    make_uids: bool = False,
+    backend: str = "",
+) -> int:
+    """Segment every DICOM series (or photograph) of a folder that a bundle takes.
 
+    Each gets a folder in the output: segmentation.dcm, measurements_sr.dcm, measurements.json, report.html, pictures.
+    What is not taken is named with its reason. Exit status: 0 when everything that the bundle takes was segmented, 2
+    when only a part of it was, 1 when nothing was.
 
-HELP = {
-    "run": """Segment every DICOM series (or photograph) of a folder that a bundle takes.
+    Other commands: export (a bundle with base and adapter as one TorchScript file), package (what a container is built
+    from), check (whether that is complete).
 
-Each gets a folder in the output: segmentation.dcm, measurements_sr.dcm, measurements.json, report.html, pictures.
-What is not taken is named with its reason. Input, output and model are also read from HOLOSCAN_INPUT_PATH,
-HOLOSCAN_OUTPUT_PATH and HOLOSCAN_MODEL_PATH. Exit status: 0 when everything that the bundle takes was segmented, 2 when
-only a part of it was, 1 when nothing was.
-
-Other commands: export (a bundle with base and adapter as one TorchScript file), package (what a container is built
-from), check (whether that is complete).""",
-    "export": "Write a bundle, its base and its adapter into one TorchScript file.",
-    "package": "Write what monai-deploy or docker builds a container from: application, model, requirements.",
-    "check": "Check a folder that the command package wrote.",
-}
-
-
-def run(options: argparse.Namespace) -> int:
-    """Segment what a folder holds; the exit status."""
+    Args:
+        input: folder of DICOM files or photographs (-i); default: HOLOSCAN_INPUT_PATH, else input.
+        output: folder of the results (-o); default: HOLOSCAN_OUTPUT_PATH, else output.
+        model: folder of a bundle, or a TorchScript file of one (-m); default: HOLOSCAN_MODEL_PATH, else models.
+        overlay: file of the bundle's configs to lay over; may be given more than once.
+        make_uids: make the identifiers that DICOM files lack.
+        backend: what computes the image encoder: a value of the bundle's setting of that name.
+    """
+    source, target = place(input, "INPUT", "input"), place(output, "OUTPUT", "output")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("highdicom").setLevel(logging.WARNING)
     os.environ.setdefault("HOLOSCAN_LOG_LEVEL", "WARN")
     with tempfile.TemporaryDirectory(prefix="medsa-") as scratch:
-        model = prepare(find_model(options.model), options.overlay, Path(scratch), options.backend)
-        settings = read_settings(model)
-        found = find_sources(options.input, settings.rules, options.make_uids)
+        bundle = prepare(find_model(place(model, "MODEL", "models")), overlay, Path(scratch), backend or None)
+        settings = read_settings(bundle)
+        found = find_sources(source, settings.rules, make_uids)
         for line in found.skipped:
             logger.warning("left out: %s", line)
         for line in found.damaged:
@@ -110,15 +83,15 @@ def run(options: argparse.Namespace) -> int:
                 ("series" if settings.rules.volumes else "image") + " of modality " + ", ".join(settings.rules.modality)
             )
             raise DataError(
-                f"input {options.input}: nothing to segment: no whole {kinds} "
+                f"input {source}: nothing to segment: no whole {kinds} "
                 f"({len(found.skipped)} left out, {len(found.damaged)} damaged; see above)."
             )
-        make_output(options.output)
+        make_output(target)
         from medsa_nets.deploy.application import MedSAApplication
-        from medsa_nets.engines import keep_freed_memory
+        from medsa_nets.runtime import keep_freed_memory
 
         keep_freed_memory()
-        application = MedSAApplication(model, settings, found.sources, options.output.resolve())
+        application = MedSAApplication(bundle, settings, found.sources, target.resolve())
         try:
             application.run()
         finally:
@@ -131,6 +104,57 @@ def run(options: argparse.Namespace) -> int:
         print(f"error: nothing was segmented: {failed[0] if failed else 'see above'}", file=sys.stderr)
         return 1
     return 2 if failed or found.damaged else 0
+
+
+def export(*, model: Path | None = None, output: Path | None = None, overlay: Sequence[str] = ()) -> None:
+    """Write a bundle, its base and its adapter into one TorchScript file.
+
+    Args:
+        model: folder of the bundle (-m); default: HOLOSCAN_MODEL_PATH, else models.
+        output: the file (-o); default: HOLOSCAN_OUTPUT_PATH, else output.
+        overlay: file of the bundle's configs to lay over; may be given more than once.
+    """
+    from medsa_nets.deploy import package
+
+    file = package.export(place(model, "MODEL", "models"), place(output, "OUTPUT", "output"), overlay)
+    print(f"written: {file}")
+
+
+def write_package(
+    *, model: Path | None = None, output: Path | None = None, overlay: Sequence[str] = (), tag: str = "medsa:latest"
+) -> None:
+    """Write what monai-deploy or docker builds a container from: application, model, requirements.
+
+    Args:
+        model: folder of the bundle, or a TorchScript file of it (-m); default: HOLOSCAN_MODEL_PATH, else models.
+        output: a new or empty folder (-o); default: HOLOSCAN_OUTPUT_PATH, else output.
+        overlay: file of the bundle's configs to lay over; may be given more than once.
+        tag: name of the image.
+    """
+    from medsa_nets.deploy import package
+
+    package.write(place(model, "MODEL", "models"), place(output, "OUTPUT", "output"), overlay, tag=tag)
+
+
+def check(folder: Path) -> None:
+    """Check a folder that the command package wrote.
+
+    Args:
+        folder: that folder.
+    """
+    from medsa_nets.deploy import package
+
+    package.check(folder)
+    print(f"{folder}: complete")
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"export": export, "package": write_package, "check": check}
+SHORT = {"-i": "--input", "-o": "--output", "-m": "--model"}
+
+
+def place(given: Path | None, variable: str, default: str) -> Path:
+    """A path of the command line, else that of the container's environment, else the default."""
+    return given or Path(os.environ.get(f"HOLOSCAN_{variable}_PATH") or default)
 
 
 def make_output(folder: Path) -> None:
@@ -168,6 +192,35 @@ def under_its_name(file: Path, scratch: Path) -> Path:
     return Path(shutil.copyfile(file, scratch / f"{name}.ts"))
 
 
+def with_facts(file: Path, scratch: Path) -> Path:
+    """A TorchScript file that holds the facts of its task: itself, or a copy of what ``monai.bundle`` has exported.
+
+    ``monai.bundle ckpt_export`` keeps the configuration as it stands, which reads a file of the bundle.
+
+    Raises:
+        DataError: when the facts are neither in the file nor in the bundle that it lies in (``models/model.ts``).
+    """
+    bundle = Bundle.of_torchscript(file)
+    if not isinstance(bundle.config.get("facts"), str):
+        return file
+    root = file.resolve().parent.parent
+    if not (root / "configs" / "tasks").is_dir():
+        raise DataError(
+            f"model {file}: it does not hold the facts of its task, and does not lie in the folder models of a bundle. "
+            "Export it with python -m medsa_nets.deploy export."
+        )
+    import torch
+
+    whole = Bundle({**bundle.config, "bundle_root": str(root)}, bundle.metadata, root).whole()
+    with zipfile.ZipFile(file) as archive:
+        inside = [name.partition("/extra/")[2] for name in archive.namelist() if "/extra/" in name]
+    extra = dict.fromkeys(inside, "")
+    network = torch.jit.load(file, map_location="cpu", _extra_files=extra)
+    target = scratch / file.name
+    torch.jit.save(network, target, _extra_files={**extra, "inference.json": json.dumps(whole)})
+    return target
+
+
 def prepare(model: Path, overlays: Sequence[str], scratch: Path, backend: str | None = None) -> Path:
     """A bundle as MONAI Deploy loads it: one folder with ``models/model.pt``, or a TorchScript file.
 
@@ -177,11 +230,14 @@ def prepare(model: Path, overlays: Sequence[str], scratch: Path, backend: str | 
     if not model.is_dir():
         if overlays or backend:
             raise DataError(f"model {model}: overlays and back ends are chosen when a TorchScript file is exported.")
-        return under_its_name(model, scratch)
+        return under_its_name(with_facts(model, scratch), scratch)
     target = scratch / model.resolve().name
     settings = {"bundle_root": str(target), **({"backend": backend} if backend else {})}
     if not copy_bundle(model, target, overlays, settings):
-        known = ", ".join(sorted(p.name for p in (model / "models").glob("*.pt"))) or "none"
+        known = (
+            ", ".join(sorted(p.name for p in (model / "models").glob("*.pt") if not p.name.endswith(".clicks.pt")))
+            or "none"
+        )
         raise WeightsError(
             f"bundle {model}: it has no trained adapter ({ADAPTER}; adapters that are there: {known}). Train one, or "
             "name the overlay that belongs to an adapter, as --overlay ct_3mm.yaml."

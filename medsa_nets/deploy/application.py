@@ -233,6 +233,8 @@ class ResultOperator(DICOMSegmentationWriterOperator):
         for dataset in datasets:
             series.add_sop_instance(dataset)
         frames = mask.transpose(2, 1, 0) if source.volume else mask.T[None]
+        if source.frames:  # of one object, in the order that it holds them
+            frames = frames[np.argsort(source.frames)]
         self.create_dicom_seg(frames.astype(np.uint8), series, folder)
         if source.made:
             source.write_copies(folder / "source")

@@ -119,9 +119,11 @@ def write(model: Path, folder: Path, overlays: Sequence[str] = (), *, tag: str =
         if source.is_dir():
             export(source, file, overlays)
         else:
-            prepare(source, overlays, part)
-            read_settings(source)
-            shutil.copyfile(source, file)
+            ready = prepare(source, overlays, part)
+            read_settings(ready)
+            shutil.copyfile(ready, file)
+            if ready.parent == part:
+                ready.unlink()
         _write_app(part, tag)
         check(part)
         part.replace(folder)

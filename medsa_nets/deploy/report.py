@@ -20,6 +20,7 @@ from scipy import ndimage
 from medsa_nets.data.atomic import temporary_name
 from medsa_nets.deploy.settings import Settings
 from medsa_nets.deploy.studies import Source
+from medsa_nets.visualize import tint
 
 KEY_IMAGES = 6
 
@@ -63,7 +64,7 @@ def measure(mask: np.ndarray, image: MetaTensor, source: Source, settings: Setti
 
 
 def colours(count: int) -> list[tuple[int, int, int]]:
-    """Colours that are told from each other: evenly spread hues, every other one paler."""
+    """Colours that differ clearly: evenly spread hues, every other one paler."""
     pairs = [colorsys.hsv_to_rgb(i / max(count, 1), 1.0 if i % 2 == 0 else 0.6, 1.0) for i in range(count)]
     return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in pairs]
 
@@ -80,9 +81,7 @@ def draw(plane: np.ndarray, labels: np.ndarray, palette: Sequence[tuple[int, int
     line = max(1, round(max(labels.shape) / 400))
     for value in np.unique(labels[labels > 0]):
         inside = labels == value
-        colour = np.array(palette[int(value) - 1], dtype=np.float32)
-        canvas[inside] = 0.75 * canvas[inside] + 0.25 * colour
-        canvas[inside & ~ndimage.binary_erosion(inside, iterations=line)] = colour
+        tint(canvas, inside, palette[int(value) - 1], inside & ~ndimage.binary_erosion(inside, iterations=line))
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigParser
-
+from medsa_nets.bundles import Bundle
 from medsa_nets.deploy.studies import Rules
 from medsa_nets.errors import DataError
 
@@ -67,13 +64,14 @@ def read_settings(bundle: Path) -> Settings:
     Raises:
         DataError: when it is no bundle, or does not say which series it takes and how its classes are coded.
     """
-    config, metadata = _from_folder(bundle) if bundle.is_dir() else _from_torchscript(bundle)
+    opened = Bundle.open(bundle) if bundle.is_dir() else Bundle.of_torchscript(bundle)
+    metadata = opened.metadata
     place = f"{bundle}: inference.yaml"
-    deploy = config.get("deploy")
+    deploy = opened.value("deploy")
     if not isinstance(deploy, Mapping) or not deploy.get("modality") or not isinstance(deploy.get("codes"), Mapping):
         raise DataError(
             f"{place} has no key 'deploy' with 'modality' (a list) and 'codes' (a code for each class): a DICOM "
-            "segmentation needs them. Add it, as in bundles/medsa_btcv/configs/inference.yaml."
+            "segmentation needs them. Add it, as in bundles/medsa_btcv/configs/tasks/btcv.yaml."
         )
     try:
         channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
@@ -108,33 +106,3 @@ def _segment(label: str, codes: Mapping[str, Any], place: str) -> Segment:
         category=pairs.get("category", ANATOMY),
         region=pairs.get("region"),
     )
-
-
-def _from_folder(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    paths = bundle / "configs" / "inference.yaml", bundle / "configs" / "metadata.json"
-    for path in paths:
-        if not path.is_file():
-            raise DataError(
-                f"bundle {bundle}: there is no {path.relative_to(bundle)}. Expected the folder of a bundle."
-            )
-    config: dict[str, Any] = ConfigParser.load_config_file(str(paths[0]))
-    return config, json.loads(paths[1].read_text(encoding="utf-8"))
-
-
-def _from_torchscript(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not bundle.is_file():
-        raise DataError(f"model {bundle}: there is no such bundle. Pass its folder, or a TorchScript file of it (-m).")
-    texts: dict[str, Any] = {}
-    try:
-        with zipfile.ZipFile(bundle) as archive:
-            for name in ("inference.json", "metadata.json"):
-                inside = next((n for n in archive.namelist() if n.endswith(f"/extra/{name}")), None)
-                texts[name] = None if inside is None else json.loads(archive.read(inside))
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
-        raise DataError(f"model {bundle}: it is no TorchScript file ({error}). Export it again.") from error
-    absent = [name for name, text in texts.items() if text is None]
-    if absent:
-        raise DataError(
-            f"model {bundle}: it does not hold {', '.join(absent)}. Export it with python -m medsa_nets.deploy export."
-        )
-    return texts["inference.json"], texts["metadata.json"]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from pydicom.dataset import Dataset
@@ -21,10 +20,18 @@ from pydicom.valuerep import PersonName
 
 from medsa_nets.data import PhotographReader, read_volume
 from medsa_nets.data.datalists import PHOTOGRAPH_SUFFIXES, is_dicom
-from medsa_nets.data.volumes import SLICE_FIELDS, order_slices
+from medsa_nets.data.slices import (
+    MEDIA_DIRECTORY,
+    SLICE_FIELDS,
+    Slice,
+    count_frames,
+    is_multi_frame,
+    order_slices,
+    read_dicom,
+    split_frames,
+)
 from medsa_nets.errors import DataError, describe
 
-MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
 REFERENCE_FIELDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
 MADE_FIELDS = (*REFERENCE_FIELDS, "FrameOfReferenceUID")  # what find_sources can make
 _CLASSES = {"CT": CTImageStorage, "MR": MRImageStorage}
@@ -57,6 +64,7 @@ class Source:
         headers: DICOM header of each file, without pixels; none for a JPEG or PNG file.
         volume: whether it is a volume.
         made: DICOM fields that the files lack, and that the headers were given.
+        frames: of a volume in one multi-frame object: the number of the frame of each slice.
     """
 
     name: str
@@ -64,6 +72,7 @@ class Source:
     headers: tuple[Dataset, ...] = ()
     volume: bool = True
     made: tuple[str, ...] = ()
+    frames: tuple[int, ...] = ()
 
     def read(self) -> MetaTensor:
         """Read it as ``monai.bundle run`` does: (1, X, Y, Z) with affine, or (3, W, H).
@@ -86,7 +95,7 @@ class Source:
         """
         out = []
         for file, header in zip(self.files, self.headers):
-            data = with_known_characters(pydicom.dcmread(file, force=True), file)
+            data = with_known_characters(read_dicom(file), file)
             for name in self.made:
                 setattr(data, name, header.get(name))
             if self.made:
@@ -190,7 +199,7 @@ def read_header(file: Path) -> Dataset:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of values that are unusual, which the checks below judge
-            header = pydicom.dcmread(file, stop_before_pixels=True)
+            header = read_dicom(file, stop_before_pixels=True)
             for name in (*REFERENCE_FIELDS, *SLICE_FIELDS, "Modality", "ImageType", "FrameOfReferenceUID",
                          "SeriesDescription", "WindowCenter", "WindowWidth"):  # fmt: skip
                 str(header.get(name, ""))
@@ -199,6 +208,8 @@ def read_header(file: Path) -> Dataset:
             for name in ("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "BitsAllocated"):
                 if header.get(name) is not None:
                     int(header[name].value)
+    except DataError:
+        raise
     except Exception as error:  # pydicom raises its own, struct.error, UnicodeError, NotImplementedError and others
         raise DataError(
             f"{file}: not readable as DICOM ({name}: {describe(error)}). Expected a whole DICOM file; send it again."
@@ -308,7 +319,7 @@ def _unwanted(file: Path, header: Dataset, rules: Rules) -> str:
         return f"modality {modality or 'not given'}; the bundle takes {', '.join(rules.modality)}"
     if "LOCALIZER" in (str(part).upper() for part in np.atleast_1d(header.get("ImageType", []) or [])):
         return "a localizer"
-    if int(header.get("NumberOfFrames", 1) or 1) > 1:
+    if is_multi_frame(header) and not (rules.volumes and "PerFrameFunctionalGroupsSequence" in header):
         return f"several frames in one object ({kind}); expected one"
     samples = int(header.get("SamplesPerPixel", 1) or 1)
     if rules.volumes and samples != 1:
@@ -345,16 +356,25 @@ def _add_series(members: list[tuple[Path, Dataset]], rules: Rules, found: Found)
             Source(f"{file}", (file,), (header,), volume=False, made=_made([header])) for file, header in single
         ]
         return
-    fewest, most = rules.slices
-    if not fewest <= len(single) <= most:
-        found.skipped.append(f"{name}: {len(single)} slices; the bundle takes {fewest} to {most}.")
+    if len(single) > 1 and any(is_multi_frame(header) for _, header in single):
+        # a segmentation of frames refers to one object
+        for one in single:
+            _add_series([one], rules, found)
         return
-    ordered = order_slices(single, name)
-    first = ordered[0][1]
+    slices = split_frames([Slice(file, header) for file, header in single])
+    fewest, most = rules.slices
+    if not fewest <= len(slices) <= most:
+        found.skipped.append(f"{name}: {len(slices)} slices; the bundle takes {fewest} to {most}.")
+        return
+    ordered = order_slices(slices, name)
+    first = ordered[0].header
     if int(first.Rows) * int(first.Columns) * len(ordered) > MAX_VOXELS:
         raise DataError(f"{name}: {len(ordered)} slices of {first.Rows} x {first.Columns} are more than fit in memory.")
-    files, headers = zip(*ordered)
-    found.sources.append(Source(f"{name}, {len(files)} slices", files, headers, made=_made(headers)))
+    own = dict(single)
+    files = tuple(dict.fromkeys(one.file for one in ordered))
+    headers = tuple(own[file] for file in files)
+    frames = tuple(one.frame for one in ordered) if is_multi_frame(headers[0]) else ()
+    found.sources.append(Source(f"{name}, {len(ordered)} slices", files, headers, made=_made(headers), frames=frames))
 
 
 def _made(headers: Sequence[Dataset]) -> tuple[str, ...]:
@@ -372,12 +392,12 @@ def check_pixels(file: Path, header: Dataset) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            data: Any = pydicom.dcmread(file)
+            data: Any = read_dicom(file)
             pixels = data.get("PixelData")
             compressed = data.file_meta.TransferSyntaxUID.is_compressed
     except Exception as error:  # EOFError of a cut encapsulated image, and pydicom's own
         raise DataError(f"{file}: its pixels can't be read ({describe(error)}). Send the file again.") from error
-    samples = int(header.get("SamplesPerPixel", 1) or 1)
+    samples = int(header.get("SamplesPerPixel", 1) or 1) * count_frames(header)
     needed = int(header.Rows) * int(header.Columns) * samples * int(header.get("BitsAllocated", 8) or 8) // 8
     have = len(pixels) if pixels is not None else 0
     if not have or (not compressed and have < needed):

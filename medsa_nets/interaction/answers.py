@@ -12,8 +12,10 @@ from monai.data import MetaTensor
 from scipy import ndimage
 from torch import Tensor
 
+from medsa_nets.errors import WeightsError
 from medsa_nets.interaction.grids import Grids, Place, bounding_place
 from medsa_nets.interaction.observations import MARGIN, Kernel, newest_labels, observe
+from medsa_nets.interaction.refinement import Refinement, kept, refine
 from medsa_nets.interaction.segmenters import Asked, Segmenter
 from medsa_nets.prompts.user import UserPrompt
 
@@ -45,9 +47,13 @@ class AnswerSettings:
             lies from it (the deepest voxel of a scribble), and ``SLACK`` voxels: people click in the middle of what is
             wrong. 0 bounds nothing; none takes that of :data:`USUAL`.
         interpolate: whether clicks speak for other voxels at all; false lets them set their own voxel alone.
+        refinement: file of a :class:`~medsa_nets.interaction.refinement.Refinement`, which says what a click means for
+            the voxels around it; none takes the one that belongs to the adapter, an empty name goes without.
         network: ``always`` asks the network again for each answer, ``first`` where there was no mask before; ``auto``
-            asks again in images, and in volumes where the adapter was trained with earlier masks; of one that knows
-            clicks alone, it takes an answer that shows something else than the mask before.
+            does as the refinement learnt it; without one, it asks again in images, and in volumes where the adapter was
+            trained with earlier masks. Where it does not ask again, it does so for a click farther than a quarter of
+            ``reach`` and ``SLACK`` voxels from the mask's border, and takes an answer that shows something else than
+            the mask before.
 
     Raises:
         ValueError: when a setting has another value.
@@ -59,6 +65,7 @@ class AnswerSettings:
     certainty: float | None = None
     depth: float | None = None
     interpolate: bool = True
+    refinement: str | None = None
     network: str = "auto"
 
     def __post_init__(self) -> None:
@@ -76,6 +83,59 @@ class AnswerSettings:
         usual = {name: value for name, value in USUAL[dims].items() if getattr(self, name) is None}
         out = replace(self, **usual)
         return out if out.reach is not None or out.kernel is None else replace(out, reach=out.kernel.radius)
+
+
+def refinement_of(settings: AnswerSettings, segmenter: Segmenter) -> Refinement | None:
+    """The refinement of clicks that answers are made with, or none.
+
+    Raises:
+        WeightsError: when its file is missing, damaged or for other dimensions.
+    """
+    if settings.refinement is None:
+        return segmenter.refinement
+    if settings.refinement == "":
+        return None
+    found, dims = kept(settings.refinement), 3 if segmenter.volumes else 2
+    if found.dims != dims:
+        raise WeightsError(f"{settings.refinement}: it refines clicks in {found.dims} dimensions, not in {dims}.")
+    return found
+
+
+def answer_identity(settings: AnswerSettings, segmenter: Segmenter) -> dict[str, str]:
+    """What answers depend on beside image and settings: the network, and SHA-256 of the refinement or nothing."""
+    refinement = refinement_of(settings, segmenter)
+    return {**segmenter.identity(), "refinement_sha256": "" if refinement is None else refinement.sha256}
+
+
+@dataclass
+class Draft:
+    """An answer before it is refined and bounded.
+
+    Attributes:
+        previous: logits (spatial…) that the user saw, or none.
+        values: logits (spatial…) of the network, with the clicks as measurements.
+        voxels: (N, dims) that are marked, oldest first.
+        labels: (N,) of these.
+        bounds: voxels (spatial…) that nothing may lie in, or none, of each prompt.
+        newest: voxels (M, dims) that the newest prompt marked: the last ones of ``voxels``; empty for other prompts,
+            and where there was no mask to correct.
+        label: of the newest prompt.
+    """
+
+    previous: np.ndarray | None
+    values: np.ndarray
+    voxels: np.ndarray
+    labels: np.ndarray
+    bounds: list[np.ndarray | None]
+    newest: np.ndarray
+    label: int
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the newest prompt marks voxels that the mask before had wrong."""
+        if self.previous is None or not len(self.newest):
+            return False
+        return bool(((self.previous[tuple(self.newest.T)] > 0) != bool(self.label)).any())
 
 
 def make_answer(
@@ -101,11 +161,33 @@ def make_answer(
     Returns:
         Logits (spatial…): every marked voxel, and every bound, holds.
     """
+    draft = draft_answer(segmenter, image, grids, index, previous, prompts, settings)
+    refinement = refinement_of(settings, segmenter)
+    if refinement is not None and draft.corrects:
+        assert draft.previous is not None
+        draft.values = refine(
+            refinement, draft.previous, draft.values, image.numpy(), draft.voxels, draft.labels, len(draft.newest),
+            grids.spacing,
+        )  # fmt: skip
+    return torch.from_numpy(finish_answer(draft, grids, settings))
+
+
+def draft_answer(
+    segmenter: Segmenter,
+    image: MetaTensor,
+    grids: Grids,
+    index: int,
+    previous: Tensor | None,
+    prompts: Sequence[UserPrompt],
+    settings: AnswerSettings,
+) -> Draft:
+    """Ask the network where that is due, and take clicks as measurements (arguments as of :func:`make_answer`)."""
     settings = settings.of(grids.dims)
     assert settings.kernel is not None
-    again = settings.network == "always" or (
-        settings.network == "auto" and (segmenter.feedback or not segmenter.volumes)
-    )
+    assert settings.reach is not None
+    refinement = refinement_of(settings, segmenter)
+    usual = (segmenter.feedback or not segmenter.volumes) if refinement is None else refinement.asks
+    again = settings.network == "always" or (settings.network == "auto" and usual)
     # Where there is no mask yet, there is nothing to keep, and nothing that clicks alone could mend. A box says where
     # the whole class is, whatever there was.
     empty = previous is None or not bool((previous > 0).any())
@@ -115,7 +197,9 @@ def make_answer(
     else:
         assert previous is not None
         logits = previous
-        if settings.network == "auto" and segmenter.prompted and prompts[-1].marks:
+        distance = max(settings.reach / 4.0, SLACK * float(min(grids.spacing)))
+        far = _far_from_border(previous, grids, prompts[-1], distance)
+        if settings.network == "auto" and segmenter.prompted and far:
             # Where clicks show something else than the mask, it was a wrong one, and no border of it to be moved.
             other = segmenter.decode(image, index, ask(grids, prompts), None)
             if _dice(other > 0, previous > 0) < AGREEMENT and _agrees(other.numpy(), grids, prompts[-1]):
@@ -125,10 +209,19 @@ def make_answer(
     voxels, labels = marked_voxels(grids, prompts, bounds)
     if settings.interpolate:
         values = observe(values, image.numpy(), voxels, labels, grids.spacing, settings.kernel)
+    newest = np.empty((0, grids.dims), dtype=np.int64)
     if previous is not None and not empty and prompts[-1].marks:
         newest = np.unique(grids.voxels(prompts[-1].voxels()), axis=0)
-        values = keep_local(previous.numpy(), values, newest, prompts[-1].label, grids.spacing, settings)
-    return torch.from_numpy(hold(values, voxels, labels, bounds))
+    before = None if previous is None else previous.numpy()
+    return Draft(before, values, voxels, labels, bounds, newest, prompts[-1].label)
+
+
+def finish_answer(draft: Draft, grids: Grids, settings: AnswerSettings) -> np.ndarray:
+    """Logits (spatial…) of a draft, other than before only where its newest prompt may change them; all marks hold."""
+    settings, values = settings.of(grids.dims), draft.values
+    if draft.previous is not None and len(draft.newest):
+        values = keep_local(draft.previous, values, draft.newest, draft.label, grids.spacing, settings)
+    return hold(values, draft.voxels, draft.labels, draft.bounds)
 
 
 def ask(grids: Grids, prompts: Sequence[UserPrompt]) -> Asked:
@@ -162,6 +255,19 @@ def _dice(one: Tensor, other: Tensor) -> float:
 def _agrees(values: np.ndarray, grids: Grids, prompt: UserPrompt) -> bool:
     """Whether logits carry the label of what a prompt marked."""
     return bool(((values[tuple(grids.voxels(prompt.voxels()).T)] > 0) == bool(prompt.label)).all())
+
+
+def _far_from_border(previous: Tensor, grids: Grids, prompt: UserPrompt, distance: float) -> bool:
+    """Whether a prompt marks a voxel farther than ``distance`` from all on the other side of a mask's border."""
+    if not prompt.marks:
+        return False
+    half = np.floor(distance / np.asarray(grids.spacing)).astype(int)
+    for voxel in grids.voxels(prompt.voxels()):
+        place = tuple(slice(max(0, v - h), v + h + 1) for v, h in zip(voxel, half))
+        side = previous[place] > 0
+        if bool((side == side[tuple(int(v) - s.start for v, s in zip(voxel, place))]).all()):
+            return True
+    return False
 
 
 def _surrounds(prompt: UserPrompt, dims: int) -> bool:

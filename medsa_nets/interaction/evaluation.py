@@ -21,14 +21,15 @@ from tqdm import tqdm
 from medsa_nets.data import output_name, save_png, stable_seed, unique_names
 from medsa_nets.data.atomic import make_folder, temporary_name
 from medsa_nets.errors import DataError
-from medsa_nets.handlers import unwrap, writes_files
 from medsa_nets.inferers import PromptInferer, SlabInferer
-from medsa_nets.interaction.answers import AnswerSettings
+from medsa_nets.interaction.answers import AnswerSettings, answer_identity
 from medsa_nets.interaction.grids import Grids
 from medsa_nets.interaction.metrics import SessionCurve, summarise
+from medsa_nets.interaction.refinement import beside
 from medsa_nets.interaction.segmenters import NetworkSegmenter, load_adapter
 from medsa_nets.interaction.session import STARTS, InteractiveSession
 from medsa_nets.interaction.users import SimulatedUser
+from medsa_nets.runtime import unwrap, writes_files
 from medsa_nets.visualize import draw_curves, overlay, side_by_side
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ class SessionEvaluation:
         network: Any = unwrap(self.network)
         if self.checkpoint:
             load_adapter(network, self.checkpoint)
-        segmenter = NetworkSegmenter(network, None, self.classes, self.inferer)
+        segmenter = NetworkSegmenter(network, None, self.classes, self.inferer, beside(self.checkpoint))
         rank, processes = idist.get_rank(), idist.get_world_size()
         state = self.output_dir / (KEPT if processes == 1 else f"{rank}_{KEPT}")
         make_folder(self.output_dir)
@@ -188,7 +189,8 @@ class SessionEvaluation:
         user = {"shares": self.user.shares.tolist(), "jitter": self.user.jitter, "apart": self.user.apart}
         answers = dataclasses.asdict(self.settings.of(3 if segmenter.volumes else 2))
         settings = {
-            "network": segmenter.identity(), "inferer": str(segmenter.inferer.amp), "user": user, "seed": self.seed,
+            "network": answer_identity(self.settings, segmenter), "inferer": str(segmenter.inferer.amp),
+            "user": user, "seed": self.seed,
             "answers": answers, "clicks": self.clicks, "tolerance": self.tolerance,
             "classes": self.classes,
         }  # fmt: skip
@@ -198,15 +200,7 @@ class SessionEvaluation:
         """An image of the data set: its name, its tensor, and the truth of its classes on the file's grid."""
         item = self.dataset[index]
         image, label = item["image"], item["label"]
-        grids = Grids(label)
-        place = tuple(slice(0, n) for n in grids.file_shape)
-        values = label.as_tensor()[0].float().cpu()
-        volumes = image.dim() == 4
-        targets = {}
-        for k in range(len(self.classes)):
-            mask = grids.on_file((values == k + 1).float() if volumes else (values > 0.5).float(), place).numpy() > 0.5
-            if mask.any():
-                targets[k] = mask
+        targets = target_masks(label, len(self.classes), image.dim() == 4)
         path = str(image.meta.get("filename_or_obj", index))
         return self.names.get(path) or output_name(path), image, targets
 
@@ -309,6 +303,25 @@ class SessionEvaluation:
             f"worst of {len(measured)}: {name}, {class_name}, from {start}: Dice {before:.3f}, {after:.3f} after "
             f"{len(clicks)} clicks (label green, mask red)",
         )
+
+
+def target_masks(label: MetaTensor, classes: int, volumes: bool) -> dict[int, np.ndarray]:
+    """Truth of the classes that an image holds, boolean on the grid of its label's file, by their ids.
+
+    Args:
+        label: (1, spatial…), foreground above 0.5 (images), or 0 and 1 + class id (volumes).
+        classes: how many there are.
+        volumes: whether it is of a volume.
+    """
+    grids = Grids(label)
+    place = tuple(slice(0, n) for n in grids.file_shape)
+    values = label.as_tensor()[0].float().cpu()
+    out = {}
+    for k in range(classes):
+        mask = grids.on_file((values == k + 1).float() if volumes else (values > 0.5).float(), place).numpy() > 0.5
+        if mask.any():
+            out[k] = mask
+    return out
 
 
 def _parts(key: str) -> list[str]:

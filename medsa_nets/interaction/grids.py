@@ -79,6 +79,30 @@ class Grids:
         """
         return _resampled(values, self.to_tensor, place)
 
+    def above(self, values: Tensor, level: float, place: Place) -> np.ndarray:
+        """Where values of the network's grid, interpolated on a box of the file's grid, lie above a level.
+
+        The same as ``on_file(values, place) > level``, but interpolated only near voxels that lie above it: between
+        voxels that don't, nothing does.
+
+        Args:
+            values: see :meth:`on_file`.
+            level: 0 or more.
+            place: box of the file's grid.
+        """
+        out = np.zeros([max(0, s.stop - s.start) for s in place], dtype=bool)
+        # Weights that sum to 1 are rounded: what lies a little below the level may come out above it, unless it is 0.
+        found = bounding_place((values > level * (1.0 - 1e-5)).numpy())
+        if found is None:
+            return out
+        near = tuple(
+            slice(max(own.start, s.start), max(own.start, s.start, min(own.stop, s.stop)))
+            for own, s in zip(self.file_place(found), place)
+        )
+        inner = tuple(slice(own.start - s.start, own.stop - s.start) for own, s in zip(near, place))
+        out[inner] = (self.on_file(values, near) > level).numpy()
+        return out
+
     def on_tensor(self, mask: np.ndarray) -> Tensor:
         """Share in [0, 1] of a mask of the file's grid, interpolated at voxels of the network's grid."""
         values = torch.from_numpy(np.ascontiguousarray(mask, dtype=np.float32))
@@ -121,10 +145,12 @@ def bounding_place(mask: np.ndarray, margin: int | Sequence[int] = 0) -> Place |
     """Smallest box that holds a boolean mask, widened by a margin; none where the mask is empty."""
     margins = [margin] * mask.ndim if isinstance(margin, int) else list(margin)
     out = []
+    rest = mask  # cut as far as it is known, so that most of the mask is looked at once
     for axis in range(mask.ndim):
-        found = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
+        found = np.flatnonzero(rest.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
         if not len(found):
             return None
-        last = min(mask.shape[axis], int(found[-1]) + 1 + margins[axis])
-        out.append(slice(max(0, int(found[0]) - margins[axis]), last))
+        first, last = int(found[0]), int(found[-1]) + 1
+        rest = rest[(slice(None),) * axis + (slice(first, last),)]
+        out.append(slice(max(0, first - margins[axis]), min(mask.shape[axis], last + margins[axis])))
     return tuple(out)

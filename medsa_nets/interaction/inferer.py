@@ -13,12 +13,14 @@ from monai.data import MetaTensor, decollate_batch
 from monai.inferers import Inferer
 from torch import Tensor
 
-from medsa_nets.inferers import PromptInferer, SlabInferer, adapter_key, tensor_sha256
+from medsa_nets.checksums import tensor_sha256
+from medsa_nets.inferers import PromptInferer, SlabInferer, adapter_key
 from medsa_nets.interaction.answers import AnswerSettings
 from medsa_nets.interaction.segmenters import NetworkSegmenter
 from medsa_nets.interaction.session import InteractiveSession
 from medsa_nets.networks import MedSA
 from medsa_nets.prompts import Prompts, UserPrompt, user_prompts_of_batch
+from medsa_nets.runtime import unwrap
 from medsa_nets.transforms.volumes import ABSENT
 
 SESSIONS = 8  # that a process keeps
@@ -87,7 +89,7 @@ class SessionInferer(Inferer):
             Mask logits (B, K, spatial…), single precision, of every class.
         """
         said = user_prompts_of_batch(inputs)
-        medsa = getattr(network, "module", network)
+        medsa = unwrap(network)
         if prompts is not None or not any(said) or not isinstance(medsa, MedSA) or medsa.training:
             return self.inferer(inputs, network, *args, prompts=prompts)
         answers = []

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
+from medsa_nets.checksums import file_sha256
 from medsa_nets.data import save_png, volume_writer
 from medsa_nets.data.atomic import temporary_name
 from medsa_nets.errors import DataError, describe
-from medsa_nets.interaction.answers import AnswerSettings
+from medsa_nets.interaction.answers import AnswerSettings, answer_identity
 from medsa_nets.interaction.observations import Kernel
 from medsa_nets.prompts.user import prompt_from_json, prompt_to_json
-from medsa_nets.weights import file_sha256
 
 if TYPE_CHECKING:
     from medsa_nets.interaction.session import InteractiveSession
@@ -54,7 +54,7 @@ def describe_session(session: InteractiveSession) -> dict[str, Any]:
             "size": list(grids.file_shape),
             "affine": grids.world.tolist(),
         },
-        "network": session.segmenter.identity(),
+        "network": answer_identity(session.settings, session.segmenter),
         "classes": session.classes,
         "start": session.start,
         "settings": settings,
@@ -107,7 +107,8 @@ def write_label(label: np.ndarray, image: MetaTensor, path: Path) -> None:
     writer = volume_writer(suffix)(output_dtype=np.uint8)
     affine = torch.as_tensor(np.asarray(image.meta["original_affine"]))
     writer.set_data_array(label[None], channel_dim=0)
-    writer.set_metadata({"affine": affine, "original_affine": affine}, resample=False)
+    meta = {name: image.meta[name] for name in ("nifti_geometry", "nrrd_unit") if name in image.meta}
+    writer.set_metadata({**meta, "affine": affine, "original_affine": affine}, resample=False)
     writer.write(path)
 
 
@@ -145,6 +146,7 @@ def read_settings(entry: Mapping[str, Any]) -> AnswerSettings:
         ValueError: when one is unknown or has another value than it may have.
     """
     known = {field.name for field in dataclasses.fields(AnswerSettings)}
+    entry = {"refinement": "", **entry}  # logs that were written before there was one
     if set(entry) != known:
         raise ValueError(f"settings {sorted(entry)}, expected {sorted(known)}")
     return AnswerSettings(**{**entry, "kernel": None if entry["kernel"] is None else Kernel(**entry["kernel"])})
@@ -155,8 +157,9 @@ def replay_session(session: InteractiveSession, path: Path, source: Any) -> None
     from medsa_nets.interaction.session import InteractiveSession
 
     log = read_log(path)
+    own = answer_identity(log["settings"], session.segmenter)
     for name, there in log["network"].items():
-        here = session.segmenter.identity().get(name)
+        here = own.get(name)
         if here != there:
             raise DataError(
                 f"{path}: the log belongs to another network: {name} is {there[:16]}, here {str(here)[:16]}. Open the "

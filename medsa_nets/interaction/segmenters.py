@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,20 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose
 from torch import Tensor
 
-from medsa_nets.engines import LIMIT, as_earlier
-from medsa_nets.errors import DataError
-from medsa_nets.inferers import EmbeddingCache, PromptInferer, SlabInferer, adapter_key, network_name, tensor_sha256
+from medsa_nets.bundles import Bundle, read
+from medsa_nets.checksums import tensor_sha256
+from medsa_nets.errors import DataError, WeightsError
+from medsa_nets.inferers import EmbeddingCache, PromptInferer, SlabInferer, adapter_key, network_name
 from medsa_nets.interaction.grids import Grids
+from medsa_nets.interaction.refinement import Refinement, beside, kept
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.networks.identity import decode_identity
 from medsa_nets.prompts import Prompts
+from medsa_nets.prompts.earlier import LIMIT, as_earlier
 from medsa_nets.transforms.volumes import ABSENT, MasksToSourceLabeld
 from medsa_nets.weights import check_adapter
 
@@ -61,6 +62,7 @@ class Segmenter(Protocol):
     classes: Sequence[str]
     volumes: bool
     exclusive: bool
+    refinement: Refinement | None  # what clicks on masks of this adapter mean, where that was learnt
 
     @property
     def feedback(self) -> bool:
@@ -109,8 +111,10 @@ class NetworkSegmenter:
             are opened that went through them already.
         classes: names of the classes, in the order of their ids.
         inferer: the bundle's; none takes one with usual settings.
+        refinement: file of what clicks on masks of this adapter mean; empty: it was not learnt.
 
     Raises:
+        WeightsError: when the refinement is missing or damaged, or for images where the network takes volumes.
         DataError: when the classes are not as many as the network has.
     """
 
@@ -120,6 +124,7 @@ class NetworkSegmenter:
         preprocessing: Compose | None,
         classes: Sequence[str],
         inferer: PromptInferer | SlabInferer | None = None,
+        refinement: str = "",
     ) -> None:
         if len(classes) != network.num_classes:
             raise DataError(
@@ -131,6 +136,11 @@ class NetworkSegmenter:
         self.classes: Sequence[str] = list(classes)
         self.volumes = isinstance(network, VolumeMedSA)
         self.exclusive = self.volumes  # a label map has one class at each voxel
+        self.refinement = kept(refinement) if refinement else None
+        if self.refinement is not None and (self.refinement.dims == 3) != self.volumes:
+            raise WeightsError(
+                f"{refinement}: it refines clicks in {self.refinement.dims} dimensions; the network does not."
+            )
         cache = EmbeddingCache(EMBEDDING_BYTES)
         if inferer is None:
             inferer = SlabInferer(cache=cache, spread=True) if self.volumes else PromptInferer(cache=cache)
@@ -167,24 +177,12 @@ class NetworkSegmenter:
             DataError: when there is no such bundle or overlay.
             WeightsError: when the adapter is missing, damaged or another one's.
         """
-        root = Path(bundle)
-        paths = [root / "configs" / name for name in ("inference.yaml", *overlays)]
-        for path in paths:
-            if not path.is_file():
-                raise DataError(f"{path}: there is no such file. Expected a MedSA bundle, and overlays of its configs.")
-        parser = ConfigParser()
-        parser.read_config([str(path) for path in paths])
-        parser.update({"bundle_root": str(root), "use_click": True, **(settings or {})})
-        network = parser.get_parsed_content("network")
-        load_adapter(network, parser.get_parsed_content("checkpoint"))
-        if "classes" in parser:
-            classes = parser.get_parsed_content("classes")
-        else:
-            metadata = json.loads((root / "configs" / "metadata.json").read_text(encoding="utf-8"))
-            names: dict[str, str] = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
-            classes = [names[number] for number in sorted(names, key=int)][-network.num_classes :]
-        inferer = parser.get_parsed_content("inferer")
-        return cls(network, parser.get_parsed_content("preprocessing"), classes, getattr(inferer, "inferer", inferer))
+        opened = Bundle.open(bundle, overlays, {"use_click": True, **(settings or {})}, server=True)
+        parser = opened.parser()
+        network, checkpoint = read(parser, "network"), read(parser, "checkpoint")
+        load_adapter(network, checkpoint)
+        inferer, preprocessing = read(parser, "inferer"), read(parser, "preprocessing")
+        return cls(network, preprocessing, opened.classes, getattr(inferer, "inferer", inferer), beside(checkpoint))
 
     def open(self, source: Any) -> MetaTensor:
         """Read and preprocess an image from its path; an image that the network can see stays as it is."""

@@ -514,8 +514,8 @@ class InteractiveSession:
         place = bounding_place(changed.numpy() > 0)
         if place is not None:
             there = self.grids.file_place(place)
-            values = self.grids.on_file(logits if self.segmenter.volumes else logits.sigmoid(), there)
-            new = (values > (0.0 if self.segmenter.volumes else 0.5)).numpy()
+            values, level = (logits, 0.0) if self.segmenter.volumes else (logits.sigmoid(), 0.5)
+            new = self.grids.above(values, level, there)
             if state.logits is None or bool(changed.all()):
                 mask[there] = new
             else:

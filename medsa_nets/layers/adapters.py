@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsa_nets.layers.linear import Linear, multiply_linear
+from medsa_nets.layers import fast
+from medsa_nets.layers.linear import Linear
 
 HYPER_PROMPTING_FORMS = ("additive", "weights")
 
@@ -71,8 +72,7 @@ class Adapter(nn.Module):
     def follow(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Adapt what a linear layer gives; without skip path.
 
-        Nothing stands between that layer and the down-projection, which is narrower: their product, one small matrix,
-        does the work of both.
+        Nothing stands between that layer and the down-projection, so that one matrix can do the work of both.
 
         Args:
             x: input of the linear layer (..., features).
@@ -84,13 +84,11 @@ class Adapter(nn.Module):
         """
         down = self.down
         if torch.jit.is_scripting():
-            own = F.linear(x, down.weight @ weight, down.weight @ bias + down.bias)
-        else:
-            with torch.autocast(x.device.type, enabled=False):
-                narrowed = multiply_linear(down.weight, weight.t())
-                shift = multiply_linear(down.weight, bias.unsqueeze(0)).flatten() + down.bias
-            own = multiply_linear(x, narrowed, shift)
-        return self.widen(own)
+            return self.widen(F.linear(x, down.weight @ weight, down.weight @ bias + down.bias))
+        else:  # TorchScript compiles what follows a return
+            if fast.is_on():
+                return self.widen(fast.linear_twice(x, weight, bias, down))
+            return self.widen(down(F.linear(x, weight, bias)))
 
     def widen(self, bottleneck: Tensor) -> Tensor:
         """Second half: the bottleneck (..., hidden) to (..., features)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medsa_nets.layers.adapters import Adaptation, Bottlenecks, zero_linear
-from medsa_nets.layers.common import attend
+from medsa_nets.layers.attention import attend
 
 
 class DepthBranch(nn.Module):

@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medsa_nets import __version__
+from medsa_nets.backends import backend_of
 from medsa_nets.errors import MedSAError, find_cause
 from medsa_nets.interaction.answers import AnswerSettings
 from medsa_nets.interaction.segmenters import NetworkSegmenter
@@ -118,6 +119,8 @@ class Server:
         self.answers = answers
         self.name = name
         self.queue = DeviceQueue()
+        if backend_of(segmenter.network) == "eager":
+            self.queue.watch(segmenter.network.image_encoder)
         self.store = Embeddings(self.settings.memory)
         self.computing = ThreadPoolExecutor(2 * self.settings.max_sessions + 2, "computing")
         self.requests = ThreadPoolExecutor(self.settings.max_sessions + 2, "requests")
@@ -137,6 +140,18 @@ class Server:
         study = Study(self.segmenter, self.queue, self.store, next(self._numbers), array, properties)
         study.encode_ahead()
         return study
+
+    def warm_up(self) -> None:
+        """Segment a blank image: precision, fast paths and kernels are chosen before the first image comes."""
+        if self.segmenter.volumes:
+            blank, properties = np.zeros((1, 128, 128, 48), np.int16), Properties(np.eye(4))
+        else:
+            blank, properties = np.zeros((3, 64, 64, 1), np.uint8), Properties(np.eye(4))
+        study = Study(self.segmenter, self.queue, self.store, next(self._numbers), blank, properties)
+        try:
+            study.automatic_logits(np.array(study.grids.file_shape) / 2.0)
+        finally:
+            study.close()
 
     def capabilities(self) -> dict[str, Any]:
         """What clients may do, in the protocol's terms and beyond."""

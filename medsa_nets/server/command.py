@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from medsa_nets.commands import command
 from medsa_nets.errors import DataError, SettingError
 from medsa_nets.interaction.segmenters import NetworkSegmenter
 from medsa_nets.server.settings import ServerSettings
@@ -23,7 +24,7 @@ KEY_VARIABLE = "NN_INTERACTIVE_API_KEY"  # the client's own
 
 def serve(
     bundle: str,
-    overlay: str | Sequence[str] = (),
+    overlay: Sequence[str] = (),
     *,
     host: str = "127.0.0.1",
     port: int = 1527,
@@ -37,14 +38,14 @@ def serve(
     idle_timeout_seconds: float = 600.0,
     liveness_timeout_seconds: float = 60.0,
     orientation: str = "RAS",
-    patience: float = 0.25,
+    patience: float = 0.1,
     log_level: str = "info",
 ) -> None:
     """Serve a bundle to clients of nnInteractive (3D Slicer, napari, Python).
 
     Args:
         bundle: folder of the bundle.
-        overlay: file of its configs to lay over, as ct_3mm.yaml, or several, with commas between them.
+        overlay: file of its configs to lay over, as ct_3mm.yaml; may be given more than once.
         host: address to listen on; others than this machine's own need a key.
         port: of that address.
         checkpoint: the adapter; by default that of the bundle.
@@ -80,7 +81,7 @@ def serve(
     if not key and host not in LOCAL:
         key = secrets.token_urlsafe(24)
         print(f"API key, made for this run, which clients must send: {key}", file=sys.stderr)
-    overlays = overlay.split(",") if isinstance(overlay, str) else list(overlay)
+    overlays = [name for one in ([overlay] if isinstance(overlay, str) else overlay) for name in one.split(",")]
     chosen: dict[str, Any] = {"device": device, "checkpoint": checkpoint, "amp": amp}
     config = {name: value for name, value in chosen.items() if value != ""}
     segmenter = NetworkSegmenter.from_bundle(bundle, [name for name in overlays if name], config)
@@ -94,6 +95,7 @@ def serve(
         patience=float(patience),
     )
     server = Server(segmenter, settings, name=Path(bundle).resolve().name)
+    server.computing.submit(server.warm_up)
     uvicorn.run(
         make_application(server),
         host=host,
@@ -105,3 +107,8 @@ def serve(
         ssl_keyfile=ssl_keyfile or None,
         timeout_graceful_shutdown=5,
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    return command(serve, arguments, name="python -m medsa_nets serve")

@@ -35,5 +35,5 @@ class ServerSettings:
     max_voxels: int = 512 * 512 * 512
     max_body: int = 2**30
     memory: int = field(default_factory=lambda: min(4 * 2**30, usable_memory() // 4))
-    patience: float = 0.25
+    patience: float = 0.1
     upload: float = 600.0

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import autocast
 from medsa_nets.prompts import Prompts
 from medsa_nets.server.errors import RequestError
-from medsa_nets.server.queues import AHEAD, DeviceQueue
+from medsa_nets.server.queues import AHEAD, ENCODE, DeviceQueue
 
 logger = logging.getLogger(__name__)
 FOREGROUND = "foreground"  # name of what has no class
@@ -93,6 +94,10 @@ class _StudySlabs(Slabs):
         self.study = study
         self.number = number
 
+    def prepare(self, g: int, priority: int = ENCODE) -> None:
+        """Wait until a group is encoded."""
+        self.study.prepare((self.study.number, self.number, g), lambda: self.embeddings(g), priority)
+
     def embeddings(self, g: int) -> Tensor:
         """Embeddings of a group; called in the device's thread."""
         key = (self.study.number, self.number, g)
@@ -134,9 +139,19 @@ class _StudySlabInferer(SlabInferer):
         g = nearest_group(slabs, prompts)
         return self._blend(slabs, [(g, self._decode(slabs, g, prompts))])
 
+    def _automatic_slabs(self, slabs: Slabs, g: int, index: int) -> Tensor:
+        assert isinstance(slabs, _StudySlabs)
+        key = (self.study.number, slabs.number, -1 - g - index * len(slabs.groups))  # beside those of embeddings
+        found = self.study.store.get(key)
+        if found is None:
+            found = super()._automatic_slabs(slabs, g, index)
+            self.study.store.put(key, found)
+        return found
+
     def _decode(self, slabs: Slabs, g: int, prompts: Prompts) -> Tensor:
         self.study.check()
-        self.study.queue.run(lambda: slabs.embeddings(g))
+        assert isinstance(slabs, _StudySlabs)
+        slabs.prepare(g)
         self.study.check()
         return self.study.queue.run(lambda: super(_StudySlabInferer, self)._decode(slabs, g, prompts))
 
@@ -157,7 +172,18 @@ class _StudyPromptInferer(PromptInferer):
     def decode(self, inputs: Tensor, network: MedSA, prompts: Sequence[Prompts]) -> Tensor:
         """Answer all prompts, as a piece of work in the device's queue."""
         self.study.check()
+        self.prepare(inputs, network)
+        self.study.check()
         return self.study.queue.run(lambda: super(_StudyPromptInferer, self).decode(inputs, network, prompts))
+
+    def prepare(self, inputs: Tensor, network: MedSA, priority: int = ENCODE) -> None:
+        """Wait until the image is encoded."""
+
+        def encode() -> None:
+            with autocast(self.amp, inputs.device):
+                self._embed(inputs, network)
+
+        self.study.prepare((self.study.number, 0, 0), encode, priority)
 
     def _embed(self, inputs: Tensor, medsa: MedSA) -> Tensor:
         key = (self.study.number, 0, 0)
@@ -199,6 +225,7 @@ class ObjectSegmenter:
         self.segmenter = study.near_segmenter if near else study.segmenter
         self.classes: Sequence[str] = [FOREGROUND if index is None else study.segmenter.classes[index]]
         self.volumes = self.segmenter.volumes
+        self.refinement = self.segmenter.refinement
 
     @property
     def feedback(self) -> bool:
@@ -347,6 +374,8 @@ class Study:
         self.slabs: dict[tuple[int, ...], _StudySlabs] = {}
         self._focus: float | None = None
         self._ahead: threading.Thread | None = None
+        self._coming: dict[tuple[int, int, int], Future[None]] = {}  # embeddings that are being computed
+        self._lock = threading.Lock()
         inferer, network = segmenter.inferer, segmenter.network
         if isinstance(inferer, SlabInferer):
             assert isinstance(network, VolumeMedSA)
@@ -364,7 +393,7 @@ class Study:
         """The array as the network sees it, through the bundle's transforms without its reader."""
         assert segmenter.preprocessing is not None
         values = np.asarray(array, dtype=np.float32)
-        if not np.isfinite(values).all():
+        if array.dtype.kind == "f" and not np.isfinite(values).all():
             raise RequestError("image: it holds values that are not finite. Replace them, for example by air.")
         if segmenter.volumes:
             if len(values) != 1:
@@ -440,6 +469,33 @@ class Study:
         if self.closed or not wanted():
             raise StoppedError
 
+    def prepare(self, key: tuple[int, int, int], encode: Callable[[], Any], priority: int) -> None:
+        """Wait until an embedding is there; what is being encoded already goes on, with this priority at least.
+
+        Args:
+            key: of the embedding.
+            encode: computes it, and keeps it.
+            priority: in the device's queue.
+        """
+
+        def work() -> None:
+            try:
+                if not self.closed:
+                    encode()
+            finally:
+                with self._lock:
+                    self._coming.pop(key, None)
+
+        with self._lock:
+            if self.store.get(key) is not None:
+                return
+            coming = self._coming.get(key)
+            if coming is None:
+                coming = self._coming[key] = self.queue.submit(work, priority)
+            else:
+                self.queue.hasten(coming, priority)
+        coming.result()
+
     def automatic_logits(self, position: np.ndarray) -> np.ndarray:
         """Logits (K,) of every class without prompts at a position (dims,) of the image's grid.
 
@@ -460,7 +516,7 @@ class Study:
                 with autocast(amp, slabs.place):
                     return network.decode(slabs.embeddings(g)[s : s + 1, ..., z : z + 1].to(slabs.place))
 
-            self.queue.run(lambda: slabs.embeddings(g))
+            slabs.prepare(g)
             return self.queue.run(decode)[0, :, voxel[0], voxel[1], 0].float().cpu().numpy()
         assert isinstance(inferer, _StudyPromptInferer)
         logits = inferer.decode(self.segmenter._input(self.image), network, [Prompts()])
@@ -471,13 +527,7 @@ class Study:
             inferer = self.segmenter.inferer
             assert isinstance(inferer, _StudyPromptInferer)
             inputs = self.segmenter._input(self.image)
-
-            def encode() -> None:
-                with autocast(inferer.amp, inputs.device):
-                    if not self.closed:
-                        inferer._embed(inputs, self.segmenter.network)
-
-            self._piece(encode)
+            self._attempt(lambda: inferer.prepare(inputs, self.segmenter.network, AHEAD))
             return
         if self._bytes_when_encoded() > self.store.max_bytes:
             logger.info(
@@ -497,16 +547,12 @@ class Study:
             _, number, g = min(left)
             tried.add((number, g))
             slabs = list(self.slabs.values())[number]
-            if not self._piece(partial(self._encode_group, slabs, g)):
+            if not self._attempt(partial(slabs.prepare, g, AHEAD)):
                 return
 
-    def _encode_group(self, slabs: _StudySlabs, g: int) -> None:
-        if not self.closed:
-            slabs.embeddings(g)
-
-    def _piece(self, work: Callable[[], Any]) -> bool:
+    def _attempt(self, work: Callable[[], Any]) -> bool:
         try:
-            self.queue.submit(work, AHEAD).result()
+            work()
         except Exception:  # the answer that needs it meets the same, and says so
             if not self.closed:
                 logger.exception("encoding ahead stopped")

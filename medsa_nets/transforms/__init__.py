@@ -2,7 +2,7 @@
 
 from medsa_nets.transforms.anatomy import CheckAnatomyd, SaveImageWarningsd
 from medsa_nets.transforms.clicks import ReadClicksd
-from medsa_nets.transforms.facts import describe_transform
+from medsa_nets.transforms.facts import describe_transform, enabled, make_transform
 from medsa_nets.transforms.masks import BinarizeMaskd
 from medsa_nets.transforms.overlays import SaveOverlayd, SaveVolumeOverlayd
 from medsa_nets.transforms.prompts import (
@@ -53,7 +53,9 @@ __all__ = [
     "all_classes",
     "check_prompt_keys",
     "describe_transform",
+    "enabled",
     "keep_main_components",
+    "make_transform",
     "to_source_grid",
     "to_tensor_grid",
 ]

@@ -1,14 +1,17 @@
-"""What a transform does to an image, in numbers that a file can hold and another run can compare."""
+"""Transforms that numbers describe: what one does, for a file that another run compares; and one made from them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
 import numpy as np
+from monai.bundle import ConfigComponent
 from monai.transforms import Compose, Transform
+
+from medsa_nets.errors import DataError
 
 
 def describe_transform(transform: Any) -> Any:
@@ -45,3 +48,28 @@ def _number(value: Any) -> Any:
     values = [_number(own) for own in value] if not isinstance(value, dict) else []
     finite = all(isinstance(own, (int, float)) and math.isfinite(own) for own in values)
     return values if values and finite else None
+
+
+def make_transform(settings: Mapping[str, Any], **own: Any) -> Any:
+    """Make a transform that a task's facts describe.
+
+    Args:
+        settings: ``transform``, the name of a class of MONAI or the dotted path of another one, and its arguments.
+        own: further arguments, in place of those of the same name.
+
+    Returns:
+        The transform.
+
+    Raises:
+        DataError: when the settings name no transform.
+    """
+    arguments = {**settings, **own}
+    name = arguments.pop("transform", None)
+    if not isinstance(name, str):
+        raise DataError(f"a transform of a task: expected its name under 'transform', got {dict(settings)}.")
+    return ConfigComponent({"_target_": name, **arguments}).instantiate()
+
+
+def enabled(*transforms: Any) -> list[Any]:
+    """Of the transforms of a configuration, those that it does not disable (``_disabled_``), in their order."""
+    return [transform for transform in transforms if transform is not None]

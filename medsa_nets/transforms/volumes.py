@@ -24,6 +24,7 @@ from medsa_nets.prompts import Prompts, UserPrompt, class_protocol_prompts
 from medsa_nets.transforms.prompts import ReadPromptsd, SamplePromptsd, file_affine, tensor_to_source
 
 ABSENT = -20.0  # logit of a class that is not there
+ROUNDING = 0.01  # by which ids that a file stores with a scale may miss whole numbers
 GRID_TOLERANCE = 0.1  # mm that corners of two grids may lie apart
 
 
@@ -169,6 +170,7 @@ class CheckLabelsd(MapTransform):
                     f"{names[0]}: the label's grid is {_grid(label)}; its image {names[1]} has {_grid(image)}. "
                     "Expected one grid; resample the label to the image."
                 )
+            out[key] = label = near_integers(label)
             values = torch.unique(torch.as_tensor(label))
             known = torch.arange(len(self.classes) + 1, dtype=values.dtype, device=values.device)
             unknown = values[~torch.isin(values, known)]
@@ -179,6 +181,12 @@ class CheckLabelsd(MapTransform):
                     f"to {len(self.classes)} ({', '.join(self.classes)})."
                 )
         return out
+
+
+def near_integers(label: MetaTensor) -> MetaTensor:
+    """A label whose ids were stored with a scale, as 1.00002, as whole numbers; any other as it is."""
+    whole = label.round()
+    return whole if float((label - whole).abs().max()) <= ROUNDING else label
 
 
 def _grid(volume: MetaTensor) -> str:
@@ -270,7 +278,7 @@ class ReadClassPromptsd(ReadPromptsd):
             raise DataError(
                 f"mask {path}: its grid is {_grid(mask)}; that of the volume {_grid(image)}. Resample the mask."
             )
-        return binarize_mask(mask.as_tensor()[0].numpy(), f"mask {path}")
+        return binarize_mask(near_integers(mask).as_tensor()[0].numpy(), f"mask {path}")
 
 
 class HighestProbabilityd(MapTransform):

@@ -14,7 +14,7 @@ import time
 import torch
 
 from medsa_nets import build_medsa
-from medsa_nets.engines import keep_freed_memory
+from medsa_nets.runtime import keep_freed_memory
 
 SHAPES = {2: (4, 3, 256, 256), 3: (2, 1, 80, 112, 16)}
 

@@ -36,8 +36,8 @@ from torch import nn
 
 from medsa_nets import build_medsa, use_backend
 from medsa_nets.backends import BACKENDS
-from medsa_nets.engines import keep_freed_memory
 from medsa_nets.inferers import PromptInferer, SlabInferer
+from medsa_nets.runtime import keep_freed_memory
 from medsa_nets.weights import find_base_file, get_base
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"

@@ -52,8 +52,8 @@ class Tool:
     def __init__(self, kind: str, name: str) -> None:
         overlays, settings = GRIDS[kind][name]
         parser = ConfigParser()
-        parser.read_config([str(BUNDLE / "configs" / f) for f in ("inference.yaml", *overlays)])
-        parser.update({"bundle_root": str(BUNDLE), "use_click": True, "amp": "auto", **settings})
+        parser.read_config([str(BUNDLE / "configs" / f) for f in ("inference.yaml", "server.yaml", *overlays)])
+        parser.update({"bundle_root": str(BUNDLE), "amp": "auto", **settings})
         self.adapted = name == "MedSA"
         self.preprocessing = parser.get_parsed_content("preprocessing")
         self.classes: list[str] = parser.get_parsed_content("classes")

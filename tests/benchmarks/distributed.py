@@ -31,7 +31,8 @@ from monai.losses import DiceCELoss
 from torch.nn.parallel import DistributedDataParallel
 
 from medsa_nets import build_medsa
-from medsa_nets.engines import keep_freed_memory, trainable_parameters
+from medsa_nets.runtime import keep_freed_memory
+from medsa_nets.training import trainable_parameters
 
 
 def work(rank: int, port: int, batch: int, steps: int, rounds: int, results: Any) -> None:

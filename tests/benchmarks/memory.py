@@ -38,9 +38,10 @@ def measure(stage: str, base: str, size: int, depth: int, checkpointing: bool) -
     import torch
 
     from medsa_nets import build_medsa
-    from medsa_nets.engines import keep_freed_memory, trainable_parameters
     from medsa_nets.inferers import SlabInferer
     from medsa_nets.losses import AnnotatedDiceCELoss
+    from medsa_nets.runtime import keep_freed_memory
+    from medsa_nets.training import trainable_parameters
 
     torch.manual_seed(0)
     network = build_medsa(base, pretrained=False, spatial_dims=3, num_classes=13, img_size=size, class_chunk=4,
@@ -79,7 +80,7 @@ CLICKS = """
 import sys, torch
 from monai.bundle import ConfigParser
 parser = ConfigParser()
-parser.read_config(sys.argv[1] + "/configs/inference.yaml")
+parser.read_config([sys.argv[1] + f"/configs/{name}.yaml" for name in ("inference", "server")])
 parser.update({"bundle_root": sys.argv[1], "use_click": True})
 parser["postprocessing#transforms"] = [t for t in parser["postprocessing#transforms"] if t["_target_"] != "SaveImaged"]
 parser.get_parsed_content("initialize")
@@ -102,7 +103,7 @@ def laptop(root: Path) -> dict[str, list[str]]:
 
     from medsa_nets import build_medsa
     from medsa_nets.data.phantoms import write_phantoms
-    from medsa_nets.handlers import save_atomically
+    from medsa_nets.training import save_atomically
 
     def scan(path: Path, shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> None:
         x, y, z = np.ogrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j, -1 : 1 : shape[2] * 1j]

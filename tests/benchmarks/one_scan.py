@@ -21,9 +21,10 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import torch
-from monai.bundle import ConfigParser, run
+from monai.bundle import run
 
-from medsa_nets.handlers import save_atomically
+from medsa_nets.bundles import read_task
+from medsa_nets.training import save_atomically
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv"
 TRAIN, COARSE, EVALUATE = (str(BUNDLE / "configs" / f"{name}.yaml") for name in ("train", "ct_3mm", "evaluate"))
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="rows to measure")
     options = parser.parse_args()
     root, scans = options.output_dir.resolve(), options.scans.resolve()
-    classes = ConfigParser.load_config_file(TRAIN)["classes"]
+    classes = read_task("btcv", BUNDLE)["classes"]
     present = {name: renumber(scans / f"{name}_totalsegmentator.nii.gz", root / f"{name}_label.nii.gz")
                for name in ("ct_a", "ct_b")}  # fmt: skip
     lists = {

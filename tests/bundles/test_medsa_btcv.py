@@ -21,12 +21,13 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from medsa_nets import WeightsError, build_medsa
+from medsa_nets.bundles import Bundle
 from medsa_nets.data import read_volume
 from medsa_nets.demo import read_metrics
 from medsa_nets.errors import DataError, find_cause
-from medsa_nets.handlers import save_atomically
 from medsa_nets.networks.identity import decode_identity
 from medsa_nets.prompts import prompts_of
+from medsa_nets.training import save_atomically
 from medsa_nets.weights import find_base_file, get_base
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv"
@@ -134,14 +135,16 @@ def test_metadata_fits_the_schema_and_names_the_organs_in_order() -> None:
     assert metadata["version"] in metadata["changelog"]
     names = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
     for config in (TRAIN, INFERENCE):
-        classes = ConfigParser.load_config_file(config)["classes"]
+        classes = Bundle.open(BUNDLE, config=Path(config).name).classes
         assert names == {str(i): name for i, name in enumerate(["background", *classes])}
     assert len(names) == 14
 
 
 @pytest.mark.parametrize("config", [TRAIN, INFERENCE])
 def test_network_takes_and_gives_what_the_metadata_say(config: str) -> None:
-    verify_net_in_out(net_id="network_def", meta_file=META, config_file=config, device="cpu", p=1, n=2)
+    verify_net_in_out(
+        net_id="network_def", meta_file=META, config_file=config, device="cpu", bundle_root=str(BUNDLE), p=1, n=2
+    )
 
 
 def test_training_has_the_keys_that_tools_look_for() -> None:
@@ -178,6 +181,7 @@ def test_overlays_are_a_few_lines_that_build(overlay: str, lines: int) -> None:
     assert 0 < len(ConfigParser.load_config_file(path)) <= lines
     for config in (TRAIN, INFERENCE):
         parser = ConfigParser(ConfigParser.load_config_files([config, str(path)]))
+        parser["bundle_root"] = str(BUNDLE)
         parser["network_def"]["pretrained"] = False
         parser["image_size"] = 64
         network = parser.get_parsed_content("network_def")
@@ -191,7 +195,7 @@ def test_torchscript_export_holds_base_and_adapter(tmp_path: Path) -> None:
     torch.save(network.state_dict(), tmp_path / "model.pt")
     file = tmp_path / "model.ts"
     ckpt_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "model.pt"), meta_file=META,
-                config_file=INFERENCE, base="small")  # fmt: skip
+                config_file=INFERENCE, base="small", bundle_root=str(BUNDLE))  # fmt: skip
     scripted = torch.jit.load(file)
     image = torch.rand(1, 1, 48, 64, 5)
     click, label = torch.tensor([[[[30.0, 20.0, 2.0]]]]), torch.ones(1, 1, 1)
@@ -207,7 +211,8 @@ def test_onnx_export_equals_eager(tmp_path: Path) -> None:
     torch.save(network.state_dict(), tmp_path / "model.pt")
     file, image = tmp_path / "model.onnx", torch.rand(1, 1, 48, 64, 3)
     onnx_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "model.pt"), meta_file=META,
-                config_file=[INFERENCE, HIPPOCAMPUS], base="small", input_shape=list(image.shape))  # fmt: skip
+                config_file=[INFERENCE, HIPPOCAMPUS], base="small", bundle_root=str(BUNDLE),
+                input_shape=list(image.shape))  # fmt: skip
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (out,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
     with torch.no_grad():
@@ -589,7 +594,7 @@ class Server:
 
     def __init__(self, use_click: bool, checkpoint: Path) -> None:
         self.config = ConfigParser()
-        self.config.read_config(INFERENCE)
+        self.config.read_config([INFERENCE, str(CONFIGS / "server.yaml")])
         self.config.config.update({"bundle_root": str(BUNDLE), "base": "small", **SMALL, "use_click": use_click})
         self.network = self.config.get_parsed_content("network_def").eval()
         self.network.load_state_dict(torch.load(checkpoint, weights_only=True), strict=False)

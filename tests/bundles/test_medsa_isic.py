@@ -26,9 +26,9 @@ from medsa_nets import WeightsError, build_medsa
 from medsa_nets.data.phantoms import phantom, write_phantoms
 from medsa_nets.demo import read_metrics
 from medsa_nets.errors import find_cause
-from medsa_nets.handlers import TrainingCheckpoint, save_atomically
 from medsa_nets.networks.identity import decode_task
 from medsa_nets.prompts import prompts_of
+from medsa_nets.training import TrainingCheckpoint, save_atomically
 from medsa_nets.weights import find_base_file, get_base
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_isic"
@@ -70,7 +70,7 @@ def test_metadata_fits_the_schema_of_the_bundle_specification() -> None:
 
 @pytest.mark.parametrize("config", [TRAIN, INFERENCE])
 def test_network_takes_and_gives_what_the_metadata_say(config: str) -> None:
-    verify_net_in_out(net_id="network_def", meta_file=META, config_file=config, device="cpu")
+    verify_net_in_out(net_id="network_def", meta_file=META, config_file=config, device="cpu", bundle_root=str(BUNDLE))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,7 @@ def test_overlays_are_a_few_lines_that_build(overlay: str) -> None:
     settings = ConfigParser.load_config_file(path)
     assert 0 < len(settings) <= 8
     parser = ConfigParser(ConfigParser.load_config_files([TRAIN, str(path)]))
+    parser["bundle_root"] = str(BUNDLE)
     parser["network_def"]["pretrained"] = False
     parser["image_size"] = 64
     network = parser.get_parsed_content("network_def")
@@ -115,7 +116,7 @@ def exported(small_base: str, tmp_path: Path, perturb_adapters) -> torch.nn.Modu
 def test_torchscript_export_holds_base_and_adapter(tmp_path: Path, exported: torch.nn.Module) -> None:
     file = tmp_path / "model.ts"
     ckpt_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "model.pt"), meta_file=META,
-                config_file=INFERENCE, base="small")  # fmt: skip
+                config_file=INFERENCE, base="small", bundle_root=str(BUNDLE))  # fmt: skip
     scripted = torch.jit.load(file)
     image = torch.rand(1, 3, 256, 256)
     point, label = torch.tensor([[[[100.0, 140.0]]]]), torch.ones(1, 1, 1)
@@ -129,7 +130,7 @@ def test_onnx_export_equals_eager(tmp_path: Path, exported: torch.nn.Module) -> 
     pytest.importorskip("onnxscript")
     file = tmp_path / "model.onnx"
     onnx_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "model.pt"), meta_file=META,
-                config_file=INFERENCE, base="small")  # fmt: skip
+                config_file=INFERENCE, base="small", bundle_root=str(BUNDLE))  # fmt: skip
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     image = torch.rand(1, 3, 256, 256)
     (out,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})

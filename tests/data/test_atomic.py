@@ -11,7 +11,7 @@ import torch
 
 from medsa_nets.data.atomic import remove_leftovers, temporary_name
 from medsa_nets.errors import MedSAError, OutputError
-from medsa_nets.handlers import save_atomically
+from medsa_nets.training import save_atomically
 
 
 @pytest.fixture

@@ -115,10 +115,9 @@ def test_labels_that_can_not_be_followed_are_refused(labels, told):
 
 
 def test_names_of_public_data_sets_mean_the_flagship_s_classes():
-    from monai.bundle import ConfigParser
+    from medsa_nets.bundles import read_task
 
-    config = Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv" / "configs" / "train.yaml"
-    classes = ConfigParser.load_config_file(str(config))["classes"]
+    classes = read_task("btcv", Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv")["classes"]
     tutorial = [
         "spleen",
         "rkid",

@@ -23,7 +23,7 @@ from medsa_nets.data import (
     volume_writer,
 )
 from medsa_nets.errors import DataError, OutputError, find_cause
-from medsa_nets.handlers import MetricsSaver, SampleOverlays
+from medsa_nets.training import MetricsSaver, SampleOverlays
 from medsa_nets.transforms import SaveOverlayd, SaveVolumeOverlayd
 
 

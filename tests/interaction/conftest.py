@@ -33,6 +33,7 @@ class StandIn:
         self.name = name
         self.classes: Sequence[str] = ["liver", "spleen", "aorta"] if volumes else ["lesion"]
         self.decoded = 0
+        self.refinement = None
 
     def open(self, source: Any) -> MetaTensor:
         if isinstance(source, MetaTensor):

@@ -70,6 +70,7 @@ class Fixed:
 
     volumes = True
     feedback = False
+    refinement = None
 
     def __init__(self, answer: np.ndarray, prompted: bool) -> None:
         self.answer = torch.from_numpy(answer)

@@ -80,7 +80,8 @@ def test_a_log_says_what_was_said_where_and_to_whom(saved: dict[str, Any]) -> No
     if saved["volumes"]:
         affine = session.image.meta["original_affine"]
         assert np.allclose(point["world"][0], affine[:3, :3] @ voxel + affine[:3, 3])
-    assert log["network"] == {"base": "stand-in", "base_sha256": "0" * 64, "adapter_sha256": "one"}
+    assert log["network"] == {"base": "stand-in", "base_sha256": "0" * 64, "adapter_sha256": "one",
+                              "refinement_sha256": ""}  # fmt: skip
     assert log["image"]["name"] == "image_4.bin"
     assert log["settings"]["rule"] == "monotone"
     assert {"medsa", "torch", "monai", "python"} <= log["versions"].keys()

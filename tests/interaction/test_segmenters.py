@@ -45,7 +45,7 @@ def bundle(request: pytest.FixtureRequest, small_base: str, tmp_path: Path) -> d
         config.pop("image_size")
     parser = ConfigParser()
     parser.read_config([str(root / "configs" / name) for name in ("inference.yaml", *KINDS[kind])])
-    parser.update({**config, "bundle_root": str(root), "use_click": None, "output_dir": str(tmp_path)})
+    parser.update({**config, "bundle_root": str(root), "output_dir": str(tmp_path)})
     network = parser.get_parsed_content("network")
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

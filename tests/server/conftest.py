@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,31 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-pytest.importorskip("blosc2")
-pytest.importorskip("fastapi")
-uvicorn = pytest.importorskip("uvicorn")
-remote = pytest.importorskip("nnInteractive.inference.remote")
+# A skip that is raised while this file is imported would end the collection of all tests.
+MISSING = [name for name in ("blosc2", "fastapi", "uvicorn", "nnInteractive") if importlib.util.find_spec(name) is None]
+if not MISSING:
+    import uvicorn
+    from nnInteractive.inference import remote
 
-from medsa_nets.interaction.segmenters import NetworkSegmenter  # noqa: E402
-from medsa_nets.server.application import Server, make_application  # noqa: E402
-from medsa_nets.server.settings import ServerSettings  # noqa: E402
+    from medsa_nets.interaction.segmenters import NetworkSegmenter
+    from medsa_nets.server.application import Server, make_application
+    from medsa_nets.server.settings import ServerSettings
+
+
+class SkippedModule(pytest.Module):
+    """A module of tests whose packages are absent."""
+
+    def collect(self) -> list[pytest.Item]:
+        pytest.skip(f"not installed: {', '.join(MISSING)} (pip install -e '.[test]')", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Skip the modules beside this file, with a reason, where what they import is absent."""
+    return SkippedModule.from_parent(parent, path=module_path) if MISSING else None
+
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
-SETTINGS = ServerSettings(max_sessions=3, patience=60.0, memory=2**28)
+SETTINGS = {"max_sessions": 3, "patience": 60.0, "memory": 2**28}
 
 
 @contextmanager
@@ -80,7 +94,7 @@ def serve() -> Iterator[Callable[..., tuple[str, Server]]]:
     open_ones: list[Any] = []
 
     def start(segmenter: NetworkSegmenter, **settings: Any) -> tuple[str, Server]:
-        server = Server(segmenter, replace(SETTINGS, **settings), name="test")
+        server = Server(segmenter, ServerSettings(**{**SETTINGS, **settings}), name="test")
         context = running(server)
         open_ones.append(context)
         return context.__enter__(), server

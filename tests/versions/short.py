@@ -28,7 +28,9 @@ BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 PHOTOGRAPHS, VOLUMES = BUNDLES / "medsa_isic", BUNDLES / "medsa_btcv"
 # of each adapter: file, dimensions, classes
 ADAPTERS = [("medsa_isic/models/model.pt", {"click_feedback": True}),
-            ("medsa_btcv/models/model.pt", {"spatial_dims": 3, "num_classes": 13, "classes_per_pass": 13}),
+            ("medsa_isic/models/kvasir.pt", {"click_feedback": True}),
+            ("medsa_btcv/models/model.pt", {"spatial_dims": 3, "num_classes": 13, "classes_per_pass": 13,
+                                            "click_feedback": True}),
             ("medsa_btcv/models/ct_3mm.pt", {"spatial_dims": 3, "num_classes": 13}),
             ("medsa_btcv/models/hippocampus.pt", {"spatial_dims": 3, "num_classes": 2})]  # fmt: skip
 AFFINE = np.array([[-3.0, 0, 0, 70], [0, -3.0, 0, 70], [0, 0, 3.0, -30], [0, 0, 0, 1]])
@@ -145,8 +147,8 @@ def test_a_click_is_answered_in_the_grid_of_its_file(tmp_path: Path) -> None:
     """As an annotation server does it: parse once; for a request, transforms and ``inferer(image, network)``."""
     path = tmp_path / "study.nii.gz"
     nib.save(nib.Nifti1Image(abdomen(), AFFINE), path)
-    parser = ConfigParser(ConfigParser.load_config_files(configs(VOLUMES, "inference", "ct_3mm")))
-    parser.update({**options(VOLUMES), "use_click": True})
+    parser = ConfigParser(ConfigParser.load_config_files(configs(VOLUMES, "inference", "server", "ct_3mm")))
+    parser.update(options(VOLUMES))
     network = parser.get_parsed_content("network").eval()
     network.load_state_dict(torch.load(VOLUMES / "models" / "ct_3mm.pt", weights_only=True))
 

@@ -1,0 +1,228 @@
+"""What a refinement of clicks changes, its files, and whether training one helps on images that it never saw."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from scipy import ndimage
+
+from medsa_nets.errors import DataError, WeightsError
+from medsa_nets.interaction import refinement_training as training
+from medsa_nets.interaction.answers import AnswerSettings, answer_identity, refinement_of
+from medsa_nets.interaction.record import read_settings
+from medsa_nets.interaction.refinement import NAMES, Refinement, beside, describe, kept, refine
+from medsa_nets.interaction.refinement_training import RefinementTraining, Samples, bend
+from medsa_nets.interaction.session import InteractiveSession
+
+
+def scene(dims: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A ball, logits of a mask that misses a part of it, grey values, and the middle of what is missing."""
+    size = 25 if dims == 3 else 60
+    where = np.indices((size,) * dims) - (size - 1) / 2
+    logits = (size / 4 - np.sqrt((where**2).sum(0))).astype(np.float32)
+    target = logits > 0
+    logits[where[0] > size / 8] = -2.0
+    random = np.random.default_rng(seed)
+    image = (0.3 + 0.4 * target + 0.05 * random.normal(size=target.shape))[None].clip(0, 1).astype(np.float32)
+    missing = target & (logits <= 0)
+    return target, logits, image, np.rint(np.argwhere(missing).mean(0)).astype(int)
+
+
+def perturbed(dims: int, reach: float, seed: int = 0) -> Refinement:
+    torch.manual_seed(seed)
+    out = Refinement(dims, reach, 8)
+    for parameter in out.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return out.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_one_that_learnt_nothing_changes_nothing(dims: int) -> None:
+    _, logits, image, click = scene(dims)
+    found = refine(Refinement(dims, 8).eval(), logits, logits, image, click[None], np.ones(1), 1, [1.0] * dims)
+    assert np.array_equal(found, logits)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.7, 0.7, 2.1)])
+def test_what_lies_beyond_its_reach_stays_bit_for_bit(spacing: tuple[float, ...]) -> None:
+    _, logits, image, click = scene(3)
+    found = refine(perturbed(3, 5.0), logits, logits, image, click[None], np.ones(1), 1, spacing)
+    steps = np.array(spacing) / min(spacing)
+    away = np.sqrt((((np.indices(logits.shape).T - click) * steps) ** 2).sum(-1)).T
+    assert np.array_equal(found[away > 5.0], logits[away > 5.0])
+    assert (found[away <= 5.0] != logits[away <= 5.0]).mean() > 0.9
+
+
+def test_features_are_lengths_in_steps_and_exchange_both_sides() -> None:
+    _, logits, image, click = scene(3)
+    other = (click + np.array([0, 0, 2]))[None]
+    args = (image, other, np.ones(1), click)
+    place, inside, found = describe(6.0, logits, logits, *args, 1, (0.7, 0.7, 1.4))
+    table = dict(zip(NAMES, found.T))
+    middle = int(np.flatnonzero((np.argwhere(inside) + [s.start for s in place] == click).all(1))[0])
+    assert table["distance"][middle] == 0.0
+    assert table["nearest click of its kind"][middle] == pytest.approx(4.0)  # two voxels of 1.4 mm are four steps
+    assert table["nearest click of the other kind"].min() == 12.0
+    assert found.shape == (int(inside.sum()), len(NAMES))
+    _, _, inverse = describe(6.0, -logits, -logits, image, other, np.zeros(1), click, 0, (0.7, 0.7, 1.4))
+    signed = [i for i, name in enumerate(NAMES) if "logit" in name or name == "depth in the mask" or "nearest" in name]
+    assert np.allclose(inverse[:, signed], found[:, signed], atol=1e-5)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_masks_without_a_border_are_described_too(empty: bool) -> None:
+    _, logits, image, click = scene(2)
+    whole = np.full_like(logits, -3.0 if empty else 3.0)
+    _, _, found = describe(9.0, whole, whole, image, np.empty((0, 2), int), np.empty(0), click, int(empty), (1.0, 1.0))
+    assert np.isfinite(found).all()
+
+
+def test_a_file_gives_back_what_was_saved_and_others_are_refused(tmp_path: Path, stand_in: Any) -> None:
+    one = perturbed(2, 7.0)
+    one.save(tmp_path / "r.pt")
+    again = Refinement.load(tmp_path / "r.pt")
+    assert (again.dims, again.reach, again.width) == (2, 7.0, 8)
+    assert again.sha256 == one.sha256 != perturbed(2, 7.0, 1).sha256
+    with pytest.raises(WeightsError, match=r"none\.pt: there is no such file"):
+        Refinement.load(tmp_path / "none.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "r.pt").read_bytes()[:500])
+    torch.save({"model": torch.ones(2)}, tmp_path / "other.pt")
+    for name in ("cut.pt", "other.pt"):
+        with pytest.raises(WeightsError, match=rf"{name}: no refinement"):
+            Refinement.load(tmp_path / name)
+    with pytest.raises(WeightsError, match="it refines clicks in 2 dimensions, not in 3"):
+        refinement_of(AnswerSettings(refinement=str(tmp_path / "r.pt")), stand_in(volumes=True))
+
+
+@pytest.mark.parametrize("volumes", [True, False])
+def test_sessions_obey_and_undo_with_a_refinement_that_knows_nothing(
+    tmp_path: Path, stand_in: Any, volumes: bool
+) -> None:
+    perturbed(3 if volumes else 2, 6.0).save(tmp_path / "r.pt")
+    results = []
+    for name in (str(tmp_path / "r.pt"), ""):
+        session = InteractiveSession(stand_in(volumes=volumes, feedback=not volumes), AnswerSettings(refinement=name))
+        session.open("image_3.png")
+        first = session.mask(0)
+        random = np.random.default_rng(0)
+        said = {}
+        for _ in range(6):
+            voxel = tuple(int(random.integers(n)) for n in first.shape)
+            said[voxel] = int(random.integers(2))
+            mask = session.point(list(voxel), said[voxel], 0)
+            assert all(mask[place] == bool(label) for place, label in said.items())
+        results.append(mask)
+        for _ in range(6):
+            session.undo()
+        assert np.array_equal(session.mask(0), first)
+    assert not np.array_equal(*results)
+
+
+def test_a_log_of_another_refinement_is_not_replayed(tmp_path: Path, stand_in: Any) -> None:
+    path = tmp_path / "image_3.png"
+    path.touch()
+    perturbed(2, 6.0).save(tmp_path / "r.pt")
+    session = InteractiveSession(stand_in(volumes=False), AnswerSettings(refinement=str(tmp_path / "r.pt")))
+    session.open(path)
+    mask = session.point([3, 4], 1)
+    _, log = session.save(tmp_path / "mask.png")
+    again = InteractiveSession(stand_in(volumes=False))
+    again.replay(log, path)
+    assert np.array_equal(again.mask(), mask)
+    perturbed(2, 6.0, 1).save(tmp_path / "r.pt")
+    kept.cache_clear()
+    with pytest.raises(DataError, match="refinement_sha256"):
+        InteractiveSession(stand_in(volumes=False)).replay(log, path)
+
+
+def test_logs_from_before_there_was_a_refinement_go_without(stand_in: Any) -> None:
+    entry = dataclasses.asdict(AnswerSettings())
+    del entry["refinement"]
+    session = stand_in(volumes=True)
+    session.refinement = perturbed(3, 5.0)
+    assert answer_identity(read_settings(entry), session)["refinement_sha256"] == ""
+    assert answer_identity(AnswerSettings(), session)["refinement_sha256"] == session.refinement.sha256
+
+
+class Balls:
+    """Volumes of a ball, masks with a dent or a bump, and a network that sees no more than that."""
+
+    volumes, exclusive, feedback, prompted, refinement = True, True, False, False, None
+
+    def __init__(self, *args: Any) -> None:
+        self.items = [self._item(seed) for seed in range(10)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.items[index]
+
+    @staticmethod
+    def _item(seed: int) -> dict[str, Any]:
+        random = np.random.default_rng(seed)
+        where = np.indices((24, 24, 24)).astype(float)
+        middle = 11.5 + random.uniform(-1, 1, 3)
+        logits = 7.0 - np.sqrt(((where - middle.reshape(3, 1, 1, 1)) ** 2).sum(0))
+        target = (logits > 0).astype(np.float32)
+        for _ in range(3):
+            place = middle + 7.0 * (direction := random.normal(size=3)) / np.linalg.norm(direction)
+            near = np.exp(-(((where - place.reshape(3, 1, 1, 1)) ** 2).sum(0)) / 18.0)
+            logits = logits + random.choice([-5.0, 5.0]) * near
+        grey = 0.4 + 0.2 * target + 0.1 * ndimage.gaussian_filter(random.normal(size=target.shape), 1.0)
+        meta = {"original_affine": np.eye(4), "spatial_shape": np.array(target.shape),
+                "filename_or_obj": f"{seed}.nii"}  # fmt: skip
+        make = lambda a: MetaTensor(torch.from_numpy(a.astype(np.float32))[None], affine=torch.eye(4), meta=dict(meta))  # noqa: E731
+        return {"image": make(grey), "label": make(target), "logits": torch.from_numpy(logits).float()[None]}
+
+    def automatic(self, image: MetaTensor) -> torch.Tensor:
+        return self.items[int(image.meta["filename_or_obj"].split(".")[0])]["logits"]
+
+
+def test_training_helps_on_volumes_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "NetworkSegmenter", Balls)
+    options: dict[str, Any] = {"classes": ["ball"], "rounds": 2, "clicks": 4, "epochs": 8, "reach": 8.0, "width": 32}
+    trained = RefinementTraining(torch.nn.Identity(), None, Balls(), output_dir=tmp_path, **options)  # type: ignore[arg-type]
+    figures = trained.run()
+    cases = trained._split(list(trained._cases(Balls())))[1]  # type: ignore[arg-type]
+    without, _ = trained._curve(Balls(), cases, None)  # type: ignore[arg-type]
+    assert figures["dice_after_0"] == pytest.approx(without[0])
+    assert figures["dice_after_3"] - without[0] > 1.2 * (without[3] - without[0])
+    assert (tmp_path / "refinement.png").is_file()
+    found, harmful = trained._curve(Balls(), cases, Refinement.load(tmp_path / "refinement.clicks.pt"))  # type: ignore[arg-type]
+    assert figures == {f"dice_after_{n}": value for n, value in enumerate(found)} | {"harmful": harmful}
+    again = RefinementTraining(
+        torch.nn.Identity(), None, Balls(), output_dir=tmp_path / "more",  # type: ignore[arg-type]
+        start_from=tmp_path / "refinement.clicks.pt", others=[tmp_path / "samples.pt"], **{**options, "rounds": 1},
+    )  # fmt: skip
+    assert again.run()["dice_after_3"] > without[3]
+    torch.save({"names": ["a"]}, tmp_path / "others.pt")
+    with pytest.raises(DataError, match=r"others\.pt: no samples of this version"):
+        Samples.load(tmp_path / "others.pt")
+
+
+def test_one_image_is_too_few_to_choose_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "NetworkSegmenter", Balls)
+    balls = Balls()
+    balls.items = balls.items[:1]
+    with pytest.raises(DataError, match="expected two or more"):
+        RefinementTraining(torch.nn.Identity(), None, balls, ["ball"], tmp_path).run()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(20, 31), (12, 9, 17)])
+def test_bent_logits_keep_their_size(shape: tuple[int, ...]) -> None:
+    random = np.random.default_rng(0)
+    logits = np.zeros(shape, np.float32)
+    assert {bend(logits, random).shape for _ in range(40)} == {shape}
+
+
+def test_it_lies_beside_its_adapter(tmp_path: Path) -> None:
+    assert beside(tmp_path / "a.b.pt") == beside("") == beside(None) == ""
+    (tmp_path / "a.b.clicks.pt").touch()
+    assert beside(tmp_path / "a.b.pt") == str(tmp_path / "a.b.clicks.pt")
