@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from medsa_nets.backends import backend_of, expect_encodings
 from medsa_nets.checksums import tensor_sha256
+from medsa_nets.embeddings import read_embeddings
 from medsa_nets.machine import limit_threads
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import Amp, autocast, choose_amp, read_amp
@@ -698,8 +699,6 @@ class Slabs:
 def _read_precomputed(network: MedSA, folder: str | Path | None) -> None:
     """Let a network take embeddings from a folder, unless it takes them from somewhere already."""
     if folder and "encode_image" not in network.__dict__:
-        from medsa_nets.precomputed import read_embeddings  # it segments volumes
-
         read_embeddings(network, folder)
 
 
