@@ -128,7 +128,7 @@ def read_mask(path: str | Path) -> Image.Image:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(
-        f"{path}: not readable as an image ({type(error).__name__}: {error}). Expected a whole JPEG, PNG, BMP, "
+        f"{path}: not readable as an image ({describe(error)}). Expected a whole JPEG, PNG, BMP, "
         "TIFF or DICOM photograph; replace the file, or leave it out (--skip_unreadable true)."
     )
 
@@ -234,7 +234,7 @@ def _dicom_pixels(path: Path, values: bool = False) -> np.ndarray:
                 bits = int(dataset.get("BitsStored", 0) or dataset.get("BitsAllocated", 8))
     except Exception as error:  # pydicom raises its own, AttributeError, ValueError, NotImplementedError, RuntimeError
         raise DataError(
-            f"{path}: its DICOM pixels can't be read ({type(error).__name__}: {error}). Expected a photograph in a "
+            f"{path}: its DICOM pixels can't be read ({describe(error)}). Expected a photograph in a "
             "transfer syntax that pydicom decodes."
         ) from error
     if array.ndim == 2 and interpretation in ("MONOCHROME1", "MONOCHROME2"):
