@@ -34,6 +34,23 @@ _TOLERANCE = 1e-2  # mm, or its like in directions, by which positions may devia
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
+def is_dicom(path: str | Path) -> bool:
+    """Whether a file is DICOM: ``DICM`` at byte 128 or, without that preamble, an object that names its SOP class."""
+    with open(path, "rb") as file:
+        start = file.read(132)
+    if start[128:] == b"DICM":
+        return True
+    if start[:2] not in (b"\x02\0", b"\x08\0", b"\0\x02", b"\0\x08") or len(start) < 132:
+        return False  # an object without preamble begins with group 2 or 8, in either byte order
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header = pydicom.dcmread(path, force=True, specific_tags=["SOPClassUID"], stop_before_pixels=True)
+            return str(header.get("SOPClassUID", "")).startswith("1.2.840.10008.")
+    except Exception:  # pydicom raises errors of every kind for what is no DICOM
+        return False
+
+
 @dataclass(frozen=True)
 class Slice:
     """One slice of a series, or one frame of a multi-frame object.

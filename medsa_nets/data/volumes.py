@@ -15,7 +15,7 @@ import torch
 from monai.data import ITKReader, ITKWriter, MetaTensor, NibabelWriter
 
 from medsa_nets.data.atomic import AtomicWriter
-from medsa_nets.data.datalists import SPLITS, choose_split, is_dicom, read_datalist, read_json
+from medsa_nets.data.datalists import SPLITS, choose_split, read_datalist, read_json
 from medsa_nets.data.geometry import (
     check_size,
     check_spacing,
@@ -33,6 +33,7 @@ from medsa_nets.data.slices import (
     count_frames,
     drop_twins,
     grid_affine,
+    is_dicom,
     is_media_directory,
     is_multi_frame,
     order_slices,

@@ -19,13 +19,14 @@ from pydicom.uid import CTImageStorage, MRImageStorage, generate_uid
 from pydicom.valuerep import PersonName
 
 from medsa_nets.data import PhotographReader, read_volume
-from medsa_nets.data.datalists import PHOTOGRAPH_SUFFIXES, is_dicom
+from medsa_nets.data.datalists import PHOTOGRAPH_SUFFIXES
 from medsa_nets.data.slices import (
     MEDIA_DIRECTORY,
     SLICE_FIELDS,
     Slice,
     count_frames,
     drop_twins,
+    is_dicom,
     is_multi_frame,
     order_slices,
     read_dicom,
