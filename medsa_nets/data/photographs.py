@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from medsa_nets.data.atomic import AtomicWriter, make_folder, temporary_name
 from medsa_nets.data.masks import mask_values
-from medsa_nets.data.slices import is_dicom, read_dicom
+from medsa_nets.data.slices import decoded_pixels, is_dicom, read_dicom
 from medsa_nets.errors import DataError, describe
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ def _dicom_pixels(path: Path, values: bool = False) -> np.ndarray:
             if "PhotometricInterpretation" not in dataset:
                 raise ValueError("no PhotometricInterpretation")
             interpretation = str(dataset.PhotometricInterpretation).strip().upper()
-            array = dataset.pixel_array
+            array = decoded_pixels(dataset)
             if interpretation == "PALETTE COLOR" and array.ndim == 2:
                 array, bits = _look_up(array, dataset)
             else:
