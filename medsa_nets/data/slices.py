@@ -94,6 +94,24 @@ def read_dicom(file: Path, **options: Any) -> Dataset:
     return dataset
 
 
+def decoded_pixels(dataset: Dataset) -> np.ndarray:
+    """Pixels of a DICOM object, as pydicom and its plugins decode them.
+
+    Raises:
+        ValueError, and whatever else pydicom and plugins raise, for pixels that can't be decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.asarray(dataset.pixel_array)
+    except Exception:
+        raise
+    except BaseException as error:  # a plugin in Rust ends so in damaged data, and nothing would catch it
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(describe(error)) from error
+
+
 def _found_syntax(dataset: Any) -> str:
     """Transfer syntax of an object that does not say it: what pydicom found by its first elements."""
     if int(pydicom.__version__.split(".")[0]) < 3:
@@ -339,9 +357,7 @@ def _stored_values(dataset: Dataset, file: Path, frames: Sequence[int]) -> Itera
         yield from _decompressed(dataset, file, frames)
         return
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pixels = dataset.pixel_array
+        pixels = decoded_pixels(dataset)
     except Exception as error:  # pydicom raises its own, AttributeError, ValueError, NotImplementedError and others
         raise DataError(
             f"{file}: its pixels can't be read ({describe(error)}). The file is truncated or damaged; send it again."
@@ -380,9 +396,7 @@ def _decompressed(dataset: Any, file: Path, frames: Sequence[int]) -> list[np.nd
     except Exception as error:  # ITK's RuntimeError, and those of pydicom for what is no whole frame
         first = error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pixels = dataset.pixel_array
+        pixels = decoded_pixels(dataset)
     except Exception as error:
         raise DataError(
             f"{file}: its pixels, compressed as {dataset.file_meta.TransferSyntaxUID.name}, can't be decoded "

@@ -142,6 +142,21 @@ def test_pixels_that_are_no_grey_values_are_refused(tmp_path, fields, message):
     assert "slice_" in str(caught.value)
 
 
+def test_a_plugin_that_panics_is_an_error_like_any_other(tmp_path, monkeypatch):
+    class PanicException(BaseException):  # as extensions in Rust raise it
+        pass
+
+    def panic(self: pydicom.Dataset) -> np.ndarray:
+        raise PanicException("index out of bounds")
+
+    file = next(write_series(tmp_path / "ct").iterdir())
+    monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(panic))
+    with pytest.raises(DataError, match=r"pixels can't be read.*PanicException: index out of bounds"):
+        read_volume(file)
+    with pytest.raises(DataError, match=r"pixels can't be read.*PanicException: index out of bounds"):
+        read_photograph(file)
+
+
 # ---------------------------------------------------------------- files
 
 
