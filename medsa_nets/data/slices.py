@@ -133,8 +133,11 @@ def is_multi_frame(header: Dataset) -> bool:
     return count_frames(header) > 1 or "PerFrameFunctionalGroupsSequence" in header
 
 
-def drop_twins(slices: Sequence[Slice]) -> list[Slice]:
-    """Slices without those that were exported twice: of one place and with the same pixels; the log counts them.
+def drop_twins(slices: Sequence[Slice]) -> tuple[list[Slice], list[tuple[Path, Path]]]:
+    """Slices without those that were exported twice: of one instance or one place, and with the same pixels.
+
+    Returns:
+        The slices that stay, and the file of each that does not with that of its twin.
 
     Raises:
         DataError: when two files say that they are the same instance and are not.
@@ -145,27 +148,25 @@ def drop_twins(slices: Sequence[Slice]) -> list[Slice]:
     twins = []
     for one in slices:
         header = one.header
-        place = str([header.get(name) for name in (*PLACE, "NumberOfFrames")])
-        near = places.setdefault(place, [])
-        # the place of frames stands in functional groups, which the pixels' file holds
-        known = bool(header.get("ImagePositionPatient")) or is_multi_frame(header)
-        twin = next((other for other in near if known and _pixels(other.file) == _pixels(one.file)), None)
-        if twin is not None:
-            twins.append(f"{one.file.name} (as {twin.file.name})")
-            continue
         instance = str(header.get("SOPInstanceUID", "") or "")
-        if instance and instance in instances:
+        same = instances.get(instance) if instance else None
+        # the place of frames stands in functional groups, which are compared as the pixels are
+        place = str([header.get(name) for name in (*PLACE, "NumberOfFrames")])
+        placed = bool(header.get("ImagePositionPatient")) or is_multi_frame(header)
+        near = places.setdefault(place, []) if placed else []
+        candidates = [other for other in near if other is not same] + ([same] if same is not None else [])
+        twin = next((other for other in candidates if _pixels(other.file) == _pixels(one.file)), None)
+        if twin is not None:
+            twins.append((one.file, twin.file))
+            continue
+        if same is not None:
             raise DataError(
-                f"{one.file}: it has the SOPInstanceUID of {instances[instance].file.name}, and is another image. "
-                "Keep one of them."
+                f"{one.file}: it has the SOPInstanceUID of {same.file}, and is another image. Keep one of them."
             )
         near.append(one)
         instances[instance] = one
         kept.append(one)
-    if twins:
-        named = ", ".join(twins[:5]) + (f" and {len(twins) - 5} more" if len(twins) > 5 else "")
-        logger.warning("%s: left out %d slices that are there twice: %s.", slices[0].file.parent, len(twins), named)
-    return kept
+    return kept, twins
 
 
 def _pixels(file: Path) -> bytes:

@@ -449,7 +449,11 @@ def _dicom_series(path: Path) -> list[Slice]:
     if len(series) > 1:
         left = _first([f"{uid} ({len(files)} files)" for uid, files in series.items() if uid != chosen])
         logger.warning("%s: took the series %s (%d files); left out %s.", path, chosen, len(series[chosen]), left)
-    return drop_twins(series[chosen])
+    slices, twins = drop_twins(series[chosen])
+    if twins:
+        named = _first([f"{file.name} (as {twin.name})" for file, twin in twins])
+        logger.warning("%s: left out %d slices that are there twice: %s.", path, len(twins), named)
+    return slices
 
 
 def _first(names: Sequence[str]) -> str:
