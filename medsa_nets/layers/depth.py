@@ -122,5 +122,5 @@ class DistantPrompt(nn.Module):
         # wavelengths from 4 slices to 512
         angles = distance.float().unsqueeze(-1) * (0.5 * math.pi * torch.exp2(-scale))
         described = torch.cat([tokens, torch.sin(angles).to(tokens.dtype), torch.cos(angles).to(tokens.dtype)], dim=-1)
-        told = self.up(self.activation(self.down(described)))
-        return torch.where(distance.unsqueeze(-1) == 0, torch.zeros_like(told), told)
+        added = self.up(self.activation(self.down(described)))
+        return torch.where(distance.unsqueeze(-1) == 0, torch.zeros_like(added), added)
