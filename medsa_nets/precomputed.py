@@ -6,7 +6,6 @@ a study that was precomputed is answered by the decoder alone.
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 import time
@@ -25,7 +24,7 @@ from medsa_nets.data import list_photographs, list_volumes
 from medsa_nets.data.atomic import make_folder, make_writable, temporary_name
 from medsa_nets.embeddings import StoredEmbeddings
 from medsa_nets.errors import DataError, find_cause
-from medsa_nets.inferers import SlabInferer, Slabs, tensor_sha256
+from medsa_nets.inferers import VolumeInferer, rebuilt, slab_inferer, tensor_sha256
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import autocast
 
@@ -98,15 +97,14 @@ def encode_study(segmenter: Any, image: MetaTensor) -> None:
         image: (C, spatial…), as :meth:`~medsa_nets.interaction.segmenters.NetworkSegmenter.open` gives it.
     """
     network, inputs = segmenter.network, segmenter._input(image)
-    if not isinstance(segmenter.inferer, SlabInferer):
+    if not isinstance(segmenter.inferer, VolumeInferer):
         with autocast(segmenter.inferer.amp, inputs.device):
             network.encode_image(inputs)
         return
     assert isinstance(network, VolumeMedSA)
-    inferer = copy.copy(segmenter.inferer)
-    inferer.cache = None
-    for axes in inferer._mirrorings():
-        slabs = Slabs(inferer, inputs, network, None, axes)
+    inferer = rebuilt(segmenter.inferer, lambda own: own)
+    slab_inferer(inferer).cache = None
+    for slabs in inferer.open(inputs, network, None):
         for g in range(len(slabs.groups)):
             slabs.embeddings(g)
 
