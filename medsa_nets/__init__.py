@@ -22,9 +22,10 @@ from medsa_nets import (
     weights,
 )
 from medsa_nets.backends import use_backend
-from medsa_nets.bases import BASES, Base, build_medsa, parameter_table
+from medsa_nets.build import build_medsa, parameter_table
 from medsa_nets.errors import BackendError, DataError, MedSAError, WeightsError
 from medsa_nets.networks import MedSA, VolumeMedSA
+from medsa_nets.weights.bases import BASES, Base
 
 __version__ = "0.1.0"
 

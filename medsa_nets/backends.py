@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from medsa_nets import converted
+from medsa_nets.checksums import state_sha256
 from medsa_nets.errors import BackendError, describe
-from medsa_nets.layers.linear import is_exporting
+from medsa_nets.layers.fast import Kept, is_exporting
 from medsa_nets.measurements import cache_dir, machine, measured
 from medsa_nets.networks import MedSA
-from medsa_nets.weights import base_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ class _Runner:
         self.encoder = encoder
         self.backend = backend
         self._converted: OrderedDict[tuple[Any, ...], Encode] = OrderedDict()
-        self._versions: tuple[tuple[int, int], ...] = ()
+        self._fingerprint = Kept[str]()
         self._weights = ""
         self.seconds = 0.0  # of the last conversion
         self._lock = threading.Lock()
@@ -236,13 +236,10 @@ class _Runner:
         amp = torch.is_autocast_enabled(image.device.type)
         key = (tuple(image.shape), depth, image.dtype, image.device, amp)
         with self._lock:
-            # what writes into a tensor counts its version up, what moves it changes its address
-            versions = tuple((t._version, t.data_ptr()) for t in self._tensors().values())
-            if versions != self._versions:
-                weights = base_fingerprint(self._tensors())
-                if weights != self._weights:  # a server loads the same adapter more than once
-                    self._converted.clear()
-                self._versions, self._weights = versions, weights
+            weights = self._fingerprint.get(self._tensors().values(), lambda: state_sha256(self._tensors()))
+            if weights != self._weights:  # a server loads the same adapter more than once
+                self._converted.clear()
+            self._weights = weights
             if key not in self._converted:
                 while len(self._converted) >= MAX_SHAPES:
                     self._converted.popitem(last=False)
@@ -275,7 +272,7 @@ class _Runner:
     def _folder(self, image: Tensor, depth: int, amp: bool) -> Path:
         """Where a converted encoder is kept: named after all that it depends on."""
         names = ("torch", "openvino", "onnx", "onnxscript")
-        weights = self._weights or base_fingerprint(self._tensors())
+        weights = self._weights or state_sha256(self._tensors())
         made = (type(self.encoder).__qualname__, tuple(image.shape), depth, amp, machine())
         return converted.folder_of((weights, *made, *(version(name) for name in names)))
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+from medsa_nets.checksums import file_sha256
 from medsa_nets.measurements import cache_dir
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def source_fingerprint() -> str:
     """SHA-256 of the sources of networks and layers: what else a converted encoder depends on, beside its weights."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(path for folder in ("networks", "layers") for path in (package / folder).glob("*.py")):
+    for path in sorted(path for folder in ("networks", "layers") for path in (package / folder).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -49,20 +50,12 @@ def is_intact(folder: Path) -> bool:
     """Whether a kept model's files are as they were written; a folder of a damaged one is removed."""
     try:
         sums = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
-        if all(_sha256(folder / name) == found for name, found in sums.items()):
+        if all(file_sha256(folder / name) == found for name, found in sums.items()):
             return True
     except (OSError, ValueError, AttributeError):
         pass
     shutil.rmtree(folder, ignore_errors=True)
     return False
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def keep(folder: Path, write: Callable[[Path], None]) -> bool:
@@ -83,7 +76,9 @@ def keep(folder: Path, write: Callable[[Path], None]) -> bool:
         return False
     try:
         write(part)
-        (part / WHOLE).write_text(json.dumps({file.name: _sha256(file) for file in part.iterdir()}), encoding="utf-8")
+        (part / WHOLE).write_text(
+            json.dumps({file.name: file_sha256(file) for file in part.iterdir()}), encoding="utf-8"
+        )
         if folder.exists() and not is_kept(folder):
             shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)

@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medsa_nets import precomputed
 from medsa_nets.bundles import ADAPTER, Bundle, copy_bundle
 from medsa_nets.commands import command
 from medsa_nets.errors import DataError
+from medsa_nets.precomputed import precompute
 from medsa_nets.training import save_atomically
 
 EMBEDDINGS = "embeddings"  # folder beside the models; an adapter that is trained later has embeddings of its own
@@ -97,7 +97,7 @@ def serve_with_monai_label(
     overlay: Sequence[str] = (),
     name: str = "",
     studies: str = "STUDIES",
-    precompute: bool = False,
+    precomputed: bool = False,
 ) -> None:
     """Set up a folder that MONAI Label serves, and print the command that starts the server.
 
@@ -107,19 +107,19 @@ def serve_with_monai_label(
         overlay: file of the bundle's configs to lay over; may be given more than once.
         name: name of the model in the server.
         studies: folder of images, or address of a DICOMweb server.
-        precompute: encode all studies of the folder now, so that first clicks are fast.
+        precomputed: encode all studies of the folder now, so that the first answer on each is fast.
     """
     if len(bundle) > 1 and (name or overlay):
         raise DataError("--name and --overlay belong to one bundle: run the command once for each.")
+    if precomputed and not Path(studies).is_dir():
+        raise DataError(f"--precomputed needs a folder of studies, --studies is {studies}.")
     add_app(app)
-    if precompute and not Path(studies).is_dir():
-        raise DataError(f"--precompute needs a folder of studies, --studies is {studies}.")
+    settings = {"precomputed": str(app.resolve() / EMBEDDINGS)} if precomputed else None
     for one in bundle:
-        settings = {"precomputed": str(app.resolve() / EMBEDDINGS)} if precompute else None
         model = add_bundle(app, Path(one), name or None, overlay, settings)
         print(f"added {model}", flush=True)
-        if precompute:
-            precomputed.precompute(str(model), studies, str(app / EMBEDDINGS))
+        if precomputed:
+            precompute(str(model), studies, str(app / EMBEDDINGS))
     models = ",".join(sorted(p.name for p in (app / "model").iterdir() if (p / "configs").is_dir()))
     start = ["monailabel", "start_server", "--app", str(app), "--studies", studies,
              "--conf", "models", models, "--conf", "zoo_source", "local", "--conf", "sam2", "false"]  # fmt: skip

@@ -15,7 +15,7 @@ from monai.utils import str2bool
 from torch import Tensor
 
 from medsa_nets.errors import SettingError
-from medsa_nets.layers.choices import own_time
+from medsa_nets.layers.fast.choices import own_time
 from medsa_nets.measurements import measured
 
 logger = logging.getLogger(__name__)

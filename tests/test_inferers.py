@@ -8,7 +8,7 @@ import torch
 from monai.data import MetaTensor, list_data_collate
 from monai.inferers import SlidingWindowInferer
 
-from medsa_nets.bases import build_medsa
+from medsa_nets.build import build_medsa
 from medsa_nets.inferers import (
     AllClassesInferer,
     EmbeddingCache,

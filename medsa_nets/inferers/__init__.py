@@ -5,7 +5,8 @@ outwards, ``MirrorInferer`` takes the mean with mirror images, ``MainComponentsI
 masks, and ``AllClassesInferer`` gives a channel for every class.
 """
 
-from medsa_nets.inferers.cache import EmbeddingCache, adapter_key, network_name, shared_cache, tensor_sha256
+from medsa_nets.checksums import tensor_sha256
+from medsa_nets.inferers.cache import EmbeddingCache, adapter_key, network_name, shared_cache
 from medsa_nets.inferers.classes import AllClassesInferer, MainComponentsInferer, volume_inferer
 from medsa_nets.inferers.images import PromptInferer, answer_in_order, obey
 from medsa_nets.inferers.mirror import MirrorInferer

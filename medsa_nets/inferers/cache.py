@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -11,19 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from medsa_nets.backends import backend_of
+from medsa_nets.checksums import tensor_sha256
+from medsa_nets.embeddings import read_embeddings
 from medsa_nets.machine import limit_threads
 from medsa_nets.networks import MedSA
 from medsa_nets.runtime import keep_freed_memory
-
-
-def tensor_sha256(*tensors: Tensor) -> str:
-    """SHA-256 of tensors' shapes, types and values."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def network_name(network: nn.Module) -> str:
@@ -143,6 +134,4 @@ def shared_cache(max_bytes: int) -> EmbeddingCache | None:
 def take_precomputed(network: MedSA, folder: str | Path | None) -> None:
     """Let a network take embeddings from a folder, unless it takes them from somewhere already."""
     if folder and "encode_image" not in network.__dict__:
-        from medsa_nets.precomputed import read_embeddings  # it segments volumes
-
         read_embeddings(network, folder)

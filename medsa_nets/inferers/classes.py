@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from medsa_nets.inferers.mirror import MirrorInferer
-from medsa_nets.inferers.slabs import Around, SlabInferer, Slabs, VolumeInferer
+from medsa_nets.inferers.slabs import Around, SlabInferer, Slabs, VolumeInferer, makers
 from medsa_nets.inferers.spread import SpreadInferer
 from medsa_nets.prompts import Prompts
 from medsa_nets.transforms import all_classes, keep_main_components
@@ -100,3 +100,6 @@ def volume_inferer(
     out = MainComponentsInferer(MirrorInferer(out, mirror_axes), component_share)
     whole = AllClassesInferer(out, others)  # also says where others has another value
     return whole if every_class else out
+
+
+makers.append(volume_inferer)

@@ -12,12 +12,13 @@ import torch
 from monai.inferers import SimpleInferer
 from torch import Tensor
 
-from medsa_nets.inferers.cache import EmbeddingCache, adapter_key, network_name, take_precomputed, tensor_sha256
-from medsa_nets.interaction.observations import Kernel, observe
+from medsa_nets.checksums import tensor_sha256
+from medsa_nets.inferers.cache import EmbeddingCache, adapter_key, network_name, take_precomputed
 from medsa_nets.networks import MedSA
 from medsa_nets.precision import Amp, autocast, choose_amp, read_amp
 from medsa_nets.prompts import Prompts, prompts_of_batch
 from medsa_nets.prompts.earlier import as_earlier
+from medsa_nets.prompts.observations import Kernel, observe
 from medsa_nets.runtime import plain, unwrap
 
 CLICK_KERNEL = Kernel(length=3.0, contrast=0.15)  # pixels of the network's grid, share of the intensity range
@@ -103,7 +104,7 @@ def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: S
     A session begins with the box, where there is one, else with the automatic mask, where the class is named, else with
     the first click. A click on foreground takes nothing from a mask, one on background adds nothing, so that no later
     click undoes what was right elsewhere. In each answer every clicked pixel carries its label
-    (:func:`~medsa_nets.interaction.observations.observe`).
+    (:func:`~medsa_nets.prompts.observations.observe`).
 
     Args:
         network: the network.

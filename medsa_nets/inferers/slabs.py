@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medsa_nets.backends import expect_encodings
-from medsa_nets.inferers.cache import EmbeddingCache, adapter_key, network_name, take_precomputed, tensor_sha256
+from medsa_nets.checksums import tensor_sha256
+from medsa_nets.inferers.cache import EmbeddingCache, adapter_key, network_name, take_precomputed
 from medsa_nets.networks import VolumeMedSA
 from medsa_nets.precision import Amp, autocast, choose_amp, read_amp
 from medsa_nets.prompts import Prompts, prompts_of_batch
@@ -26,6 +27,7 @@ from medsa_nets.transforms import ABSENT
 
 logger = logging.getLogger("medsa_nets.inferers")
 AROUND = frozenset({"spread", "mirror_axes", "component_share", "every_class", "others"})  # settings of those around
+makers: list[Callable[..., Any]] = []  # volume_inferer, from the module that knows those around it
 
 
 class VolumeInferer(Inferer):
@@ -174,9 +176,7 @@ class SlabInferer(VolumeInferer):
     def __new__(cls, *args: Any, **settings: Any) -> Any:
         """The inferer, or one around it where settings of such are given."""
         if cls is SlabInferer and not AROUND.isdisjoint(settings):
-            from medsa_nets.inferers.classes import volume_inferer
-
-            return volume_inferer(*args, **settings)
+            return makers[0](*args, **settings)
         return super().__new__(cls)
 
     def __init__(

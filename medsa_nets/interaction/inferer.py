@@ -13,7 +13,8 @@ from monai.data import MetaTensor, decollate_batch
 from monai.inferers import Inferer
 from torch import Tensor
 
-from medsa_nets.inferers import PromptInferer, VolumeInferer, adapter_key, tensor_sha256
+from medsa_nets.checksums import tensor_sha256
+from medsa_nets.inferers import PromptInferer, VolumeInferer, adapter_key
 from medsa_nets.interaction.answers import AnswerSettings
 from medsa_nets.interaction.segmenters import NetworkSegmenter
 from medsa_nets.interaction.session import InteractiveSession

@@ -16,6 +16,7 @@ from monai.transforms import Compose
 from torch import Tensor
 
 from medsa_nets.bundles import Bundle, read
+from medsa_nets.checksums import tensor_sha256
 from medsa_nets.errors import DataError, WeightsError
 from medsa_nets.inferers import (
     AllClassesInferer,
@@ -28,7 +29,6 @@ from medsa_nets.inferers import (
     network_name,
     rebuilt,
     slab_inferer,
-    tensor_sha256,
 )
 from medsa_nets.inferers.slabs import Around
 from medsa_nets.interaction.grids import Grids

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medsa_nets.layers.linear import Linear, multiply_linear
+from medsa_nets.layers import fast
+from medsa_nets.layers.linear import Linear
 
 HYPER_PROMPTING_FORMS = ("additive", "weights")
 
@@ -71,8 +72,7 @@ class Adapter(nn.Module):
     def follow(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Adapt what a linear layer gives; without skip path.
 
-        Nothing stands between that layer and the down-projection, which is narrower: their product, one small matrix,
-        does the work of both.
+        Nothing stands between that layer and the down-projection, so that one matrix can do the work of both.
 
         Args:
             x: input of the linear layer (..., features).
@@ -84,13 +84,11 @@ class Adapter(nn.Module):
         """
         down = self.down
         if torch.jit.is_scripting():
-            own = F.linear(x, down.weight @ weight, down.weight @ bias + down.bias)
-        else:
-            with torch.autocast(x.device.type, enabled=False):
-                narrowed = multiply_linear(down.weight, weight.t())
-                shift = multiply_linear(down.weight, bias.unsqueeze(0)).flatten() + down.bias
-            own = multiply_linear(x, narrowed, shift)
-        return self.widen(own)
+            return self.widen(F.linear(x, down.weight @ weight, down.weight @ bias + down.bias))
+        else:  # TorchScript compiles what follows a return
+            if fast.is_on():
+                return self.widen(fast.linear_twice(x, weight, bias, down))
+            return self.widen(down(F.linear(x, weight, bias)))
 
     def widen(self, bottleneck: Tensor) -> Tensor:
         """Second half: the bottleneck (..., hidden) to (..., features)."""
@@ -176,14 +174,19 @@ class Adaptation(Protocol):
     def scale(self) -> float: ...
 
     def adapter(self, features: int, *, skip: bool = False) -> nn.Module:
-        """An adapter of tokens (..., features), zero at the start beside its skip path, where it has one.
-
-        Without skip path it also has :meth:`Adapter.follow`, by which a depth branch calls it.
-        """
+        """An adapter of tokens (..., features), zero at the start beside its skip path, where it has one."""
         ...
 
     def prompted_adapter(self, features: int, prompt_features: int) -> nn.Module:
         """An adapter of a decoder's tokens that sees the prompt embedding (:class:`HyperPromptingAdapter`)."""
+        ...
+
+    def depth_adapter(self, features: int) -> nn.Module:
+        """The adapter of a depth branch, without skip path; it has :meth:`Adapter.follow`."""
+        ...
+
+    def install(self, module: nn.Module) -> None:
+        """Change the layers of an encoder or a decoder, in place, where the adaptation is of that kind."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -232,6 +235,13 @@ class Bottlenecks:
             adapter_dim=self.adapter_dim,
             dropout=self.dropout,
         )
+
+    def depth_adapter(self, features: int) -> Adapter:
+        """A bottleneck adapter without skip path."""
+        return self.adapter(features)
+
+    def install(self, module: nn.Module) -> None:
+        """Nothing: adapters stand beside the layers."""
 
     def describe(self) -> dict[str, Any]:
         """Width, weight and form."""

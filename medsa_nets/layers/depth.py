@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medsa_nets.layers.adapters import Adaptation, Bottlenecks, zero_linear
-from medsa_nets.layers.common import attend
+from medsa_nets.layers.attention import attend
 
 
 class DepthBranch(nn.Module):
@@ -39,7 +39,7 @@ class DepthBranch(nn.Module):
         self.max_distance = max_distance
         self.idle = False  # an idle branch adds nothing and is not computed: what trains on single slices
         self.bias = nn.Parameter(torch.zeros(num_heads, 2 * max_distance + 1))
-        self.adapter: Any = adaptation.adapter(features)
+        self.adapter: Any = adaptation.depth_adapter(features)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, depth: int) -> Tensor:
         """Attend along depth, before the attention's output projection.

@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from medsa_nets.layers.common import LayerNorm2d
+from medsa_nets.layers.norm import LayerNorm2d
 
 CHANNELS = 8  # earlier logits, whether there are any; foreground and background clicks, narrow, wide; the newest click
 

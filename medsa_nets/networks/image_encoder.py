@@ -17,8 +17,8 @@ from medsa_nets.layers import (
     MLPBlock,
     attend_map,
     cut_windows,
+    fast,
     join_windows,
-    remember,
     split_windows,
 )
 from medsa_nets.networks.checkpointing import run_block
@@ -68,17 +68,21 @@ class Attention(nn.Module):
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """Relative-position vectors of each pair of rows and each pair of columns: (size, size, C / heads)."""
-        if torch.jit.is_scripting():
-            return self.rel_pos_h[self.index_h], self.rel_pos_w[self.index_w]
-        else:  # TorchScript compiles what follows a return
-            return self._remembered_tables()
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript leaves out what this alone holds)
+            if fast.is_on():
+                return (
+                    fast.remember(self, "rows", (self.rel_pos_h,), self.row_table),
+                    fast.remember(self, "columns", (self.rel_pos_w,), self.column_table),
+                )
+        return self.row_table(), self.column_table()
 
-    @torch.jit.unused
-    def _remembered_tables(self) -> tuple[Tensor, Tensor]:
-        return (
-            remember(self, "rows", (self.rel_pos_h,), lambda: self.rel_pos_h[self.index_h]),
-            remember(self, "columns", (self.rel_pos_w,), lambda: self.rel_pos_w[self.index_w]),
-        )
+    def row_table(self) -> Tensor:
+        """Vectors of each pair of rows."""
+        return self.rel_pos_h[self.index_h]
+
+    def column_table(self) -> Tensor:
+        """Vectors of each pair of columns."""
+        return self.rel_pos_w[self.index_w]
 
     def forward(self, qkv: Tensor) -> Tensor:
         """Attend within maps or windows, before the output projection.

@@ -11,6 +11,42 @@ from torch import Tensor, nn
 from medsa_nets.layers import LayerNorm2d
 
 
+def count_prompt_sets(
+    image_embedding: Tensor,
+    point_coords: Optional[Tensor],
+    point_labels: Optional[Tensor],
+    boxes: Optional[Tensor],
+    masks: Optional[Tensor],
+) -> int:
+    """Number of prompt sets, -1 where there is no prompt; arguments as of :meth:`~medsa_nets.networks.MedSA.decode`.
+
+    Raises:
+        ValueError: when points come without labels, or shapes disagree.
+    """
+    axes, sets = image_embedding.dim() - 2, -1
+    if point_coords is not None:
+        if point_labels is None:
+            raise ValueError("point_coords came without point_labels (1 foreground, 0 background, -1 padding).")
+        shape = point_coords.shape
+        if point_coords.dim() != 4 or shape[3] != axes or shape[:3] != point_labels.shape:
+            raise ValueError(
+                f"point_coords must be (B, K, P, {axes}) and point_labels (B, K, P), "
+                f"got {shape} and {point_labels.shape}."
+            )
+        sets = shape[1]
+    if boxes is not None:
+        if boxes.dim() != 3 or boxes.shape[2] != 2 * axes:
+            raise ValueError(f"boxes must be (B, K, {2 * axes}), got {boxes.shape}.")
+        sets = boxes.shape[1]
+    if masks is not None:
+        if masks.dim() != axes + 2:
+            height, width = 4 * image_embedding.shape[2], 4 * image_embedding.shape[3]
+            expected = f"{height}, {width}, D" if axes == 3 else f"{height}, {width}"
+            raise ValueError(f"masks must be (B, K, {expected}), got {masks.shape}.")
+        sets = masks.shape[1]
+    return sets
+
+
 class PositionEmbeddingRandom(nn.Module):
     """Positional encoding by random spatial frequencies (a frozen 2 x ``num_pos_feats`` matrix of the base)."""
 
@@ -84,6 +120,35 @@ class PromptEncoder(nn.Module):
         kinds = torch.cat([first, second], dim=0)  # type: ignore[list-item]
         return corners + kinds.unsqueeze(0)
 
+    def embed_masks(self, masks: Optional[Tensor], count: int, embedding_size: tuple[int, int]) -> Tensor:
+        """Embed logits of earlier masks (N, 1, 4 h, 4 w), or their absence: (N, embed_dim, h, w).
+
+        Args:
+            masks: of N prompt sets, or none.
+            count: N.
+            embedding_size: height h and width w of the image embedding.
+        """
+        if masks is not None:
+            return self.mask_downscaling(masks)
+        nothing = self.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        return nothing.expand(count, -1, embedding_size[0], embedding_size[1])
+
+    def join(self, points: Optional[Tensor], boxes: Optional[Tensor], count: int) -> Tensor:
+        """Sparse embeddings of N prompt sets: tokens of points, then of boxes (N, tokens, embed_dim).
+
+        Args:
+            points: (N, P, embed_dim), or none; without boxes, one padding point follows, as in segment-anything.
+            boxes: (N, 2, embed_dim), or none.
+            count: N, for the case that there is neither.
+        """
+        weight = self.not_a_point_embed.weight
+        sparse = torch.zeros(count, 0, self.embed_dim, device=weight.device)
+        if points is not None:
+            sparse = torch.cat([sparse, points], dim=1)
+            if boxes is None:
+                sparse = torch.cat([sparse, weight.unsqueeze(0).expand(count, -1, -1)], dim=1)
+        return sparse if boxes is None else torch.cat([sparse, boxes], dim=1)
+
     def forward(
         self,
         point_coords: Optional[Tensor],
@@ -108,22 +173,9 @@ class PromptEncoder(nn.Module):
         Returns:
             Sparse embeddings (N, tokens, embed_dim) and dense embeddings (N, embed_dim, h, w).
         """
-        height, width = image_size
-        sparse = torch.zeros(count, 0, self.embed_dim, device=self.no_mask_embed.weight.device)
+        points: Optional[Tensor] = None
         if point_coords is not None:
             assert point_labels is not None
-            coords, labels = point_coords, point_labels
-            if boxes is None:
-                # Points alone are followed by one padding point, as in segment-anything.
-                coords = torch.cat([coords, torch.zeros_like(coords[:, :1])], dim=1)
-                labels = torch.cat([labels, -torch.ones_like(labels[:, :1])], dim=1)
-            sparse = torch.cat([sparse, self.embed_points(coords, labels, height, width)], dim=1)
-        if boxes is not None:
-            sparse = torch.cat([sparse, self.embed_boxes(boxes, height, width)], dim=1)
-        if masks is not None:
-            dense = self.mask_downscaling(masks)
-        else:
-            dense = self.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(
-                count, -1, embedding_size[0], embedding_size[1]
-            )
-        return sparse, dense
+            points = self.embed_points(point_coords, point_labels, image_size[0], image_size[1])
+        corners = self.embed_boxes(boxes, image_size[0], image_size[1]) if boxes is not None else None
+        return self.join(points, corners, count), self.embed_masks(masks, count, embedding_size)

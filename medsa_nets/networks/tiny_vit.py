@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,23 +20,11 @@ from medsa_nets.layers import (
     Linear,
     attend,
     cut_windows,
+    fast,
     join_windows,
-    remember,
     split_windows,
 )
-from medsa_nets.layers.linear import is_exporting
 from medsa_nets.networks.checkpointing import run_block
-
-HIDDEN_BYTES = 2**26  # of a hidden map, that is computed at once on a CPU where no backward pass keeps it
-
-
-def in_groups(transform: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``transform`` (B, ...), a few images at a time where its hidden maps, four times as wide, would be large."""
-    images = max(1, HIDDEN_BYTES // (4 * x[0].numel() * x.element_size()))
-    needs_grad = torch.is_grad_enabled() and x.requires_grad
-    if x.shape[0] <= images or x.device.type != "cpu" or is_exporting() or needs_grad:
-        return transform(x)
-    return torch.cat([transform(part) for part in x.split(images)])
 
 
 class PatchEmbed(nn.Module):
@@ -97,7 +86,7 @@ class ConvStage(nn.Module):
         if torch.jit.is_scripting():
             return self.transform(x)
         else:  # TorchScript compiles what follows a return
-            return in_groups(self.transform, x)
+            return fast.in_groups(self.transform, x)
 
     def transform(self, x: Tensor) -> Tensor:
         """:meth:`forward` for all images at once."""
@@ -108,6 +97,8 @@ class ConvStage(nn.Module):
 
 class TinyViTAttention(nn.Module):
     """Multi-head attention within a window, with a learned bias for each distance of two tokens."""
+
+    qkv_by_head = True  # each head's queries, keys and values stand together
 
     if TYPE_CHECKING:  # TorchScript cannot read a class's postponed annotations
         bias_index: Tensor
@@ -159,14 +150,11 @@ class TinyViTAttention(nn.Module):
 
     def biases(self, height: int, width: int) -> Tensor:
         """Bias of each pair of tokens, and of each token and all padded ones: (heads, h * w, h * w or one more)."""
-        if torch.jit.is_scripting():
-            return self.gather(height, width)
-        else:  # TorchScript compiles what follows a return
-            return self._remembered_biases(height, width)
-
-    @torch.jit.unused
-    def _remembered_biases(self, height: int, width: int) -> Tensor:
-        return remember(self, f"bias {height} {width}", (self.attention_biases,), lambda: self.gather(height, width))
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript leaves out what this alone holds)
+            if fast.is_on():
+                compute = partial(self.gather, height, width)
+                return fast.remember(self, f"bias {height} {width}", (self.attention_biases,), compute)
+        return self.gather(height, width)
 
     def gather(self, height: int, width: int) -> Tensor:
         """Compute :meth:`biases`."""
@@ -195,7 +183,7 @@ class TinyViTMLP(nn.Module):
         if torch.jit.is_scripting():
             return self.transform(normed)
         else:  # TorchScript compiles what follows a return
-            return in_groups(self.transform, normed)
+            return fast.in_groups(self.transform, normed)
 
     def transform(self, normed: Tensor) -> Tensor:
         """:meth:`forward` for all tokens at once."""

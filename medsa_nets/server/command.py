@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from medsa_nets.commands import command
+from medsa_nets.embeddings import read_embeddings
 from medsa_nets.errors import DataError, SettingError
 from medsa_nets.interaction.segmenters import NetworkSegmenter
-from medsa_nets.precomputed import read_embeddings
 from medsa_nets.server.settings import ServerSettings
 from medsa_nets.server.studies import affine_of
 
@@ -33,6 +33,7 @@ def serve(
     device: str = "",
     amp: str = "",
     precomputed: str = "",
+    sessions: str = "",
     api_key: str = "",
     ssl_certfile: str = "",
     ssl_keyfile: str = "",
@@ -54,6 +55,8 @@ def serve(
         device: cpu, cuda, …; by default the bundle's choice.
         amp: precision, auto, true or false; by default the bundle's choice.
         precomputed: folder of embeddings that python -m medsa_nets precompute has kept; it is only read.
+        sessions: folder in which sessions are kept: what was said and the masks of finished objects, no images. A
+            client that comes back with the same image goes on where it was, also after the server was killed.
         api_key: what clients must send; by default the environment variable NN_INTERACTIVE_API_KEY. Where there is
             none and the host is not this machine alone, one is made and printed.
         ssl_certfile: certificate (PEM), for https.
@@ -99,6 +102,7 @@ def serve(
         hosts=LOCAL if host in LOCAL else (),
         orientation=orientation,
         patience=float(patience),
+        sessions=str(sessions),
     )
     server = Server(segmenter, settings, name=Path(bundle).resolve().name)
     server.computing.submit(server.warm_up)

@@ -1,4 +1,4 @@
-"""Command line of the base weights: ``python -m medsa_nets.weights``."""
+"""Command line of weights: ``python -m medsa_nets.weights``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 import sys
 from typing import Any
 
-from medsa_nets.bases import BASES, parameter_table
-from medsa_nets.errors import WeightsError
-from medsa_nets.weights import describe_file, fetch, find_base_file
+from medsa_nets.adaptations import ADAPTATIONS, DECODERS
+from medsa_nets.build import parameter_table
+from medsa_nets.errors import MedSAError, WeightsError
+from medsa_nets.weights import BASES, describe_file, fetch, find_base_file
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,11 +20,14 @@ def main(arguments: list[str] | None = None) -> int:
     fetch_parser = commands.add_parser("fetch", help="fetch the weights of a base")
     fetch_parser.add_argument("name", choices=list(BASES))
     fetch_parser.add_argument("--url", help="another address of the same file")
-    check_parser = commands.add_parser("check", help="say which base a file holds, or that it holds none")
+    check_parser = commands.add_parser("check", help="say what a file is: an adapter, a base, or neither")
     check_parser.add_argument("file")
     parameters_parser = commands.add_parser("parameters", help="table of parameters, total and trainable, per base")
     parameters_parser.add_argument("--adapter_ratio", type=float, default=0.25)
     parameters_parser.add_argument("--adapter_dim", type=int)
+    parameters_parser.add_argument("--adaptation", choices=ADAPTATIONS, default="adapters")
+    parameters_parser.add_argument("--train_decoder", choices=DECODERS)
+    parameters_parser.add_argument("--lora_rank", type=int, default=4)
     parameters_parser.add_argument("--spatial_dims", type=int, choices=(2, 3), default=2)
     parameters_parser.add_argument("--num_classes", type=int, default=1)
     options = parser.parse_args(arguments)
@@ -33,11 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "check":
             print(describe_file(options.file))
         elif options.command == "parameters":
-            names = ("adapter_ratio", "adapter_dim", "spatial_dims", "num_classes")
-            _print_parameters({name: getattr(options, name) for name in names})
+            _print_parameters({name: value for name, value in vars(options).items() if name != "command"})
         else:
             _print_bases()
-    except WeightsError as error:
+    except MedSAError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

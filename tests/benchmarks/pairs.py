@@ -3,8 +3,8 @@
     python tests/benchmarks/pairs.py --isa native,avx512,avx2 --output pairs
 
 Runs the encoder of each base, a space-depth slab and training steps as MedSA chooses (``chosen``), then with one thing
-changed at a time: each choice that is measured on the machine (``medsa_nets.layers.choices``) forced to each of its
-ways, and what is fixed: sizes of pieces and groups, formats of images, kept weights, kept memory. Prints the ratio
+changed at a time: each choice that is measured on the machine (``medsa_nets.layers.fast.choices``) forced to each of
+its ways, and what is fixed: sizes of pieces and groups, formats of images, kept weights, kept memory. Prints the ratio
 time(chosen) / time(alternative) of each pair, the least time of all rounds on each side, and marks those above 1.05:
 there the alternative is more than 5 % faster. Each environment is a process of its own that holds the processor back
 by ``ONEDNN_MAX_CPU_ISA`` and ``ATEN_CPU_CAPABILITY``. On one thread process time counts, so that other work on the
@@ -31,9 +31,9 @@ import torch
 from torch import nn
 
 from medsa_nets import build_medsa
-from medsa_nets.layers import common, linear
-from medsa_nets.layers.choices import CHOICES
-from medsa_nets.networks import tiny_vit
+from medsa_nets.layers import fast
+from medsa_nets.layers.fast import attention, convolution, groups, linear
+from medsa_nets.layers.fast.choices import CHOICES
 from medsa_nets.runtime import keep_freed_memory
 from medsa_nets.training import trainable_parameters
 
@@ -108,7 +108,7 @@ def no_kept_weights() -> Iterator[None]:
         return compute()
 
     with ExitStack() as stack:
-        for module in (linear, common, tiny_vit):
+        for module in (fast, linear, convolution):
             stack.enter_context(mock.patch.object(module, "remember", forget))
         yield
 
@@ -133,11 +133,11 @@ def alternatives(images: bool, bf16: bool, asked: set[tuple[str, str]]) -> dict[
         found[f"{name}: {way}"] = lambda name=name, way=way: CHOICES[name].force(way)
     found["oneDNN for smaller products too"] = constant(linear, "SMALL", 2**21)
     found["oneDNN for larger products only"] = constant(linear, "SMALL", 2**28)
-    found["pieces a quarter as large"] = constant(common, "CACHED_BYTES", 2**19)
-    found["pieces four times as large"] = constant(common, "CACHED_BYTES", 2**23)
+    found["pieces a quarter as large"] = constant(attention, "CACHED_BYTES", 2**19)
+    found["pieces four times as large"] = constant(attention, "CACHED_BYTES", 2**23)
     if images:
-        found["images in groups an eighth as large"] = constant(tiny_vit, "HIDDEN_BYTES", 2**23)
-        found["all images at once"] = constant(tiny_vit, "HIDDEN_BYTES", 2**40)
+        found["images in groups an eighth as large"] = constant(groups, "HIDDEN_BYTES", 2**23)
+        found["all images at once"] = constant(groups, "HIDDEN_BYTES", 2**40)
         found["images by channel"] = format_of_images
     if bf16:
         found["weights cast anew"] = no_kept_weights

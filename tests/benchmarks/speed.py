@@ -53,12 +53,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from medsa_nets import build_medsa, use_backend
 from medsa_nets.embeddings import train_decoder_alone
 from medsa_nets.inferers import EmbeddingCache, SlabInferer
-from medsa_nets.layers import linear
+from medsa_nets.layers.fast import linear
 from medsa_nets.losses import AnnotatedDiceCELoss
 from medsa_nets.prompts import Prompts
 from medsa_nets.runtime import keep_freed_memory
 from medsa_nets.training import trainable_parameters
-from medsa_nets.weights import _from_hugging_face
+from medsa_nets.weights import from_hugging_face
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -129,7 +129,7 @@ def encoders(size: int) -> Calls:
     for name, parameter in theirs.named_parameters():
         if "rel_pos" in name or "pos_embed" in name:
             nn.init.normal_(parameter, std=0.1)
-    state = {n.removeprefix("image_encoder."): t for n, t in _from_hugging_face(theirs.state_dict()).items()}
+    state = {n.removeprefix("image_encoder."): t for n, t in from_hugging_face(theirs.state_dict()).items()}
     with _stand_in_torchvision():
         from segment_anything.modeling.image_encoder import ImageEncoderViT
     published = ImageEncoderViT(img_size=size, embed_dim=768, depth=12, num_heads=12, out_chans=256, qkv_bias=True,

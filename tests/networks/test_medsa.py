@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from medsa_nets.bases import BASES, build_medsa
+from medsa_nets.build import build_medsa
 from medsa_nets.errors import WeightsError
 from medsa_nets.layers import HYPER_PROMPTING_FORMS
 from medsa_nets.networks.identity import decode_identity, encode_identity
+from medsa_nets.weights import BASES
 
 SIZE = 256
 SETS = 3
@@ -521,3 +522,23 @@ def test_every_base_is_described_with_the_statistics_it_was_trained_with():
         plain = name in ("medsam", "lite_medsam")
         assert base.pixel_mean == pytest.approx((0, 0, 0) if plain else (0.485, 0.456, 0.406), abs=1e-3)
         assert base.pixel_std == pytest.approx((1, 1, 1) if plain else (0.229, 0.224, 0.225), abs=1e-3)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_sets_that_are_answered_by_turns_or_computed_twice_give_the_same(spatial_dims, perturb_adapters):
+    network = perturb_adapters(build_medsa(pretrained=False, spatial_dims=spatial_dims, num_classes=3))
+    image = torch.rand(1, 3, 64, 64, *[2] * (spatial_dims - 2))
+    points, labels = 8.0 * torch.rand(1, 3, 2, spatial_dims), torch.ones(1, 3, 2, dtype=torch.long)
+    with torch.no_grad():
+        embedding = network.encode_image(image)
+        at_once = network.decode(embedding, points, labels), network.decode(embedding)
+        network.class_chunk = 2
+        for found, expected in zip((network.decode(embedding, points, labels), network.decode(embedding)), at_once):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    gradients = []
+    for network.checkpointing in (False, True):
+        network.train().zero_grad()
+        network.decode(embedding, points, labels).square().mean().backward()
+        gradients.append([p.grad for p in network.mask_decoder.parameters() if p.grad is not None])
+    assert gradients[0]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from medsa_nets import build_medsa
-from medsa_nets.layers import Adapter, DepthBranch
-from medsa_nets.networks import ImageEncoderViT, TinyViTEncoder, tiny_vit
+from medsa_nets.layers import Adapter, DepthBranch, fast
+from medsa_nets.layers.fast import groups
+from medsa_nets.networks import ImageEncoderViT, TinyViTEncoder
 
 from ..conftest import TINY_VIT
 from ..plain import plain_form
@@ -111,7 +112,7 @@ def test_a_few_images_at_a_time_give_what_all_at_once_give(randomise, monkeypatc
     image = torch.randn(5, 3, 64, 48)
     with torch.no_grad():
         expected = encoder(image, 5)
-        monkeypatch.setattr(tiny_vit, "HIDDEN_BYTES", 1)
+        monkeypatch.setattr(groups, "HIDDEN_BYTES", 1)
         found = encoder(image, 5)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -121,8 +122,12 @@ def test_fast_equals_plain_on_real_weights(perturb_adapters, lite_medsam_file):
     image = torch.rand(1, 1, 128, 112, 3)
     with torch.no_grad():
         found = network.encode_image(image)
+        with fast.plain_layers():
+            plainly = network.encode_image(image)
         with plain_form(network):
             expected = network.encode_image(image)
+    assert not torch.equal(found, plainly)
+    assert (plainly - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 

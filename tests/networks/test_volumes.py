@@ -5,10 +5,11 @@ import io
 import pytest
 import torch
 
-from medsa_nets.bases import BASES, build_medsa
+from medsa_nets.build import build_medsa
 from medsa_nets.errors import WeightsError
 from medsa_nets.layers import DepthBranch, DistantPrompt
 from medsa_nets.networks import MedSA, VolumeMedSA
+from medsa_nets.weights import BASES
 
 SIZES = {"tiny": 256, "lite_medsam": 64}
 

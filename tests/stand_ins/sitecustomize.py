@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from medsa_nets.bases import BASES
 from medsa_nets.networks import TinyViTEncoder
+from medsa_nets.weights.bases import BASES
 
 
 def small_encoder(*, img_size: tuple[int, int], **settings: Any) -> nn.Module:
@@ -20,6 +20,6 @@ def small_encoder(*, img_size: tuple[int, int], **settings: Any) -> nn.Module:
 
 
 SMALL = dataclasses.replace(
-    BASES["lite_medsam"], name="small", encoder=small_encoder, filename="small.pth", url="", sha256=None
+    BASES["lite_medsam"], name="small", encoder=small_encoder, filename="small.pth", url="", sha256=None, packaged=None
 )
 BASES[SMALL.name] = SMALL

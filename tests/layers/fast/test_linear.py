@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from medsa_nets.layers import Linear, multiply_linear
-from medsa_nets.layers import linear as module
+from medsa_nets.layers.fast import linear as module
+from medsa_nets.layers.fast.kept import _remembered
 
 needs_onednn = pytest.mark.skipif(not module._ONEDNN, reason="this build of PyTorch multiplies without oneDNN")
 
@@ -103,16 +104,16 @@ def test_a_frozen_layer_keeps_its_weights_in_autocast_s_type_until_they_change()
             return nn.functional.linear(x, layer.weight, layer.bias)
 
     assert answer().dtype == torch.bfloat16
-    kept = module._remembered[layer]["weight torch.bfloat16"][1]
+    kept = _remembered[layer]["weight torch.bfloat16"].get((layer.weight,), pytest.fail)
     assert torch.equal(answer(), expected())
-    assert module._remembered[layer]["weight torch.bfloat16"][1] is kept
+    assert _remembered[layer]["weight torch.bfloat16"].get((layer.weight,), pytest.fail) is kept
     layer.load_state_dict(nn.Linear(32, 32).state_dict())
     assert torch.equal(answer(), expected())
     layer.weight = nn.Parameter(torch.randn(32, 32), requires_grad=False)
     assert torch.equal(answer(), expected())
     assert set(layer.state_dict()) == {"weight", "bias"}
-    assert copy.deepcopy(layer) not in module._remembered
-    assert pickle.loads(pickle.dumps(layer)) not in module._remembered
+    assert copy.deepcopy(layer) not in _remembered
+    assert pickle.loads(pickle.dumps(layer)) not in _remembered
 
 
 def test_what_was_remembered_in_inference_mode_serves_training():
@@ -131,4 +132,4 @@ def test_a_trained_layer_gets_gradients_under_autocast_whatever_the_type_of_its_
         layer(torch.randn(4, 32)).float().sum().backward()
         layer(torch.randn(4, 32).bfloat16()).float().sum().backward()
     assert layer.weight.grad is not None
-    assert layer not in module._remembered
+    assert layer not in _remembered

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medsa_nets.bases import BASES, build_medsa, get_base, parameter_table
+from medsa_nets.build import build_medsa, parameter_table
+from medsa_nets.weights import BASES, get_base
 
 VITS = ["vit_b", "vit_l", "vit_h", "medsam"]
 

@@ -1,54 +1,11 @@
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
-from medsa_nets.layers import (
-    ConvBN,
-    LayerNorm2d,
-    MLPBlock,
-    attend,
-    attend_map,
-    common,
-    cut_windows,
-    join_windows,
-    split_windows,
-)
-
-
-def test_layer_norm_2d_equals_segment_anything(segment_anything, randomise):
-    reference = randomise(segment_anything.modeling.common.LayerNorm2d(12))
-    ours = LayerNorm2d(12)
-    ours.load_state_dict(reference.state_dict())
-    x = 3.0 + 2.0 * torch.randn(2, 12, 5, 7)
-    torch.testing.assert_close(ours(x), reference(x), atol=1e-5, rtol=1e-5)
-
-
-def test_mlp_block_equals_segment_anything(segment_anything, randomise):
-    reference = randomise(segment_anything.modeling.common.MLPBlock(12, 48, nn.GELU))
-    ours = MLPBlock(features=12, hidden=48, activation=nn.GELU())
-    ours.load_state_dict(reference.state_dict())
-    x = torch.randn(2, 5, 12)
-    torch.testing.assert_close(ours(x), reference(x))
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(
-    "shape", [{"kernel_size": 1}, {"kernel_size": 3}, {"kernel_size": 3, "stride": 2}, {"kernel_size": 3, "groups": 8}]
-)
-def test_conv_bn_equals_convolution_then_frozen_batch_norm(shape, training, randomise):
-    ours = randomise(ConvBN(8, 16, **shape)).train(training)
-    statistics = copy.deepcopy(ours.bn.state_dict())
-    convolution = nn.Conv2d(8, 16, padding=shape["kernel_size"] // 2, bias=False, **shape)
-    convolution.load_state_dict(ours.c.state_dict())
-    norm = nn.BatchNorm2d(16).eval()
-    norm.load_state_dict(statistics)
-    x = torch.randn(2, 8, 9, 11)
-    torch.testing.assert_close(ours(x), norm(convolution(x)), atol=1e-5, rtol=1e-5)
-    assert all(torch.equal(value, statistics[name]) for name, value in ours.bn.state_dict().items())
+from medsa_nets.layers import attend, attend_map, fast
+from medsa_nets.layers.fast import attention
 
 
 def _attention_by_the_formula(q, k, v, bias):
@@ -64,16 +21,16 @@ def _attention_by_the_formula(q, k, v, bias):
     return out
 
 
-@pytest.fixture(params=[common.FUSED, common.EXPLICIT])
+@pytest.fixture(params=[attention.FUSED, attention.EXPLICIT, "plain"])
 def way(request):
-    """Attention by one of its ways, whichever is faster here."""
-    with common.attention_way.force(request.param):
+    """Attention by one of its ways, whichever is faster here, or plainly."""
+    with fast.plain_layers() if request.param == "plain" else attention.attention_way.force(request.param):
         yield request.param
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("bias_shape", [None, (2, 3, 5, 6), (1, 3, 5, 6), (1, 1, 5, 6)])
-def test_both_ways_to_attend_follow_the_formula(way, training, bias_shape):
+def test_every_way_to_attend_follows_the_formula(way, training, bias_shape):
     q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 6, 4), torch.randn(2, 3, 6, 4)
     bias = None if bias_shape is None else torch.randn(bias_shape)
     actual = attend(q.clone().requires_grad_(training), k, v, bias)
@@ -118,10 +75,10 @@ def test_attention_equals_pytorch_s_in_double_precision(way, dtype, batch, heads
     torch.testing.assert_close(attend(q, k, v, bias).double(), expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.fixture(params=[common.LAID, common.COLUMNS])
+@pytest.fixture(params=[attention.LAID, attention.COLUMNS, "plain"])
 def map_way(request):
-    """Attention over a map by one of its ways, whichever is faster here."""
-    with common.map_way.force(request.param):
+    """Attention over a map by one of its ways, whichever is faster here, or plainly."""
+    with fast.plain_layers() if request.param == "plain" else attention.map_way.force(request.param):
         yield request.param
 
 
@@ -129,7 +86,7 @@ def map_way(request):
 @pytest.mark.parametrize("one_more", [False, True], ids=["map", "map and padded key"])
 @pytest.mark.parametrize("cached", [2**21, 500, 100], ids=["whole", "by head", "by row"])
 def test_attention_over_a_map_follows_the_formula(map_way, training, one_more, cached, monkeypatch):
-    monkeypatch.setattr(common, "CACHED_BYTES", cached)
+    monkeypatch.setattr(attention, "CACHED_BYTES", cached)
     height, width, queries = 2, 3, 70  # more queries than a piece has at least
     keys = height * width + one_more
     q, k, v = torch.randn(2, 3, queries, 4), torch.randn(2, 3, keys, 4), torch.randn(2, 3, keys, 5)
@@ -148,18 +105,3 @@ def test_attention_over_a_map_in_bfloat16(map_way):
     found = attend_map(*tensors, None, 0.5)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), _attention_by_the_formula(q, k, v, bias), atol=0.05, rtol=0.05)
-
-
-@pytest.mark.parametrize("size", [(14, 14), (28, 14), (16, 16), (9, 30), (3, 5)])
-@pytest.mark.parametrize("window", [7, 14])
-def test_windows_hold_the_tokens_of_segment_anything_s(segment_anything, size, window):
-    module = segment_anything.modeling.image_encoder
-    x = torch.randn(2, *size, 3)
-    padded, _ = module.window_partition(x, window)
-    parts = split_windows(*size, window)
-    windows = [cut_windows(x, part, window) for part in parts]
-    assert sum(w.shape[0] for w in windows) == padded.shape[0]  # as many windows, and none of their padding
-    assert sum(w.shape[:3].numel() for w in windows) == 2 * size[0] * size[1]
-    expected = {tuple(w[w.abs().sum(-1) > 0].flatten().tolist()) for w in padded}
-    assert {tuple(w.flatten().tolist()) for part in windows for w in part} == expected
-    assert torch.equal(join_windows(windows, parts, 2), x)

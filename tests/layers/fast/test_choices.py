@@ -8,7 +8,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from medsa_nets import measurements
-from medsa_nets.layers import choices, common, linear
+from medsa_nets.layers import attend
+from medsa_nets.layers.fast import attention, choices
+from medsa_nets.layers.fast.linear import linear_library
 
 
 @pytest.fixture(autouse=True)
@@ -76,13 +78,13 @@ def test_a_forced_way_is_taken_unmeasured_as_long_as_the_block_runs():
 def test_each_way_of_the_layers_can_be_measured_in_any_mode_and_random_numbers_stay(mode):
     state = torch.get_rng_state()
     kinds = {
-        linear.linear_library: ["torch.float32"],
-        common.attention_way: [
+        linear_library: ["torch.float32"],
+        attention.attention_way: [
             "torch.float32, training, biased, 8 x 8",
             "torch.float32, inference, biased, 256 x 256",
             "torch.float32, training, plain, 8 x 256",
         ],
-        common.map_way: ["torch.float32, small", "torch.float32, large"],
+        attention.map_way: ["torch.float32, small", "torch.float32, large"],
     }
     with mode():
         for asked, names in kinds.items():
@@ -106,29 +108,29 @@ def test_each_way_of_the_layers_can_be_measured_in_any_mode_and_random_numbers_s
 )
 def test_attention_is_measured_by_what_makes_another_way_the_faster(monkeypatch, queries, keys, biased, training, kind):
     asked = []
-    monkeypatch.setattr(common.attention_way, "answers", {})
-    monkeypatch.setattr(common.attention_way, "measure", lambda kind: asked.append(kind) or {"fused": 1.0})
+    monkeypatch.setattr(attention.attention_way, "answers", {})
+    monkeypatch.setattr(attention.attention_way, "measure", lambda kind: asked.append(kind) or {"fused": 1.0})
     q, k, v = (torch.rand(2, 4, n, 8, requires_grad=training) for n in (queries, keys, keys))
-    common.attend(q, k, v, torch.rand(1, 4, queries, keys) if biased else None)
+    attend(q, k, v, torch.rand(1, 4, queries, keys) if biased else None)
     assert asked == [f"torch.float32, {kind}"]
 
 
 @pytest.mark.parametrize("size", ["biased, 8 x 8", "biased, 16 x 24", "biased, 64 x 64", "plain, 8 x 256"])
 def test_the_ways_of_attention_that_are_measured_give_the_same(size):
     for use, kind in (("inference", torch.Tensor), ("training", tuple)):  # of the gradients, which training computes
-        fused, explicit = (way() for way in common.attention_way.examples(f"torch.float32, {use}, {size}").values())
+        fused, explicit = (way() for way in attention.attention_way.examples(f"torch.float32, {use}, {size}").values())
         assert isinstance(fused, kind)
         torch.testing.assert_close(fused, explicit)
 
 
 def test_a_first_question_from_within_a_checkpoint_leaves_its_gradients_as_they_are(monkeypatch):
-    monkeypatch.setattr(common.attention_way, "answers", {})
+    monkeypatch.setattr(attention.attention_way, "answers", {})
     bias = torch.rand(1, 5, 6, 6)
 
     def gradient(attend) -> torch.Tensor:
         q = torch.linspace(-1.0, 1.0, 4 * 5 * 6 * 8).view(4, 5, 6, 8).requires_grad_()
         return torch.autograd.grad(attend(q, q, q, bias).square().sum(), q)[0]
 
-    found = gradient(lambda *args: checkpoint(common.attend, *args, use_reentrant=False))  # which measures
-    torch.testing.assert_close(found, gradient(common.attend))
-    assert common.attention_way.answers
+    found = gradient(lambda *args: checkpoint(attend, *args, use_reentrant=False))  # which measures
+    torch.testing.assert_close(found, gradient(attend))
+    assert attention.attention_way.answers

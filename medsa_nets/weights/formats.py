@@ -1,0 +1,109 @@
+"""Formats of weights: what a file holds, under segment-anything's parameter names. No other module knows them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medsa_nets.errors import WeightsError, describe
+
+
+def read_state(path: str | Path, expected: str) -> dict[str, Tensor]:
+    """Read a state dictionary of tensors, as such or under ``model`` or ``state_dict``. Nothing in it is executed.
+
+    Args:
+        path: a file of PyTorch or safetensors.
+        expected: what the file should hold, for errors.
+
+    Raises:
+        WeightsError: when the file is missing, unreadable or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: there is no such file. Expected {expected}.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(str(path))
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile, pickle and safetensors each raise errors of their own
+        raise WeightsError(
+            f"{path}: not readable as weights ({describe(error)}). Expected a "
+            "PyTorch state dictionary or a safetensors file; fetch it again."
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        raise WeightsError(f"{path}: no state dictionary of tensors. Expected {expected}.")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def read_base_file(path: str | Path) -> dict[str, Tensor]:
+    """Read a base model's file into segment-anything's parameter names.
+
+    Args:
+        path: a file of segment-anything, MedSAM, MobileSAM or LiteMedSAM, or of Hugging Face ``SamModel``
+            (``model.safetensors`` or ``pytorch_model.bin``). Nothing in it is executed.
+
+    Returns:
+        State dictionary with keys ``image_encoder.…``, ``prompt_encoder.…``, ``mask_decoder.…``.
+
+    Raises:
+        WeightsError: when the file is missing, unreadable or of another kind of model.
+    """
+    state = read_state(path, "the weights of a base model (sam_checkpoint)")
+    if any(name.startswith("vision_encoder.") for name in state):
+        state = from_hugging_face(state)
+    # MobileSAM's file carries the classifier that its encoder was distilled with; segmentation does not use it.
+    unused = ("image_encoder.head.", "image_encoder.norm_head.", "pixel_mean", "pixel_std")
+    return {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
+
+
+_HUGGING_FACE_NAMES = (
+    (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
+    (r"^vision_encoder\.neck\.conv1\.", "image_encoder.neck.0."),
+    (r"^vision_encoder\.neck\.layer_norm1\.", "image_encoder.neck.1."),
+    (r"^vision_encoder\.neck\.conv2\.", "image_encoder.neck.2."),
+    (r"^vision_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
+    (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
+    (r"^vision_encoder\.", "image_encoder."),
+    (r"^shared_image_embedding\.positional_embedding$", "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"),
+    (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
+    (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
+    (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
+    (r"^prompt_encoder\.mask_embed\.conv2\.", "prompt_encoder.mask_downscaling.3."),
+    (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "prompt_encoder.mask_downscaling.4."),
+    (r"^prompt_encoder\.mask_embed\.conv3\.", "prompt_encoder.mask_downscaling.6."),
+    (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
+    (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
+    (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
+    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d|iou_prediction_head))\.layers\.0\.", r"\1.layers.1."),
+    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d|iou_prediction_head))\.proj_in\.", r"\1.layers.0."),
+    (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d|iou_prediction_head))\.proj_out\.", r"\1.layers.2."),
+    (r"^mask_decoder\.transformer\.layer_norm_final_attn\.", "mask_decoder.transformer.norm_final_attn."),
+)
+
+
+def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of Hugging Face ``SamModel`` to segment-anything's."""
+    out = {}
+    for name, tensor in state.items():
+        if name == "prompt_encoder.shared_embedding.positional_embedding":
+            continue  # the same matrix as shared_image_embedding's
+        for pattern, replacement in _HUGGING_FACE_NAMES:
+            changed = re.sub(pattern, replacement, name)
+            if changed != name:
+                name = changed
+                break
+        out[re.sub(r"\.layer_norm(\d)\.", r".norm\1.", name)] = tensor
+    return out
