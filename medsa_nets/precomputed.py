@@ -6,7 +6,6 @@ a study that was precomputed is answered by the decoder alone.
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 import time
@@ -21,7 +20,7 @@ from medsa_nets.data import list_photographs, list_volumes
 from medsa_nets.data.atomic import make_writable
 from medsa_nets.embeddings import PrecomputedEmbeddings, read_embeddings
 from medsa_nets.errors import DataError, find_cause
-from medsa_nets.inferers import SlabInferer, Slabs
+from medsa_nets.inferers import VolumeInferer, rebuilt, slab_inferer
 from medsa_nets.networks import VolumeMedSA
 from medsa_nets.precision import autocast
 
@@ -37,15 +36,14 @@ def encode_study(segmenter: Any, image: MetaTensor) -> None:
         image: (C, spatial…), as :meth:`~medsa_nets.interaction.segmenters.NetworkSegmenter.open` gives it.
     """
     network, inputs = segmenter.network, segmenter._input(image)
-    if not isinstance(segmenter.inferer, SlabInferer):
+    if not isinstance(segmenter.inferer, VolumeInferer):
         with autocast(segmenter.inferer.amp, inputs.device):
             network.encode_image(inputs)
         return
     assert isinstance(network, VolumeMedSA)
-    inferer = copy.copy(segmenter.inferer)
-    inferer.cache = None
-    for axes in inferer._mirrorings():
-        slabs = Slabs(inferer, inputs, network, None, axes)
+    inferer = rebuilt(segmenter.inferer, lambda own: own)
+    slab_inferer(inferer).cache = None
+    for slabs in inferer.open(inputs, network, None):
         for g in range(len(slabs.groups)):
             slabs.embeddings(g)
 
