@@ -151,8 +151,8 @@ def write(report: dict[str, Any], root: Path) -> None:
     images = report["images"] or "all"
     lines.append(
         f"\n{report['minutes']:g} minutes of training each, {images} images, {report['base']} at "
-        f"{report['image_size']}, {report['held_out']} validation images, {report['cores']} cores; torch {report['torch']}, monai "
-        f"{report['monai']}. Files hold the branch of clicks too, which all share."
+        f"{report['image_size']}, {report['held_out']} validation images, {report['cores']} cores; torch "
+        f"{report['torch']}, monai {report['monai']}. Files hold the branch of clicks too, which all share."
     )
     (root / "adaptations.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines), flush=True)

@@ -11,6 +11,7 @@ from monai.bundle import ConfigParser, run
 from medsa_nets.adaptations import settings_of
 from medsa_nets.data.phantoms import write_phantoms
 from medsa_nets.networks.identity import decode_identity
+from medsa_nets.weights import BASES
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 FORMS = [("lora", None), ("adalora", "adapted"), ("none", "whole")]
@@ -42,10 +43,11 @@ def test_a_training_leaves_an_adapter_of_its_kind(
     phantoms: Path, tmp_path: Path, adaptation: str, decoder: str | None
 ) -> None:
     root = BUNDLES / "medsa_isic"
-    run("training", config_file=str(root / "configs" / "train.yaml"), bundle_root=str(root), base="small",
-        image_size=64, meta_file=str(root / "configs" / "metadata.json"), dataset_dir=str(phantoms), ckpt_dir=str(tmp_path),
-        output_dir=str(tmp_path), num_workers=0, amp=False, batch_size=2, warmup_steps=1, samples_interval=0,
-        max_epochs=2, adaptation=adaptation, train_decoder=decoder)  # fmt: skip
+    common = {"bundle_root": str(root), "meta_file": str(root / "configs" / "metadata.json"), "base": "small",
+              "image_size": 64, "dataset_dir": str(phantoms), "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path),
+              "num_workers": 0, "amp": False, "batch_size": 2, "warmup_steps": 1, "samples_interval": 0}  # fmt: skip
+    config = str(root / "configs" / "train.yaml")
+    run("training", config_file=config, max_epochs=2, adaptation=adaptation, train_decoder=decoder, **common)
     state = torch.load(tmp_path / "model_last.pt", weights_only=True)
     assert decode_identity(state["identity"])["adapter"]["adaptation"] == adaptation
     low_rank = [name for name in state if ".lora." in name]
@@ -54,3 +56,15 @@ def test_a_training_leaves_an_adapter_of_its_kind(
     if adaptation == "adalora":  # 6 at the start, 4 on average at the end
         values = torch.cat([state[name].flatten() for name in low_rank if name.endswith(".E")])
         assert int((values != 0).sum()) == len(values) * 4 // 6
+
+
+@pytest.mark.parametrize("bundle", ["medsa_isic", "medsa_btcv"])
+@pytest.mark.parametrize("base", [name for name in BASES if name != "small"])
+def test_two_percent_of_any_base_train(bundle: str, base: str) -> None:
+    configs = BUNDLES / bundle / "configs"
+    parser = ConfigParser(ConfigParser.load_config_files([configs / "train.yaml", configs / "two_percent.yaml"]))
+    parser.update({"bundle_root": str(BUNDLES / bundle), "base": base, "network_def#pretrained": False})
+    with torch.device("meta"):
+        network = parser.get_parsed_content("network_def")
+    total = sum(p.numel() for p in network.parameters())
+    assert 0.01 < sum(p.numel() for p in network.parameters() if p.requires_grad) / total <= 0.02
