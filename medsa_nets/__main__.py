@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {  # module, what it does
     "serve": ("medsa_nets.server.command", "serve a bundle to clients of nnInteractive"),
+    "precompute": ("medsa_nets.precomputed", "encode studies ahead of time, for the servers of serve and label"),
     "label": ("medsa_nets.label", "set up a folder that MONAI Label serves"),
     "deploy": ("medsa_nets.deploy.__main__", "segment DICOM series by MONAI Deploy; export, package and check one"),
     "cluster": ("medsa_nets.cluster", "segment a list of studies with several processes or machines"),
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = importlib.import_module(COMMANDS[given[0]][0]).main(given[1:])
         return status
     asked = given[:1] in ([], ["--help"], ["-h"])
-    lines = [f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
     text = "\n".join(["usage: python -m medsa_nets COMMAND ...   (--help says what a command takes)", "", *lines])
     print(text if asked else f"error: there is no command {given[0]!r}\n{text}", file=None if asked else sys.stderr)
     return 0 if asked else 2

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,12 +24,13 @@ from tqdm import tqdm
 
 from medsa_nets.backends import backend_of, expect_encodings
 from medsa_nets.checksums import tensor_sha256
-from medsa_nets.interaction.observations import Kernel, observe
+from medsa_nets.embeddings import read_embeddings
 from medsa_nets.machine import limit_threads
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import Amp, autocast, choose_amp, read_amp
 from medsa_nets.prompts import Prompts, prompts_of_batch
 from medsa_nets.prompts.earlier import as_earlier
+from medsa_nets.prompts.observations import Kernel, observe
 from medsa_nets.runtime import keep_freed_memory, plain, release_freed_memory, unwrap
 from medsa_nets.transforms import ABSENT, all_classes, keep_main_components
 
@@ -149,12 +151,16 @@ class PromptInferer(SimpleInferer):
     Args:
         amp: precision, ``auto``, true or false (:func:`~medsa_nets.precision.choose_amp`).
         cache: keeps embeddings of images that are asked for again; none computes them anew.
+        precomputed: folder of embeddings from ``python -m medsa_nets precompute``; none computes them.
     """
 
-    def __init__(self, amp: Amp = False, cache: EmbeddingCache | None = None) -> None:
+    def __init__(
+        self, amp: Amp = False, cache: EmbeddingCache | None = None, precomputed: str | Path | None = None
+    ) -> None:
         super().__init__()
         self.amp = read_amp(amp)
         self.cache = cache
+        self.precomputed = precomputed
 
     def __call__(
         self,
@@ -184,6 +190,7 @@ class PromptInferer(SimpleInferer):
             medsa = unwrap(network)
             if not isinstance(medsa, MedSA) or medsa.training:  # dropout answers anew each time
                 return network(inputs, *args, **Prompts.batched(asked)).float()
+            _read_precomputed(medsa, self.precomputed)
             in_order = medsa.click_feedback is not None and medsa.click_feedback.trained
             if self.cache is None and not in_order:
                 return network(inputs, *args, **Prompts.batched(asked)).float()
@@ -218,7 +225,7 @@ def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: S
     A session begins with the box, where there is one, else with the automatic mask, where the class is named, else with
     the first click. A click on foreground takes nothing from a mask, one on background adds nothing, so that no later
     click undoes what was right elsewhere. In each answer every clicked pixel carries its label
-    (:func:`~medsa_nets.interaction.observations.observe`).
+    (:func:`~medsa_nets.prompts.observations.observe`).
 
     Args:
         network: the network.
@@ -289,6 +296,7 @@ class SlabInferer(Inferer):
             logits are the mean over the volume and its mirror images, one for each combination of axes, and each costs
             what the volume costs. For tasks that train on mirror images.
         progress: whether a bar shows the slabs.
+        precomputed: folder of embeddings from ``python -m medsa_nets precompute``; none computes them.
         component_share: of automatic masks, connected components smaller than this share of their class's largest one
             are dropped (:func:`~medsa_nets.transforms.keep_main_components`); 0 keeps all. What prompts ask for is not
             touched.
@@ -312,6 +320,7 @@ class SlabInferer(Inferer):
         mirror_axes: Sequence[int] = (),
         progress: bool = False,
         component_share: float = 0.0,
+        precomputed: str | Path | None = None,
     ) -> None:
         super().__init__()
         if slab_depth < 1 or sw_batch_size < 1:
@@ -337,6 +346,7 @@ class SlabInferer(Inferer):
         self.component_share = component_share
         self.mirror_axes = tuple(mirror_axes)
         self.progress = progress
+        self.precomputed = precomputed
 
     def starts(self, depth: int) -> list[int]:
         """First slice of each slab of a volume of ``depth`` slices; the last slab ends with the volume."""
@@ -381,6 +391,8 @@ class SlabInferer(Inferer):
         if inputs.dim() != 5:
             raise ValueError(f"the volume must have shape (B, C, H, W, D), got {tuple(inputs.shape)}.")
         asked = prompts_of_batch(inputs, prompts)
+        if isinstance(medsa, VolumeMedSA) and not medsa.training:
+            _read_precomputed(medsa, self.precomputed)
         release_freed_memory()  # reading and resampling a large volume takes more than its slabs do
         inputs = plain(inputs)
         volumes = []
@@ -682,6 +694,12 @@ class Slabs:
             slabs = F.pad(slabs, pad)
         with autocast(self.settings.amp, self.place):
             return self.network.encode_image(slabs)
+
+
+def _read_precomputed(network: MedSA, folder: str | Path | None) -> None:
+    """Let a network take embeddings from a folder, unless it takes them from somewhere already."""
+    if folder and "encode_image" not in network.__dict__:
+        read_embeddings(network, folder)
 
 
 def network_name(network: nn.Module) -> str:

@@ -12,13 +12,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from medsa_nets.bundles import ADAPTER, Bundle, copy_bundle
 from medsa_nets.commands import command
 from medsa_nets.errors import DataError
+from medsa_nets.precomputed import precompute
 from medsa_nets.training import save_atomically
+
+EMBEDDINGS = "embeddings"  # folder beside the models; an adapter that is trained later has embeddings of its own
 
 
 def find_stock_app() -> Path:
@@ -48,7 +52,13 @@ def add_app(app: Path, source: Path | None = None) -> None:
     shutil.copytree(source, app, ignore=ignored, dirs_exist_ok=True)
 
 
-def add_bundle(app: Path, bundle: Path, name: str | None = None, overlays: Sequence[str] = ()) -> Path:
+def add_bundle(
+    app: Path,
+    bundle: Path,
+    name: str | None = None,
+    overlays: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
     """Copy a bundle to ``app/model/NAME``, with overlays merged into its configurations.
 
     Args:
@@ -57,6 +67,7 @@ def add_bundle(app: Path, bundle: Path, name: str | None = None, overlays: Seque
         name: name of the model in the server; none takes that of the bundle. ``deepedit`` is appended where it is
             missing: MONAI Label offers clicks to such names.
         overlays: files of the bundle's ``configs``, as ``hippocampus.yaml``.
+        settings: keys of its configurations to set.
 
     Returns:
         Folder of the model. Where it exists, its adapter stays as it is.
@@ -68,7 +79,7 @@ def add_bundle(app: Path, bundle: Path, name: str | None = None, overlays: Seque
     if "deepedit" not in name:
         name += "_deepedit"
     target = app / "model" / name
-    if not copy_bundle(bundle, target, overlays, server=True):
+    if not copy_bundle(bundle, target, overlays, settings, server=True):
         _write_fresh_adapter(target, target / ADAPTER)
     return target
 
@@ -80,7 +91,13 @@ def _write_fresh_adapter(target: Path, adapter: Path) -> None:
 
 
 def serve_with_monai_label(
-    app: Path, *, bundle: Sequence[str], overlay: Sequence[str] = (), name: str = "", studies: str = "STUDIES"
+    app: Path,
+    *,
+    bundle: Sequence[str],
+    overlay: Sequence[str] = (),
+    name: str = "",
+    studies: str = "STUDIES",
+    precomputed: bool = False,
 ) -> None:
     """Set up a folder that MONAI Label serves, and print the command that starts the server.
 
@@ -90,12 +107,19 @@ def serve_with_monai_label(
         overlay: file of the bundle's configs to lay over; may be given more than once.
         name: name of the model in the server.
         studies: folder of images, or address of a DICOMweb server.
+        precomputed: encode all studies of the folder now, so that the first answer on each is fast.
     """
     if len(bundle) > 1 and (name or overlay):
         raise DataError("--name and --overlay belong to one bundle: run the command once for each.")
+    if precomputed and not Path(studies).is_dir():
+        raise DataError(f"--precomputed needs a folder of studies, --studies is {studies}.")
     add_app(app)
+    settings = {"precomputed": str(app.resolve() / EMBEDDINGS)} if precomputed else None
     for one in bundle:
-        print(f"added {add_bundle(app, Path(one), name or None, overlay)}")
+        model = add_bundle(app, Path(one), name or None, overlay, settings)
+        print(f"added {model}", flush=True)
+        if precomputed:
+            precompute(str(model), studies, str(app / EMBEDDINGS))
     models = ",".join(sorted(p.name for p in (app / "model").iterdir() if (p / "configs").is_dir()))
     start = ["monailabel", "start_server", "--app", str(app), "--studies", studies,
              "--conf", "models", models, "--conf", "zoo_source", "local", "--conf", "sam2", "false"]  # fmt: skip

@@ -19,9 +19,8 @@ from PIL import Image, ImageFile, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from medsa_nets.data.atomic import AtomicWriter, make_folder, temporary_name
-from medsa_nets.data.datalists import is_dicom
 from medsa_nets.data.masks import mask_values
-from medsa_nets.data.slices import read_dicom
+from medsa_nets.data.slices import is_dicom, read_dicom
 from medsa_nets.errors import DataError, describe
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import torch
 from monai.data import ITKReader, ITKWriter, MetaTensor, NibabelWriter
 
 from medsa_nets.data.atomic import AtomicWriter
-from medsa_nets.data.datalists import SPLITS, choose_split, is_dicom, read_datalist, read_json
+from medsa_nets.data.datalists import SPLITS, choose_split, read_datalist, read_json
 from medsa_nets.data.geometry import (
     check_spacing,
     nifti_geometry,
@@ -29,6 +29,7 @@ from medsa_nets.data.slices import (
     count_frames,
     drop_twins,
     grid_affine,
+    is_dicom,
     is_media_directory,
     is_multi_frame,
     order_slices,
@@ -448,7 +449,11 @@ def _dicom_series(path: Path) -> list[Slice]:
     if len(series) > 1:
         left = _first([f"{uid} ({len(files)} files)" for uid, files in series.items() if uid != chosen])
         logger.warning("%s: took the series %s (%d files); left out %s.", path, chosen, len(series[chosen]), left)
-    return drop_twins(series[chosen])
+    slices, twins = drop_twins(series[chosen])
+    if twins:
+        named = _first([f"{file.name} (as {twin.name})" for file, twin in twins])
+        logger.warning("%s: left out %d slices that are there twice: %s.", path, len(twins), named)
+    return slices
 
 
 def _first(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,6 +31,7 @@ from medsa_nets.machine import limit_threads
 from medsa_nets.server.arrays import pack_array, read_header, unpack_array
 from medsa_nets.server.errors import CapacityError, LeaseOverError, RequestError
 from medsa_nets.server.leases import Lease, Leases
+from medsa_nets.server.logs import SessionLog, SessionLogs, hash_image
 from medsa_nets.server.queues import DeviceQueue
 from medsa_nets.server.settings import ServerSettings
 from medsa_nets.server.studies import FOREGROUND, Embeddings, Properties, StoppedError, Study, read_properties
@@ -131,6 +132,7 @@ class Server:
             self.settings.idle,
             self.settings.liveness,
         )
+        self.logs = SessionLogs(self.settings.sessions) if self.settings.sessions else None
         self._numbers = itertools.count(1)
         self._reserved = 0  # bytes that requests take
         self._lock = threading.Lock()
@@ -140,6 +142,13 @@ class Server:
         study = Study(self.segmenter, self.queue, self.store, next(self._numbers), array, properties)
         study.encode_ahead()
         return study
+
+    def open_log(self, array: np.ndarray, properties: Properties) -> SessionLog | None:
+        """The log of a session on an image, where sessions are kept."""
+        if self.logs is None:
+            return None
+        key = hash_image(array, properties.affine, self.segmenter.identity(), properties.class_name)
+        return self.logs.open(key, properties.session)
 
     def warm_up(self) -> None:
         """Segment a blank image: precision, fast paths and kernels are chosen before the first image comes."""
@@ -391,6 +400,8 @@ def _add_leases(application: FastAPI, server: Server) -> None:
 
     @application.post("/release")
     async def release(request: Request) -> dict[str, bool]:
+        with suppress(LeaseOverError):
+            leases.peek(request.headers.get(LEASE)).held.finish()
         leases.release(request.headers.get(LEASE))
         return {"ok": True}
 
@@ -407,7 +418,8 @@ def _add_work(application: FastAPI, server: Server) -> None:
             array = server.unpack(body, size)
             if array.ndim != 4:
                 raise RequestError("image: expected four dimensions, (C, X, Y, Z).")
-            return held.set_image(array, properties, properties.class_name)
+            held.close()  # the log of this image may be its own
+            return held.set_image(array, properties, properties.class_name, server.open_log(array, properties))
 
         return {"original_image_shape": list(await server.act(request, work))}
 

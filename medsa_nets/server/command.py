@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from medsa_nets.commands import command
+from medsa_nets.embeddings import read_embeddings
 from medsa_nets.errors import DataError, SettingError
 from medsa_nets.interaction.segmenters import NetworkSegmenter
 from medsa_nets.server.settings import ServerSettings
@@ -31,6 +32,8 @@ def serve(
     checkpoint: str = "",
     device: str = "",
     amp: str = "",
+    precomputed: str = "",
+    sessions: str = "",
     api_key: str = "",
     ssl_certfile: str = "",
     ssl_keyfile: str = "",
@@ -51,6 +54,9 @@ def serve(
         checkpoint: the adapter; by default that of the bundle.
         device: cpu, cuda, …; by default the bundle's choice.
         amp: precision, auto, true or false; by default the bundle's choice.
+        precomputed: folder of embeddings that python -m medsa_nets precompute has kept; it is only read.
+        sessions: folder in which sessions are kept: what was said and the masks of finished objects, no images. A
+            client that comes back with the same image goes on where it was, also after the server was killed.
         api_key: what clients must send; by default the environment variable NN_INTERACTIVE_API_KEY. Where there is
             none and the host is not this machine alone, one is made and printed.
         ssl_certfile: certificate (PEM), for https.
@@ -85,6 +91,9 @@ def serve(
     chosen: dict[str, Any] = {"device": device, "checkpoint": checkpoint, "amp": amp}
     config = {name: value for name, value in chosen.items() if value != ""}
     segmenter = NetworkSegmenter.from_bundle(bundle, [name for name in overlays if name], config)
+    if precomputed and not Path(precomputed).is_dir():
+        raise DataError(f"{precomputed}: there is no such folder. Make it by python -m medsa_nets precompute.")
+    read_embeddings(segmenter.network, precomputed)
     settings = ServerSettings(
         max_sessions=max_sessions,
         idle=float(idle_timeout_seconds),
@@ -93,6 +102,7 @@ def serve(
         hosts=LOCAL if host in LOCAL else (),
         orientation=orientation,
         patience=float(patience),
+        sessions=str(sessions),
     )
     server = Server(segmenter, settings, name=Path(bundle).resolve().name)
     server.computing.submit(server.warm_up)

@@ -24,6 +24,7 @@ class ServerSettings:
         patience: seconds that a whole answer may take; after them, and while an image is still being encoded, the
             answer comes from the clicked slab, or from the clicks alone where there is a mask, and the rest later.
         upload: seconds in which a request must have come in.
+        sessions: folder in which sessions are kept (:class:`~medsa_nets.server.logs.SessionLogs`), or empty.
     """
 
     max_sessions: int = 4
@@ -37,3 +38,4 @@ class ServerSettings:
     memory: int = field(default_factory=lambda: min(4 * 2**30, usable_memory() // 4))
     patience: float = 0.1
     upload: float = 600.0
+    sessions: str = ""

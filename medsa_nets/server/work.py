@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import logging
+import math
 import threading
 import time
+import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
@@ -18,8 +21,9 @@ from medsa_nets.errors import MedSAError
 from medsa_nets.interaction.answers import AGREEMENT, AnswerSettings
 from medsa_nets.interaction.grids import Place, bounding_place
 from medsa_nets.interaction.session import InteractiveSession
-from medsa_nets.prompts.user import UserPrompt, make_lasso
+from medsa_nets.prompts.user import UserPrompt, make_lasso, prompt_from_json, prompt_to_json
 from medsa_nets.server.errors import RequestError
+from medsa_nets.server.logs import SessionLog
 from medsa_nets.server.outlines import areas_of, corners_of
 from medsa_nets.server.studies import FOREGROUND, ObjectSegmenter, StoppedError, Study
 
@@ -58,6 +62,32 @@ class Part:
         self.place = bounding_place(mask)
         self.shape = () if self.place is None else mask[self.place].shape
         self.bits = np.empty(0, np.uint8) if self.place is None else np.packbits(mask[self.place])
+
+    def to_json(self) -> dict[str, Any]:
+        """The object as it stands in a log."""
+        place = None if self.place is None else [[own.start, own.stop] for own in self.place]
+        return {"place": place, "bits": base64.b64encode(zlib.compress(self.bits.tobytes(), 1)).decode("ascii")}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any], shape: Sequence[int]) -> Part:
+        """Read an object of an image of a shape back.
+
+        Raises:
+            ValueError: when it has another form.
+        """
+        out = cls(np.zeros((0,) * len(shape), dtype=bool))
+        if entry["place"] is None:
+            return out
+        ends = [(int(a), int(b)) for a, b in entry["place"]]
+        if len(ends) != len(shape) or not all(0 <= a < b <= n for (a, b), n in zip(ends, shape)):
+            raise ValueError("an object lies outside the image")
+        out.place, out.shape = tuple(slice(a, b) for a, b in ends), tuple(b - a for a, b in ends)
+        count = -(-math.prod(out.shape) // 8)
+        bits = zlib.decompressobj().decompress(base64.b64decode(entry["bits"]), count + 1)
+        if len(bits) != count:
+            raise ValueError("an object has another size")
+        out.bits = np.frombuffer(bits, np.uint8)
+        return out
 
     def add_to(self, mask: np.ndarray) -> None:
         """Set its voxels."""
@@ -267,6 +297,7 @@ class Work:
         self.settings = settings
         self.patience = patience
         self.autozoom = True
+        self._log: SessionLog | None = None
         self._opening: Future[Study] | None = None
         self._shape: tuple[int, ...] = ()
         self._class_name = ""
@@ -279,15 +310,33 @@ class Work:
         self._taken: np.ndarray | None = None  # voxels of finished objects
         self._shown: np.ndarray | None = None  # what the client shows, on the file's grid
         self._queued: list[tuple[str, list[UserPrompt], np.ndarray | None]] = []
+        self._saved: Mapping[str, Any] | None = None  # of an earlier client on this image; not gone on with yet
+
+    def finish(self) -> None:
+        """The client has ended its work by itself: nothing of it is kept."""
+        log, self._log = self._log, None
+        if log is not None:
+            log.close(done=True)
 
     def close(self) -> None:
         """Stop everything; may be called while a request is answered."""
+        log, self._log = self._log, None
+        if log is not None:
+            log.close()
         opening, self._opening = self._opening, None
         if opening is not None and not opening.cancel():
             opening.add_done_callback(_close_study)
 
-    def set_image(self, array: np.ndarray, properties: Any, class_name: str) -> tuple[int, ...]:
+    def set_image(
+        self, array: np.ndarray, properties: Any, class_name: str, log: SessionLog | None = None
+    ) -> tuple[int, ...]:
         """Open an image; it is read and encoded in the background.
+
+        Args:
+            array: (C, X, Y, Z).
+            properties: of it.
+            class_name: that the client named, or empty.
+            log: where the session is kept, and gone on with where it holds one already.
 
         Returns:
             Its shape (C, X, Y, Z).
@@ -296,6 +345,8 @@ class Work:
         self.close()
         self._forget()
         self._shape, self._class_name = shape[1:], class_name
+        self._log = log
+        self._saved = None if log is None else log.saved
         self._opening = self.executor.submit(self.open_study, array, properties)
         return shape
 
@@ -310,6 +361,8 @@ class Work:
             raise RequestError(
                 f"target buffer: its shape is {list(shape)}, that of the image {list(self._shape)}. Make one like it."
             )
+        if self._saved is not None:
+            return  # what an earlier client left comes with the next answer
         part = self._given_up
         if self._object is not None and self._shown is not None:
             part = Part(self._shown)
@@ -318,6 +371,7 @@ class Work:
             self._finished.append(part)
             self._taken = None
         self._given_up = None
+        self._keep()
 
     def reset(self) -> None:
         """Give the object up, and begin another one.
@@ -326,9 +380,11 @@ class Work:
             RequestError: when no image is open.
         """
         self._require_image()
+        self._resume()
         if self._object is not None and self._shown is not None:
             self._given_up = Part(self._shown)  # or finished, where a new target buffer follows at once
         self._begin()
+        self._keep()
 
     def _begin(self) -> None:
         if self._object is not None:
@@ -347,6 +403,7 @@ class Work:
             RequestError: when no image is open, or what was said can't be used; nothing changes then.
         """
         study = self._study()
+        self._resume()
         mask: np.ndarray | None = None
         if kind == "mask":
             mask = self._read_mask(study, said["mask"], None)
@@ -362,6 +419,7 @@ class Work:
             self._shown = mask.copy()
         self._given_up = None
         self._queued.append((kind, prompts, mask))
+        self._keep()
         if not runs and mask is None:
             return Answer()
         return self._answer(study)
@@ -369,6 +427,7 @@ class Work:
     def predict(self) -> Answer:
         """Answer what waits, or bring what an answer left out."""
         study = self._study()
+        self._resume()
         if self._object is None and not self._queued:
             return Answer()
         return self._answer(study, patience=self.patience if self._queued else LONGEST)
@@ -376,13 +435,67 @@ class Work:
     def undo(self) -> Answer:
         """Take back what was said last."""
         study = self._study()
+        self._resume()
         if self._queued:
             self._queued.pop()
+            self._keep()
             return self._difference(study, self._current(), True) if self._object is not None else Answer(ran=True)
         if self._object is None or not self._object.undo():
             return Answer()
+        self._keep()
         mask, complete = self._object.mask(0.0 if self.patience < PATIENT else self.patience)
         return self._difference(study, mask, complete)
+
+    def _keep(self) -> None:
+        """Write the log, before what it says is answered."""
+        if self._log is None:
+            return
+        known = self._object
+        counts = ([] if known is None else list(known.interactions)) + [len(said) for _, said, _ in self._queued]
+        prompts = ([] if known is None else known.said()) + [prompt for _, said, _ in self._queued for prompt in said]
+        entries = [prompt_to_json(prompt, [FOREGROUND], prompt.positions) for prompt in prompts]
+        for entry in entries:
+            entry.pop("world", None)
+        self._log.write(
+            {
+                "class": None if known is None else known.index,
+                "decided": known is not None and known.decided,
+                "interactions": counts,
+                "prompts": entries,
+                "finished": [part.to_json() for part in self._finished],
+                "given_up": None if self._given_up is None else self._given_up.to_json(),
+            }
+        )
+
+    def _resume(self) -> None:
+        """Go on with what an earlier client said of this image, where there is a log of it."""
+        saved, self._saved = self._saved, None
+        if saved is None:
+            return
+        study = self._study()
+        shape = study.grids.file_shape
+        try:
+            finished = [Part.from_json(entry, shape) for entry in saved["finished"]]
+            given_up = None if saved["given_up"] is None else Part.from_json(saved["given_up"], shape)
+            said = deque(prompt_from_json(entry, [FOREGROUND], shape) for entry in saved["prompts"])
+            counts, index, decided = [int(n) for n in saved["interactions"]], saved["class"], bool(saved["decided"])
+            if sum(counts) != len(said) or min(counts, default=1) < 1 or len(counts) > MAX_INTERACTIONS:
+                raise ValueError("interactions and prompts do not agree")
+            if index is not None and index not in range(len(study.segmenter.classes)):
+                raise ValueError("its class is unknown")
+        except (KeyError, TypeError, ValueError, zlib.error) as error:
+            logger.warning("a session's log can't be gone on with: %s: %s", type(error).__name__, error)
+            return
+        self._finished, self._given_up, self._taken = finished, given_up, None
+        if not counts:
+            return
+        groups = [[said.popleft() for _ in range(count)] for count in counts]
+        if not decided:  # the first thing said that shows the class chooses it, as it would have
+            self._queued = [(own[0].kind, own, own[0].mask) for own in groups]
+            return
+        self._object = SegmentedObject(study, index, self.settings, self.executor)
+        for own in groups:
+            self._object.add(own)
 
     def _current(self) -> np.ndarray:
         assert self._object is not None

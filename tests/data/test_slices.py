@@ -29,8 +29,8 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from medsa_nets.data.datalists import is_dicom
 from medsa_nets.data.photographs import read_photograph
+from medsa_nets.data.slices import is_dicom
 from medsa_nets.data.volumes import list_volumes, read_volume
 from medsa_nets.errors import DataError
 
