@@ -9,12 +9,23 @@ from typing import Any
 from medsa_nets.adaptations import ADAPTATIONS, DECODERS
 from medsa_nets.build import parameter_table
 from medsa_nets.errors import MedSAError, WeightsError
+from medsa_nets.exchange.command import COMMANDS as ADAPTER_COMMANDS
+from medsa_nets.exchange.command import main as adapter_command
 from medsa_nets.weights import BASES, describe_file, fetch, find_base_file
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: ``list`` (default), ``fetch NAME``, ``check FILE``, ``parameters``."""
-    parser = argparse.ArgumentParser(prog="python -m medsa_nets.weights", description="Base weights for MedSA.")
+    """Command line: ``list`` (default), ``fetch NAME``, ``check FILE``, ``parameters``, and those on adapters."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] and given[0] in ADAPTER_COMMANDS:
+        return adapter_command(given)
+    lines = [f"  {name:<10} {(function.__doc__ or '').splitlines()[0]}" for name, function in ADAPTER_COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m medsa_nets.weights",
+        description="Base weights for MedSA, and adapters.",
+        epilog="\n".join(["on adapters (--help after one says what it takes):", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("list", help="list the bases, where they come from, and which are on this machine (default)")
     fetch_parser = commands.add_parser("fetch", help="fetch the weights of a base")
