@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("engines", "handlers", "session_training", "stages"),  # names of before, which configurations of users hold
     ("medsa_nets",),  # what the package offers by name
-    ("precomputed",),
+    ("precomputed", "exchange"),
     ("cluster", "demo", "deploy", "label", "server", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
