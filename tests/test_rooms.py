@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("build", "inferers"),
     ("interaction",),
     ("training",),
+    ("exchange",),
     ("engines", "handlers", "session_training", "stages"),  # names of before, which configurations of users hold
     ("medsa_nets",),  # what the package offers by name
     ("precomputed", "exchange"),
