@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from medsa_nets.adaptations import plan_adaptation
 from medsa_nets.checksums import state_sha256
 from medsa_nets.layers import Adaptation, Bottlenecks, ClickFeedback
 from medsa_nets.networks import MaskDecoder, MedSA, PromptEncoder, TwoWayTransformer, VolumeMedSA
@@ -32,7 +33,11 @@ def build_medsa(
     checkpointing: bool = False,
     class_chunk: int = 0,
     dropout: float = 0.0,
-    adaptation: Adaptation | None = None,
+    adaptation: str | Adaptation = "adapters",
+    train_decoder: str | None = None,
+    lora_rank: int = 4,
+    lora_alpha: float | None = None,
+    lora_targets: Iterable[str] = ("q", "v"),
     task: Mapping[str, Any] | None = None,
     same_task: bool = True,
 ) -> MedSA:
@@ -62,8 +67,13 @@ def build_medsa(
         class_chunk: prompt sets or classes that the decoder answers at a time; 0 answers all at once.
         dropout: probability with which an activation in an adapter's bottleneck is left out in training; active
             learning by epistemic uncertainty samples it too. It is no part of what an adapter file belongs to.
-        adaptation: makes the adapters; none makes :class:`~medsa_nets.layers.Bottlenecks` of ``adapter_ratio``,
-            ``adapter_dim``, ``scale``, ``hyper_prompting`` and ``dropout``, which are not used otherwise.
+        adaptation: what adapts the base: ``adapters`` (the paper's, of ``adapter_ratio``, ``adapter_dim``, ``scale``
+            and ``hyper_prompting``), ``lora``, ``adalora``, ``none``, or a factory of adapters.
+        train_decoder: ``adapted`` as the encoder is, ``frozen``, or ``whole``: its own parameters train. None takes
+            ``adapted`` with adapters, and ``frozen`` with the others.
+        lora_rank: rank of the changes of LoRA; of AdaLoRA, on average at the end of training.
+        lora_alpha: their weight, times the rank; none takes the rank, a weight of 1.
+        lora_targets: what they change: some of ``q``, ``k``, ``v`` and ``mlp``.
         task: what decides the meaning of a mask, as far as it is known: ``grid``, ``intensity``, ``classes``
             (:meth:`~medsa_nets.networks.identity.Adapted.set_task`); ``image_size`` is known where ``img_size`` is
             given, and with a ViT base. It stands in the adapter's file.
@@ -84,13 +94,25 @@ def build_medsa(
     spec = get_base(base)
     size = spec.img_size if img_size is None else img_size
     size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    if adaptation is None:
-        adaptation = Bottlenecks(adapter_ratio, adapter_dim, scale, hyper_prompting, dropout)
-    encoder = spec.encoder(img_size=size, spatial_dims=spatial_dims, checkpointing=checkpointing, adaptation=adaptation)
+    plan = plan_adaptation(
+        adaptation,
+        train_decoder=train_decoder,
+        bottlenecks=Bottlenecks(adapter_ratio, adapter_dim, scale, hyper_prompting, dropout),
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_targets=lora_targets,
+        dropout=dropout,
+    )
+    encoder = spec.encoder(
+        img_size=size, spatial_dims=spatial_dims, checkpointing=checkpointing, adaptation=plan.encoder
+    )
+    decoder = MaskDecoder(transformer=TwoWayTransformer(adaptation=plan.decoder))
+    plan.encoder.install(encoder)
+    plan.decoder.install(decoder)
     parts: dict[str, Any] = {
         "image_encoder": encoder,
         "prompt_encoder": PromptEncoder(),
-        "mask_decoder": MaskDecoder(transformer=TwoWayTransformer(adaptation=adaptation)),
+        "mask_decoder": decoder,
         "num_classes": num_classes,
         "classes_per_pass": classes_per_pass,
         "click_feedback": ClickFeedback(spatial_dims=spatial_dims) if click_feedback else None,
@@ -101,13 +123,14 @@ def build_medsa(
         "checkpointing": checkpointing,
     }
     network = VolumeMedSA(**parts) if spatial_dims == 3 else MedSA(**parts)
+    network.freeze(train_norms, plan.whole_decoder)
     fingerprint = load_base(network, spec, sam_checkpoint) if pretrained else state_sha256({})
     network.set_identity(
         {
             "base": base,
             "sha256": fingerprint,
             "adapter": {
-                **adaptation.describe(),
+                **plan.describe,
                 "num_classes": num_classes,
                 "train_norms": train_norms,
                 **({"spatial_dims": 3} if spatial_dims == 3 else {}),
@@ -128,7 +151,7 @@ def parameter_table(**settings: Any) -> list[dict[str, Any]]:
     ``percent`` is the trainable share of the total. Nothing is allocated and no weights are needed.
 
     Args:
-        settings: see :func:`build_medsa`: ``adapter_ratio``, ``adapter_dim``, ``spatial_dims``, ``num_classes``.
+        settings: see :func:`build_medsa`: ``adaptation``, ``train_decoder``, ``adapter_ratio``, ``lora_rank``…
     """
     rows = []
     for name in BASES:

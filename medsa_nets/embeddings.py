@@ -1,4 +1,4 @@
-"""Training of the decoder alone: a frozen encoder sees each image once, its embeddings are kept on disk."""
+"""Embeddings kept on disk: a frozen encoder sees each image once, in the training of a decoder and for servers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from medsa_nets.checksums import state_sha256, tensor_sha256
@@ -103,4 +105,61 @@ def train_decoder_alone(network: MedSA, folder: str | Path) -> MedSA:
     """
     network.image_encoder.requires_grad_(False)
     network.__dict__["encode_image"] = StoredEmbeddings(network, folder)
+    return network
+
+
+class PrecomputedEmbeddings(StoredEmbeddings):
+    """Embeddings on disk whose values are checked by their SHA-256 as they are read; damaged ones are computed anew.
+
+    Args:
+        network: the network; nothing of its encoder trains any more.
+        folder: where embeddings are kept.
+        writes: whether what is computed is kept there; else the folder is only read.
+    """
+
+    def __init__(self, network: MedSA, folder: str | Path, writes: bool = False) -> None:
+        network.image_encoder.requires_grad_(False)
+        super().__init__(network, folder)
+        self.writes = writes
+
+    @staticmethod
+    def _load(file: Path) -> Tensor | None:
+        path = file.with_suffix(".safetensors")
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(str(path), framework="pt") as opened:
+                embedding: Tensor = opened.get_tensor("embedding")
+                expected = (opened.metadata() or {}).get("sha256")
+        except (SafetensorError, OSError) as error:
+            logger.warning("%s: damaged (%s); computed anew", path, type(error).__name__)
+            return None
+        if tensor_sha256(embedding) != expected:
+            logger.warning("%s: damaged (its SHA-256 is another one); computed anew", path)
+            return None
+        return embedding
+
+    def _save(self, file: Path, embedding: Tensor) -> None:
+        if not self.writes:
+            return
+        make_folder(self.folder)
+        embedding = embedding.contiguous()
+        content = save({"embedding": embedding}, {"sha256": tensor_sha256(embedding)})
+        with temporary_name(file.with_suffix(".safetensors")) as part:
+            part.write_bytes(content)
+
+
+def read_embeddings(network: MedSA, folder: str | Path | None, writes: bool = False) -> MedSA:
+    """Let a network take embeddings from a folder where they are there; see :class:`PrecomputedEmbeddings`.
+
+    Args:
+        network: the network; it is changed in place.
+        folder: where embeddings are kept; none leaves the network as it is.
+        writes: whether others are kept there too.
+
+    Returns:
+        ``network``.
+    """
+    if folder:
+        network.__dict__["encode_image"] = PrecomputedEmbeddings(network, folder, writes)
     return network

@@ -6,88 +6,25 @@ a study that was precomputed is answered by the decoder alone.
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
-from medsa_nets.checksums import tensor_sha256
 from medsa_nets.commands import command
 from medsa_nets.data import list_photographs, list_volumes
-from medsa_nets.data.atomic import make_folder, make_writable, temporary_name
-from medsa_nets.embeddings import StoredEmbeddings
+from medsa_nets.data.atomic import make_writable
+from medsa_nets.embeddings import PrecomputedEmbeddings, read_embeddings
 from medsa_nets.errors import DataError, find_cause
-from medsa_nets.inferers import SlabInferer, Slabs
-from medsa_nets.networks import MedSA, VolumeMedSA
+from medsa_nets.inferers import VolumeInferer, rebuilt, slab_inferer
+from medsa_nets.networks import VolumeMedSA
 from medsa_nets.precision import autocast
 
 logger = logging.getLogger(__name__)
-
-
-class PrecomputedEmbeddings(StoredEmbeddings):
-    """Embeddings on disk whose values are checked by their SHA-256 as they are read; damaged ones are computed anew.
-
-    Args:
-        network: the network; nothing of its encoder trains any more.
-        folder: where embeddings are kept.
-        writes: whether what is computed is kept there; else the folder is only read.
-    """
-
-    def __init__(self, network: MedSA, folder: str | Path, writes: bool = False) -> None:
-        network.image_encoder.requires_grad_(False)
-        super().__init__(network, folder)
-        self.writes = writes
-
-    @staticmethod
-    def _load(file: Path) -> Tensor | None:
-        path = file.with_suffix(".safetensors")
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(str(path), framework="pt") as opened:
-                embedding: Tensor = opened.get_tensor("embedding")
-                expected = (opened.metadata() or {}).get("sha256")
-        except (SafetensorError, OSError) as error:
-            logger.warning("%s: damaged (%s); computed anew", path, type(error).__name__)
-            return None
-        if tensor_sha256(embedding) != expected:
-            logger.warning("%s: damaged (its SHA-256 is another one); computed anew", path)
-            return None
-        return embedding
-
-    def _save(self, file: Path, embedding: Tensor) -> None:
-        if not self.writes:
-            return
-        make_folder(self.folder)
-        embedding = embedding.contiguous()
-        content = save({"embedding": embedding}, {"sha256": tensor_sha256(embedding)})
-        with temporary_name(file.with_suffix(".safetensors")) as part:
-            part.write_bytes(content)
-
-
-def read_embeddings(network: MedSA, folder: str | Path | None, writes: bool = False) -> MedSA:
-    """Let a network take embeddings from a folder where they are there; see :class:`PrecomputedEmbeddings`.
-
-    Args:
-        network: the network; it is changed in place.
-        folder: where embeddings are kept; none leaves the network as it is.
-        writes: whether others are kept there too.
-
-    Returns:
-        ``network``.
-    """
-    if folder:
-        network.__dict__["encode_image"] = PrecomputedEmbeddings(network, folder, writes)
-    return network
 
 
 @torch.no_grad()
@@ -99,15 +36,14 @@ def encode_study(segmenter: Any, image: MetaTensor) -> None:
         image: (C, spatial…), as :meth:`~medsa_nets.interaction.segmenters.NetworkSegmenter.open` gives it.
     """
     network, inputs = segmenter.network, segmenter._input(image)
-    if not isinstance(segmenter.inferer, SlabInferer):
+    if not isinstance(segmenter.inferer, VolumeInferer):
         with autocast(segmenter.inferer.amp, inputs.device):
             network.encode_image(inputs)
         return
     assert isinstance(network, VolumeMedSA)
-    inferer = copy.copy(segmenter.inferer)
-    inferer.cache = None
-    for axes in inferer._mirrorings():
-        slabs = Slabs(inferer, inputs, network, None, axes)
+    inferer = rebuilt(segmenter.inferer, lambda own: own)
+    slab_inferer(inferer).cache = None
+    for slabs in inferer.open(inputs, network, None):
         for g in range(len(slabs.groups)):
             slabs.embeddings(g)
 

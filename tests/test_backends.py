@@ -419,7 +419,9 @@ def test_auto_says_that_openvino_is_missing(tiny, monkeypatch, own_cache, caplog
 
 def test_a_volume_tells_auto_how_many_slabs_it_has(tiny, monkeypatch):
     told = []
-    monkeypatch.setattr(inferers, "expect_encodings", lambda network, encodings: told.append((network, encodings)))
+    monkeypatch.setattr(
+        inferers.slabs, "expect_encodings", lambda network, encodings: told.append((network, encodings))
+    )
     network = use_backend(tiny, "auto")
     with torch.no_grad():
         SlabInferer(slab_depth=2, overlap=0.0)(torch.rand(1, 1, 32, 32, 6), network)

@@ -10,12 +10,17 @@ from monai.inferers import SlidingWindowInferer
 
 from medsa_nets.build import build_medsa
 from medsa_nets.inferers import (
+    AllClassesInferer,
     EmbeddingCache,
+    MainComponentsInferer,
+    MirrorInferer,
     PromptInferer,
     SlabInferer,
-    Slabs,
+    SpreadInferer,
     obey,
+    rebuilt,
     shared_cache,
+    slab_inferer,
     tensor_sha256,
 )
 from medsa_nets.prompts import Prompts, with_prompts
@@ -364,11 +369,12 @@ def test_a_mask_that_leaves_its_organ_goes_on_no_further_than_the_automatic_one(
 def test_the_automatic_mask_of_a_class_is_computed_where_it_is_looked_at_and_kept(three):
     image = torch.rand(1, 1, 32, 32, 23)
     whole = SlabInferer(slab_depth=4)(image, three)[0, 1] > 0
-    inferer = SlabInferer(slab_depth=4, others="automatic", cache=EmbeddingCache())
-    slabs = Slabs(inferer, image, three, None)
+    base = SlabInferer(slab_depth=4, cache=EmbeddingCache())
+    inferer = SpreadInferer(base, automatic_masks="near")
+    (slabs,) = inferer.open(image, three, None)
     decoded: list[int] = []
-    plain = inferer._decode
-    inferer._decode = lambda slabs, g, prompts: [decoded.append(g), plain(slabs, g, prompts)][1]
+    plain = base.decode
+    base.decode = lambda slabs, g, prompts: [decoded.append(g), plain(slabs, g, prompts)][1]
     for look in (inferer._automatic_mask(slabs, 1), inferer._automatic_mask(slabs, 1)):
         assert torch.equal(look(range(9, 12)), whole[..., 9:12])
         assert torch.equal(look(range(10, 16)), whole[..., 10:16])
@@ -562,3 +568,31 @@ def test_small_parts_of_automatic_masks_are_dropped_and_those_of_prompts_are_not
     assert bool((inferer(volume, network, prompts=click)[0, 0, 28:, 28:, 1] > 0).all())
     with pytest.raises(ValueError, match="component_share must lie between 0 and 1"):
         SlabInferer(component_share=2.0)
+
+
+def test_inferers_go_around_each_other(three):
+    image, prompts = torch.rand(1, 1, 32, 32, 11), click(classes=[1])
+    slabs = SlabInferer(slab_depth=4)
+    mirror = MirrorInferer(SpreadInferer(slabs), axes=[0])
+    every = AllClassesInferer(MainComponentsInferer(mirror, share=0.5), others="automatic")
+    settings = {"slab_depth": 4, "spread": True, "mirror_axes": [0], "component_share": 0.5}
+    for asked in (prompts, Prompts()):
+        alone = SpreadInferer(slabs)(image, three, prompts=asked)
+        mirrored = SpreadInferer(slabs)(image.flip(2), three, prompts=asked.mirror((0,), image.shape[2:])).flip(2)
+        assert torch.equal(mirror(image, three, prompts=asked), (alone + mirrored) / 2)
+        assert torch.equal(
+            every.inferer(image, three, prompts=asked), SlabInferer(**settings)(image, three, prompts=asked)
+        )
+    found = every(image, three, prompts=prompts)
+    assert found.shape[1] == 3
+    assert torch.equal(found[:, [0, 2]], every(image, three)[:, [0, 2]])
+    assert every.slab_depth == every.starts(11)[1] + 1 == 4
+
+
+def test_a_changed_copy_leaves_an_inferer_as_it_is(three):
+    inferer = AllClassesInferer(MirrorInferer(SlabInferer(slab_depth=4)))
+    copied = rebuilt(inferer, lambda own: own.inferer if isinstance(own, AllClassesInferer) else own)
+    slab_inferer(copied).cache = EmbeddingCache()
+    assert isinstance(copied, MirrorInferer)
+    assert slab_inferer(inferer).cache is None
+    assert inferer.cache is None

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import json
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 from monai.data import load_decathlon_datalist
 
 from medsa_nets.data.outputs import output_name
+from medsa_nets.data.photographs import read_mask, read_photograph
+from medsa_nets.data.slices import is_dicom
 from medsa_nets.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -138,8 +139,6 @@ def keep_readable(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     Raises:
         DataError: when none can be read.
     """
-    from medsa_nets.data.photographs import read_mask, read_photograph  # photographs.py imports this module
-
     kept, skipped = [], []
     for item in items:
         try:
@@ -364,22 +363,3 @@ def list_photographs(folder: str | Path, *, skip_unreadable: bool = False) -> li
         raise DataError(f"dataset_dir {root}: no photographs ({', '.join(PHOTOGRAPH_SUFFIXES)}); found {found}.")
     items = [{"image": str(path)} for path in images]
     return keep_readable(items) if skip_unreadable else items
-
-
-def is_dicom(path: str | Path) -> bool:
-    """Whether a file is DICOM: ``DICM`` at byte 128 or, without that preamble, an object that names its SOP class."""
-    with open(path, "rb") as file:
-        start = file.read(132)
-    if start[128:] == b"DICM":
-        return True
-    if start[:2] not in (b"\x02\0", b"\x08\0", b"\0\x02", b"\0\x08") or len(start) < 132:
-        return False  # an object without preamble begins with group 2 or 8, in either byte order
-    import pydicom
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            header = pydicom.dcmread(path, force=True, specific_tags=["SOPClassUID"], stop_before_pixels=True)
-            return str(header.get("SOPClassUID", "")).startswith("1.2.840.10008.")
-    except Exception:  # pydicom raises errors of every kind for what is no DICOM
-        return False

@@ -26,6 +26,7 @@ NRRD_UNITS = {"mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "millimetre": 1.
               "micrometers": 0.001, "micrometre": 0.001, "micrometres": 0.001}  # fmt: skip
 NRRD_SPACES = ("left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las")
 SPACING = (1e-3, 100.0)  # mm: a voxel outside is none of a patient; its unit is stated wrongly
+MAX_COMPRESSION = 1032  # deflate makes no more of one byte; text needs a byte or more for each number
 HEADER_BYTES = 2**20
 NIFTI_FIELDS = ("qform_code", "sform_code", "xyzt_units", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
                 "qoffset_y", "qoffset_z", "pixdim", "srow_x", "srow_y", "srow_z")  # fmt: skip
@@ -156,6 +157,41 @@ def stated_unit(path: Path) -> float:
             f"{advice}"
         )
     return 1.0
+
+
+def data_file(path: Path) -> Path:
+    """The file that holds the voxels of an NRRD or MetaImage file: another one, where the header names a single one."""
+    fields = text_header(path)
+    names = (fields.get(name, "") for name in ("elementdatafile", "data file", "datafile"))
+    named = next((name for name in names if name), "LOCAL")
+    other = path.parent / named
+    return other if named != "LOCAL" and other.is_file() else path
+
+
+def is_packed(path: Path) -> bool:
+    """Whether an NRRD or MetaImage file holds its voxels other than byte by byte: compressed, or as text."""
+    fields = text_header(path)
+    encoding, packed, binary = (fields.get(name, "") for name in ("encoding", "compresseddata", "binarydata"))
+    return encoding.lower() not in ("", "raw") or packed.lower() == "true" or binary.lower() == "false"
+
+
+def check_size(needed: int, path: Path, packed: bool) -> None:
+    """Check that a file can hold the voxels that its header states, before memory is taken for them.
+
+    Args:
+        needed: bytes of the voxels.
+        path: file that holds them.
+        packed: whether they are compressed.
+
+    Raises:
+        DataError: when it can't.
+    """
+    size = path.stat().st_size
+    if not 0 < needed <= size * (MAX_COMPRESSION if packed else 1):
+        raise DataError(
+            f"{path}: not readable as a volume (its header states {needed} bytes of voxels; the file has {size} "
+            "bytes). It is truncated or damaged; replace it."
+        )
 
 
 def scale_nrrd(path: Path, unit: float) -> None:

@@ -19,9 +19,8 @@ from PIL import Image, ImageFile, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from medsa_nets.data.atomic import AtomicWriter, make_folder, temporary_name
-from medsa_nets.data.datalists import is_dicom
 from medsa_nets.data.masks import mask_values
-from medsa_nets.data.slices import read_dicom
+from medsa_nets.data.slices import decoded_pixels, is_dicom, read_dicom
 from medsa_nets.errors import DataError, describe
 
 logger = logging.getLogger(__name__)
@@ -128,7 +127,7 @@ def read_mask(path: str | Path) -> Image.Image:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(
-        f"{path}: not readable as an image ({type(error).__name__}: {error}). Expected a whole JPEG, PNG, BMP, "
+        f"{path}: not readable as an image ({describe(error)}). Expected a whole JPEG, PNG, BMP, "
         "TIFF or DICOM photograph; replace the file, or leave it out (--skip_unreadable true)."
     )
 
@@ -227,14 +226,14 @@ def _dicom_pixels(path: Path, values: bool = False) -> np.ndarray:
             if "PhotometricInterpretation" not in dataset:
                 raise ValueError("no PhotometricInterpretation")
             interpretation = str(dataset.PhotometricInterpretation).strip().upper()
-            array = dataset.pixel_array
+            array = decoded_pixels(dataset)
             if interpretation == "PALETTE COLOR" and array.ndim == 2:
                 array, bits = _look_up(array, dataset)
             else:
                 bits = int(dataset.get("BitsStored", 0) or dataset.get("BitsAllocated", 8))
     except Exception as error:  # pydicom raises its own, AttributeError, ValueError, NotImplementedError, RuntimeError
         raise DataError(
-            f"{path}: its DICOM pixels can't be read ({type(error).__name__}: {error}). Expected a photograph in a "
+            f"{path}: its DICOM pixels can't be read ({describe(error)}). Expected a photograph in a "
             "transfer syntax that pydicom decodes."
         ) from error
     if array.ndim == 2 and interpretation in ("MONOCHROME1", "MONOCHROME2"):

@@ -34,6 +34,23 @@ _TOLERANCE = 1e-2  # mm, or its like in directions, by which positions may devia
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
+def is_dicom(path: str | Path) -> bool:
+    """Whether a file is DICOM: ``DICM`` at byte 128 or, without that preamble, an object that names its SOP class."""
+    with open(path, "rb") as file:
+        start = file.read(132)
+    if start[128:] == b"DICM":
+        return True
+    if start[:2] not in (b"\x02\0", b"\x08\0", b"\0\x02", b"\0\x08") or len(start) < 132:
+        return False  # an object without preamble begins with group 2 or 8, in either byte order
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header = pydicom.dcmread(path, force=True, specific_tags=["SOPClassUID"], stop_before_pixels=True)
+            return str(header.get("SOPClassUID", "")).startswith("1.2.840.10008.")
+    except Exception:  # pydicom raises errors of every kind for what is no DICOM
+        return False
+
+
 @dataclass(frozen=True)
 class Slice:
     """One slice of a series, or one frame of a multi-frame object.
@@ -77,6 +94,24 @@ def read_dicom(file: Path, **options: Any) -> Dataset:
     return dataset
 
 
+def decoded_pixels(dataset: Dataset) -> np.ndarray:
+    """Pixels of a DICOM object, as pydicom and its plugins decode them.
+
+    Raises:
+        ValueError, and whatever else pydicom and plugins raise, for pixels that can't be decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.asarray(dataset.pixel_array)
+    except Exception:
+        raise
+    except BaseException as error:  # a plugin in Rust ends so in damaged data, and nothing would catch it
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(describe(error)) from error
+
+
 def _found_syntax(dataset: Any) -> str:
     """Transfer syntax of an object that does not say it: what pydicom found by its first elements."""
     if int(pydicom.__version__.split(".")[0]) < 3:
@@ -116,8 +151,11 @@ def is_multi_frame(header: Dataset) -> bool:
     return count_frames(header) > 1 or "PerFrameFunctionalGroupsSequence" in header
 
 
-def drop_twins(slices: Sequence[Slice]) -> list[Slice]:
-    """Slices without those that were exported twice: of one place and with the same pixels; the log counts them.
+def drop_twins(slices: Sequence[Slice]) -> tuple[list[Slice], list[tuple[Path, Path]]]:
+    """Slices without those that were exported twice: of one instance or one place, and with the same pixels.
+
+    Returns:
+        The slices that stay, and the file of each that does not with that of its twin.
 
     Raises:
         DataError: when two files say that they are the same instance and are not.
@@ -128,27 +166,25 @@ def drop_twins(slices: Sequence[Slice]) -> list[Slice]:
     twins = []
     for one in slices:
         header = one.header
-        place = str([header.get(name) for name in (*PLACE, "NumberOfFrames")])
-        near = places.setdefault(place, [])
-        # the place of frames stands in functional groups, which the pixels' file holds
-        known = bool(header.get("ImagePositionPatient")) or is_multi_frame(header)
-        twin = next((other for other in near if known and _pixels(other.file) == _pixels(one.file)), None)
-        if twin is not None:
-            twins.append(f"{one.file.name} (as {twin.file.name})")
-            continue
         instance = str(header.get("SOPInstanceUID", "") or "")
-        if instance and instance in instances:
+        same = instances.get(instance) if instance else None
+        # the place of frames stands in functional groups, which are compared as the pixels are
+        place = str([header.get(name) for name in (*PLACE, "NumberOfFrames")])
+        placed = bool(header.get("ImagePositionPatient")) or is_multi_frame(header)
+        near = places.setdefault(place, []) if placed else []
+        candidates = [other for other in near if other is not same] + ([same] if same is not None else [])
+        twin = next((other for other in candidates if _pixels(other.file) == _pixels(one.file)), None)
+        if twin is not None:
+            twins.append((one.file, twin.file))
+            continue
+        if same is not None:
             raise DataError(
-                f"{one.file}: it has the SOPInstanceUID of {instances[instance].file.name}, and is another image. "
-                "Keep one of them."
+                f"{one.file}: it has the SOPInstanceUID of {same.file}, and is another image. Keep one of them."
             )
         near.append(one)
         instances[instance] = one
         kept.append(one)
-    if twins:
-        named = ", ".join(twins[:5]) + (f" and {len(twins) - 5} more" if len(twins) > 5 else "")
-        logger.warning("%s: left out %d slices that are there twice: %s.", slices[0].file.parent, len(twins), named)
-    return kept
+    return kept, twins
 
 
 def _pixels(file: Path) -> bytes:
@@ -321,9 +357,7 @@ def _stored_values(dataset: Dataset, file: Path, frames: Sequence[int]) -> Itera
         yield from _decompressed(dataset, file, frames)
         return
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pixels = dataset.pixel_array
+        pixels = decoded_pixels(dataset)
     except Exception as error:  # pydicom raises its own, AttributeError, ValueError, NotImplementedError and others
         raise DataError(
             f"{file}: its pixels can't be read ({describe(error)}). The file is truncated or damaged; send it again."
@@ -362,9 +396,7 @@ def _decompressed(dataset: Any, file: Path, frames: Sequence[int]) -> list[np.nd
     except Exception as error:  # ITK's RuntimeError, and those of pydicom for what is no whole frame
         first = error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pixels = dataset.pixel_array
+        pixels = decoded_pixels(dataset)
     except Exception as error:
         raise DataError(
             f"{file}: its pixels, compressed as {dataset.file_meta.TransferSyntaxUID.name}, can't be decoded "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ import torch
 from monai.data import ITKReader, ITKWriter, MetaTensor, NibabelWriter
 
 from medsa_nets.data.atomic import AtomicWriter
-from medsa_nets.data.datalists import SPLITS, choose_split, is_dicom, read_datalist, read_json
+from medsa_nets.data.datalists import SPLITS, choose_split, read_datalist, read_json
 from medsa_nets.data.geometry import (
+    check_size,
     check_spacing,
+    data_file,
+    is_packed,
     nifti_geometry,
     scale_nrrd,
     stated_unit,
@@ -29,6 +33,7 @@ from medsa_nets.data.slices import (
     count_frames,
     drop_twins,
     grid_affine,
+    is_dicom,
     is_media_directory,
     is_multi_frame,
     order_slices,
@@ -272,13 +277,16 @@ def read_volume(path: str | Path, files: Sequence[Path] = ()) -> MetaTensor:
             image = nibabel.load(path)
             _check_affine(image.affine, path)
             unit, nifti = nifti_geometry(image, path)
+            needed = math.prod(image.shape) * image.get_data_dtype().itemsize
+            check_size(needed, path, packed=path.name.lower().endswith(".gz"))
             # MONAI's reader replaces a sform by the qform where the header's spacing is not that of the sform
             array = np.ascontiguousarray(np.asanyarray(image.dataobj), dtype=np.float32)
             volume = MetaTensor(torch.from_numpy(array), affine=torch.from_numpy(image.affine.astype(np.float64)))
         else:
             unit = stated_unit(path)
             nrrd_unit = unit if path.suffix.lower() == ".nrrd" else 1.0
-            components = _components(path)
+            components, needed = _components_and_bytes(path)
+            check_size(needed, data_file(path), packed=is_packed(path))
             if components > 1:
                 raise DataError(
                     f"{path}: its voxels have {components} components (colours, vectors or complex numbers); expected "
@@ -325,13 +333,13 @@ def _check_affine(affine: np.ndarray, path: Path) -> None:
         raise DataError(f"{path}: its affine is singular: {affine.tolist()}. Write the file again with a valid one.")
 
 
-def _components(path: Path) -> int:
+def _components_and_bytes(path: Path) -> tuple[int, int]:
     header = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if header is None:
         raise ValueError("no ITK reader knows it")
     header.SetFileName(str(path))
     header.ReadImageInformation()
-    return int(header.GetNumberOfComponents())
+    return int(header.GetNumberOfComponents()), int(header.GetImageSizeInBytes())
 
 
 def _plain_meta(volume: MetaTensor, path: Path, nifti: np.ndarray, nrrd_unit: float) -> dict[str, Any]:
@@ -448,7 +456,11 @@ def _dicom_series(path: Path) -> list[Slice]:
     if len(series) > 1:
         left = _first([f"{uid} ({len(files)} files)" for uid, files in series.items() if uid != chosen])
         logger.warning("%s: took the series %s (%d files); left out %s.", path, chosen, len(series[chosen]), left)
-    return drop_twins(series[chosen])
+    slices, twins = drop_twins(series[chosen])
+    if twins:
+        named = _first([f"{file.name} (as {twin.name})" for file, twin in twins])
+        logger.warning("%s: left out %d slices that are there twice: %s.", path, len(twins), named)
+    return slices
 
 
 def _first(names: Sequence[str]) -> str:

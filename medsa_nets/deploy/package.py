@@ -18,7 +18,7 @@ from monai.bundle import ckpt_export
 
 import medsa_nets
 from medsa_nets.data.atomic import temporary_name
-from medsa_nets.deploy.__main__ import find_model, make_output, prepare
+from medsa_nets.deploy.models import find_model, make_output, prepare
 from medsa_nets.deploy.settings import read_settings
 from medsa_nets.errors import DataError, OutputError
 

@@ -19,12 +19,14 @@ from pydicom.uid import CTImageStorage, MRImageStorage, generate_uid
 from pydicom.valuerep import PersonName
 
 from medsa_nets.data import PhotographReader, read_volume
-from medsa_nets.data.datalists import PHOTOGRAPH_SUFFIXES, is_dicom
+from medsa_nets.data.datalists import PHOTOGRAPH_SUFFIXES
 from medsa_nets.data.slices import (
     MEDIA_DIRECTORY,
     SLICE_FIELDS,
     Slice,
     count_frames,
+    drop_twins,
+    is_dicom,
     is_multi_frame,
     order_slices,
     read_dicom,
@@ -343,14 +345,9 @@ def _add_series(members: list[tuple[Path, Dataset]], rules: Rules, found: Found)
     for file, header in members:
         for required in REFERENCE_FIELDS:
             _require(file, header, required)
-    known: dict[str, Path] = {}
-    single = []
-    for file, header in members:
-        twin = known.setdefault(str(header.SOPInstanceUID), file)
-        if twin is file:
-            single.append((file, header))
-        else:
-            found.skipped.append(f"{file}: the same instance as {twin}.")
+    kept, twins = drop_twins([Slice(file, header) for file, header in members])
+    found.skipped += [f"{file}: the same image as {twin}." for file, twin in twins]
+    single = [(one.file, one.header) for one in kept]
     if not rules.volumes:
         found.sources += [
             Source(f"{file}", (file,), (header,), volume=False, made=_made([header])) for file, header in single
@@ -361,7 +358,7 @@ def _add_series(members: list[tuple[Path, Dataset]], rules: Rules, found: Found)
         for one in single:
             _add_series([one], rules, found)
         return
-    slices = split_frames([Slice(file, header) for file, header in single])
+    slices = split_frames(kept)
     fewest, most = rules.slices
     if not fewest <= len(slices) <= most:
         found.skipped.append(f"{name}: {len(slices)} slices; the bundle takes {fewest} to {most}.")

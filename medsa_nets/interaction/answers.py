@@ -14,9 +14,9 @@ from torch import Tensor
 
 from medsa_nets.errors import WeightsError
 from medsa_nets.interaction.grids import Grids, Place, bounding_place
-from medsa_nets.interaction.observations import MARGIN, Kernel, newest_labels, observe
 from medsa_nets.interaction.refinement import Refinement, kept, refine
 from medsa_nets.interaction.segmenters import Asked, Segmenter
+from medsa_nets.prompts.observations import MARGIN, Kernel, newest_labels, observe
 from medsa_nets.prompts.user import UserPrompt
 
 RULES = ("free", "directed", "connected", "monotone")

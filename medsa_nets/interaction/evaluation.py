@@ -21,7 +21,7 @@ from tqdm import tqdm
 from medsa_nets.data import output_name, save_png, stable_seed, unique_names
 from medsa_nets.data.atomic import make_folder, temporary_name
 from medsa_nets.errors import DataError
-from medsa_nets.inferers import PromptInferer, SlabInferer
+from medsa_nets.inferers import PromptInferer, VolumeInferer
 from medsa_nets.interaction.answers import AnswerSettings, answer_identity
 from medsa_nets.interaction.grids import Grids
 from medsa_nets.interaction.metrics import SessionCurve, summarise
@@ -119,7 +119,7 @@ class SessionEvaluation:
     def __init__(
         self,
         network: Any,
-        inferer: PromptInferer | SlabInferer,
+        inferer: PromptInferer | VolumeInferer,
         dataset: Any,
         classes: Sequence[str],
         output_dir: str | Path,

@@ -14,7 +14,7 @@ from monai.inferers import Inferer
 from torch import Tensor
 
 from medsa_nets.checksums import tensor_sha256
-from medsa_nets.inferers import PromptInferer, SlabInferer, adapter_key
+from medsa_nets.inferers import PromptInferer, VolumeInferer, adapter_key
 from medsa_nets.interaction.answers import AnswerSettings
 from medsa_nets.interaction.segmenters import NetworkSegmenter
 from medsa_nets.interaction.session import InteractiveSession
@@ -49,7 +49,7 @@ class SessionInferer(Inferer):
 
     def __init__(
         self,
-        inferer: PromptInferer | SlabInferer,
+        inferer: PromptInferer | VolumeInferer,
         classes: Sequence[str],
         others: str = "absent",
         settings: AnswerSettings | None = None,

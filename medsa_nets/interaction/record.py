@@ -20,7 +20,7 @@ from medsa_nets.data import save_png, volume_writer
 from medsa_nets.data.atomic import temporary_name
 from medsa_nets.errors import DataError, describe
 from medsa_nets.interaction.answers import AnswerSettings, answer_identity
-from medsa_nets.interaction.observations import Kernel
+from medsa_nets.prompts.observations import Kernel
 from medsa_nets.prompts.user import prompt_from_json, prompt_to_json
 
 if TYPE_CHECKING:
@@ -154,8 +154,6 @@ def read_settings(entry: Mapping[str, Any]) -> AnswerSettings:
 
 def replay_session(session: InteractiveSession, path: Path, source: Any) -> None:
     """Give the prompts of a log again; see :meth:`InteractiveSession.replay`."""
-    from medsa_nets.interaction.session import InteractiveSession
-
     log = read_log(path)
     own = answer_identity(log["settings"], session.segmenter)
     for name, there in log["network"].items():
@@ -172,7 +170,7 @@ def replay_session(session: InteractiveSession, path: Path, source: Any) -> None
             f"{source}: it is another image than that of {path} ({log['image'].get('name', '')}, SHA-256 "
             f"{log['image']['sha256'][:16]}). Pass that file."
         )
-    again = InteractiveSession(session.segmenter, log["settings"], log["start"])
+    again = type(session)(session.segmenter, log["settings"], log["start"])
     again.open(source)
     if list(again.file_shape) != list(log["image"]["size"]):
         raise DataError(f"{source}: its size is {again.file_shape}, that of {path} {tuple(log['image']['size'])}.")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from medsa_nets.data import save_png, stable_seed
 from medsa_nets.data.atomic import make_folder, temporary_name
 from medsa_nets.errors import DataError
-from medsa_nets.inferers import PromptInferer, SlabInferer
+from medsa_nets.inferers import PromptInferer, VolumeInferer
 from medsa_nets.interaction.answers import AnswerSettings, draft_answer, finish_answer
 from medsa_nets.interaction.evaluation import target_masks
 from medsa_nets.interaction.grids import Grids
@@ -133,7 +133,7 @@ class RefinementTraining:
     def __init__(
         self,
         network: Any,
-        inferer: PromptInferer | SlabInferer,
+        inferer: PromptInferer | VolumeInferer,
         dataset: Any,
         classes: Sequence[str],
         output_dir: str | Path,

@@ -18,7 +18,19 @@ from torch import Tensor
 from medsa_nets.bundles import Bundle, read
 from medsa_nets.checksums import tensor_sha256
 from medsa_nets.errors import DataError, WeightsError
-from medsa_nets.inferers import EmbeddingCache, PromptInferer, SlabInferer, adapter_key, network_name
+from medsa_nets.inferers import (
+    AllClassesInferer,
+    EmbeddingCache,
+    PromptInferer,
+    SlabInferer,
+    SpreadInferer,
+    VolumeInferer,
+    adapter_key,
+    network_name,
+    rebuilt,
+    slab_inferer,
+)
+from medsa_nets.inferers.slabs import Around
 from medsa_nets.interaction.grids import Grids
 from medsa_nets.interaction.refinement import Refinement, beside, kept
 from medsa_nets.networks import MedSA, VolumeMedSA
@@ -102,6 +114,25 @@ class Segmenter(Protocol):
         ...
 
 
+def of_one_class(inferer: VolumeInferer) -> VolumeInferer:
+    """A bundle's inferer as sessions ask it: for one class at a time, by prompts that spread from their own slabs."""
+
+    def change(own: VolumeInferer) -> VolumeInferer:
+        if isinstance(own, AllClassesInferer):
+            return own.inferer
+        if isinstance(own, SpreadInferer) and own.automatic_masks == "whole":
+            own.automatic_masks = "near"
+        if isinstance(own, SlabInferer):
+            own.progress = False
+            return own if spreads else SpreadInferer(own)  # a click costs as many slabs as the organ has
+        return own
+
+    spreads, inner = False, inferer
+    while isinstance(inner, Around):
+        spreads, inner = spreads or isinstance(inner, SpreadInferer), inner.inferer
+    return rebuilt(inferer, change)
+
+
 class NetworkSegmenter:
     """An adapted network with a bundle's preprocessing and inferer.
 
@@ -123,7 +154,7 @@ class NetworkSegmenter:
         network: MedSA,
         preprocessing: Compose | None,
         classes: Sequence[str],
-        inferer: PromptInferer | SlabInferer | None = None,
+        inferer: PromptInferer | VolumeInferer | None = None,
         refinement: str = "",
     ) -> None:
         if len(classes) != network.num_classes:
@@ -143,13 +174,10 @@ class NetworkSegmenter:
             )
         cache = EmbeddingCache(EMBEDDING_BYTES)
         if inferer is None:
-            inferer = SlabInferer(cache=cache, spread=True) if self.volumes else PromptInferer(cache=cache)
-        self.inferer = copy.copy(inferer)
-        self.inferer.cache = self.inferer.cache or cache
-        if isinstance(self.inferer, SlabInferer):
-            self.inferer.every_class = False
-            self.inferer.spread = True  # a click costs as many slabs as the organ has
-            self.inferer.progress = False
+            inferer = SlabInferer() if self.volumes else PromptInferer()
+        self.inferer = of_one_class(inferer) if isinstance(inferer, VolumeInferer) else copy.copy(inferer)
+        base = slab_inferer(self.inferer) if isinstance(self.inferer, VolumeInferer) else self.inferer
+        base.cache = base.cache or cache
 
     @property
     def feedback(self) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from medsa_nets.errors import DataError
 from medsa_nets.interaction.answers import AnswerSettings, change, make_answer
 from medsa_nets.interaction.grids import Grids, Place, bounding_place
+from medsa_nets.interaction.record import replay_session, save_session
 from medsa_nets.interaction.segmenters import NetworkSegmenter, Segmenter
 from medsa_nets.prompts.user import UserPrompt, make_lasso, read_positions
 
@@ -400,8 +401,6 @@ class InteractiveSession:
             DataError: when no image is open, or the format is unknown.
             OutputError: when the files can't be written.
         """
-        from medsa_nets.interaction.record import save_session  # it opens sessions
-
         return save_session(self, Path(path), class_name)
 
     def replay(self, log: str | Path, source: Any) -> None:
@@ -414,8 +413,6 @@ class InteractiveSession:
         Raises:
             DataError: when the log is damaged, or belongs to another image, adapter or setting.
         """
-        from medsa_nets.interaction.record import replay_session
-
         replay_session(self, Path(log), source)
 
     @property

@@ -7,6 +7,7 @@ from medsa_nets.layers.convolution import ConvBN
 from medsa_nets.layers.depth import DepthBranch, DistantPrompt
 from medsa_nets.layers.feedback import ClickFeedback
 from medsa_nets.layers.linear import Linear, multiply_linear
+from medsa_nets.layers.lora import Frozen, LoRA, LowRank, LowRankLinear, merge_low_rank
 from medsa_nets.layers.mlp import MLPBlock
 from medsa_nets.layers.norm import LayerNorm2d
 from medsa_nets.layers.windows import cut_windows, join_windows, split_windows
@@ -20,15 +21,20 @@ __all__ = [
     "ConvBN",
     "DepthBranch",
     "DistantPrompt",
+    "Frozen",
     "HyperPromptingAdapter",
     "LayerNorm2d",
     "Linear",
+    "LoRA",
+    "LowRank",
+    "LowRankLinear",
     "MLPBlock",
     "attend",
     "attend_map",
     "cut_windows",
     "fast",
     "join_windows",
+    "merge_low_rank",
     "multiply_linear",
     "split_windows",
 ]

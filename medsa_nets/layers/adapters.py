@@ -174,14 +174,19 @@ class Adaptation(Protocol):
     def scale(self) -> float: ...
 
     def adapter(self, features: int, *, skip: bool = False) -> nn.Module:
-        """An adapter of tokens (..., features), zero at the start beside its skip path, where it has one.
-
-        Without skip path it also has :meth:`Adapter.follow`, by which a depth branch calls it.
-        """
+        """An adapter of tokens (..., features), zero at the start beside its skip path, where it has one."""
         ...
 
     def prompted_adapter(self, features: int, prompt_features: int) -> nn.Module:
         """An adapter of a decoder's tokens that sees the prompt embedding (:class:`HyperPromptingAdapter`)."""
+        ...
+
+    def depth_adapter(self, features: int) -> nn.Module:
+        """The adapter of a depth branch, without skip path; it has :meth:`Adapter.follow`."""
+        ...
+
+    def install(self, module: nn.Module) -> None:
+        """Change the layers of an encoder or a decoder, in place, where the adaptation is of that kind."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -230,6 +235,13 @@ class Bottlenecks:
             adapter_dim=self.adapter_dim,
             dropout=self.dropout,
         )
+
+    def depth_adapter(self, features: int) -> Adapter:
+        """A bottleneck adapter without skip path."""
+        return self.adapter(features)
+
+    def install(self, module: nn.Module) -> None:
+        """Nothing: adapters stand beside the layers."""
 
     def describe(self) -> dict[str, Any]:
         """Width, weight and form."""

@@ -39,7 +39,7 @@ class DepthBranch(nn.Module):
         self.max_distance = max_distance
         self.idle = False  # an idle branch adds nothing and is not computed: what trains on single slices
         self.bias = nn.Parameter(torch.zeros(num_heads, 2 * max_distance + 1))
-        self.adapter: Any = adaptation.adapter(features)
+        self.adapter: Any = adaptation.depth_adapter(features)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, depth: int) -> Tensor:
         """Attend along depth, before the attention's output projection.
@@ -122,5 +122,5 @@ class DistantPrompt(nn.Module):
         # wavelengths from 4 slices to 512
         angles = distance.float().unsqueeze(-1) * (0.5 * math.pi * torch.exp2(-scale))
         described = torch.cat([tokens, torch.sin(angles).to(tokens.dtype), torch.cos(angles).to(tokens.dtype)], dim=-1)
-        told = self.up(self.activation(self.down(described)))
-        return torch.where(distance.unsqueeze(-1) == 0, torch.zeros_like(told), told)
+        added = self.up(self.activation(self.down(described)))
+        return torch.where(distance.unsqueeze(-1) == 0, torch.zeros_like(added), added)

@@ -6,7 +6,7 @@ from medsa_nets.networks.medsa import MedSA
 from medsa_nets.networks.prompt_encoder import PromptEncoder
 from medsa_nets.networks.tiny_vit import TinyViTEncoder
 from medsa_nets.networks.transformer import TwoWayTransformer
-from medsa_nets.networks.volumes import VolumeMedSA
+from medsa_nets.networks.volume_medsa import VolumeMedSA
 
 __all__ = [
     "ImageEncoderViT",

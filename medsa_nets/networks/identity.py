@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from medsa_nets.errors import SettingError, WeightsError
-from medsa_nets.layers import Adapter, ClickFeedback, DepthBranch, DistantPrompt, HyperPromptingAdapter
+from medsa_nets.layers import Adapter, ClickFeedback, DepthBranch, DistantPrompt, HyperPromptingAdapter, LowRank
 
 logger = logging.getLogger(__name__)
 
-TRAINED_MODULES = (Adapter, HyperPromptingAdapter, DepthBranch, DistantPrompt, ClickFeedback)
+TRAINED_MODULES = (Adapter, HyperPromptingAdapter, DepthBranch, DistantPrompt, ClickFeedback, LowRank)
 # One size for every identity and every task, so that tools that compare shapes let them through to our check.
 IDENTITY_BYTES = 512
 TASK_BYTES = 8192
@@ -123,9 +123,14 @@ class Adapted(nn.Module):
         self.same_task = True
         self._trained_names = frozenset[str]()
 
-    def freeze(self, train_norms: bool = False) -> None:
-        """Leave gradients to the adapters and the class embeddings (and the layer norms, where asked) alone."""
-        self._trained_names = self._find_trained_names(train_norms)
+    def freeze(self, train_norms: bool = False, train_decoder: bool = False) -> None:
+        """Leave gradients to the adapters and the class embeddings alone.
+
+        Args:
+            train_norms: whether the layer norms train too.
+            train_decoder: whether the whole mask decoder trains too.
+        """
+        self._trained_names = self._find_trained_names(train_norms, train_decoder)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self._trained_names)
 
@@ -151,8 +156,10 @@ class Adapted(nn.Module):
         finally:
             self.same_task = before
 
-    def _find_trained_names(self, train_norms: bool) -> frozenset[str]:
+    def _find_trained_names(self, train_norms: bool, train_decoder: bool = False) -> frozenset[str]:
         names = {"class_embeddings"}
+        if train_decoder:
+            names.update(name for name, _ in self.named_parameters() if name.startswith("mask_decoder."))
         for prefix, module in self.named_modules():
             if isinstance(module, TRAINED_MODULES) or (train_norms and isinstance(module, nn.LayerNorm)):
                 names.update(f"{prefix}.{name}" for name, _ in module.named_parameters())
@@ -208,7 +215,7 @@ class Adapted(nn.Module):
                 f"the network is built on {ours['base']!r} ({ours['sha256'][:12]}…). Build the network on that base "
                 "(base, sam_checkpoint), or train an adapter for this one."
             )
-        there, here = theirs["adapter"], ours["adapter"]
+        there, here = ({"adaptation": "adapters", **side["adapter"]} for side in (theirs, ours))
         without_feedback = "click_feedback" in here and "click_feedback" not in there
         if without_feedback:  # the branch stays as it is
             there = {**there, "click_feedback": here["click_feedback"]}

@@ -36,7 +36,8 @@ class MaskDecoder(nn.Module):
     Args:
         transformer: the adapted two-way transformer.
         features: width of an embedding.
-        num_multimask_outputs: masks that SAM offers for an ambiguous prompt, beside the single one.
+        num_multimask_outputs: masks that SAM offers for an ambiguous prompt, beside the single one. Their tokens take
+            part in the transformer; the masks themselves are not computed.
 
     Source: arXiv 2304.02643, section "Mask decoder"; parameter names equal segment-anything's.
     """
@@ -66,7 +67,6 @@ class MaskDecoder(nn.Module):
         sparse: Tensor,
         dense: Tensor,
         class_embedding: Optional[Tensor] = None,
-        multimask_output: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Decode N = B * K prompt sets, K for each image: mask logits and their estimated IoU.
 
@@ -76,12 +76,11 @@ class MaskDecoder(nn.Module):
             sparse: sparse prompt embeddings (N, tokens, C).
             dense: dense prompt embeddings (N, C, h, w).
             class_embedding: (N, G, C) or none.
-            multimask_output: whether SAM's three masks for ambiguous prompts are returned in place of the single one.
 
         Returns:
-            Mask logits (N, G (1 without classes) or 3, 4 h, 4 w) and estimated IoU (N, 1 or 3).
+            Mask logits (N, G (1 without classes), 4 h, 4 w) and the single mask's estimated IoU (N, 1).
         """
-        masks, iou, _ = self.mark(image_embedding, image_pe, sparse, dense, class_embedding, multimask_output)
+        masks, iou, _ = self.mark(image_embedding, image_pe, sparse, dense, class_embedding)
         return masks, iou
 
     def mark(
@@ -91,7 +90,6 @@ class MaskDecoder(nn.Module):
         sparse: Tensor,
         dense: Tensor,
         class_embedding: Optional[Tensor] = None,
-        multimask_output: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Decode N = B * K prompt sets, K for each image, and say from what their masks were read.
 
@@ -102,11 +100,10 @@ class MaskDecoder(nn.Module):
             dense: dense prompt embeddings (N, C, h, w).
             class_embedding: (N, G, C), added to the token of the single mask, or none. G classes give G such tokens
                 and G masks, in one pass of the transformer.
-            multimask_output: whether SAM's three masks for ambiguous prompts are returned in place of the single one.
 
         Returns:
-            Mask logits (N, G (1 without classes) or 3, 4 h, 4 w), estimated IoU (N, 1 or 3), and the upscaled image
-            embedding (N, C / 8, 4 h, 4 w), whose product with a token's weights is its mask.
+            Mask logits (N, G (1 without classes), 4 h, 4 w), the single mask's estimated IoU (N, 1), and the upscaled
+            image embedding (N, C / 8, 4 h, 4 w), whose product with a token's weights is its mask.
         """
         count, classes = sparse.shape[0], 1
         mask_tokens = self.mask_tokens.weight.unsqueeze(0).expand(count, -1, -1)
@@ -125,13 +122,8 @@ class MaskDecoder(nn.Module):
         upscaled = self.output_upscaling(image_tokens.reshape(count, height, width, -1).permute(0, 3, 1, 2))
         iou = self.iou_prediction_head(tokens[:, 0])
 
-        weights = []
-        for i, mlp in enumerate(self.output_hypernetworks_mlps):
-            # Only the masks that are returned are computed.
-            if (i > 0) == multimask_output:
-                own = tokens[:, 1 : 1 + classes] if i == 0 else tokens[:, classes + i : classes + i + 1]
-                weights.append(mlp(own))
+        weights = self.output_hypernetworks_mlps[0](tokens[:, 1 : 1 + classes])
         # Channels last, as the convolutions left them: no copy, here or in the backward pass.
-        masks = upscaled.permute(0, 2, 3, 1).flatten(1, 2) @ torch.cat(weights, dim=1).transpose(1, 2)
+        masks = upscaled.permute(0, 2, 3, 1).flatten(1, 2) @ weights.transpose(1, 2)
         masks = masks.transpose(1, 2).reshape(count, -1, upscaled.shape[2], upscaled.shape[3])
-        return masks, iou[:, 1:] if multimask_output else iou[:, :1], upscaled
+        return masks, iou[:, :1], upscaled

@@ -98,6 +98,8 @@ class ConvStage(nn.Module):
 class TinyViTAttention(nn.Module):
     """Multi-head attention within a window, with a learned bias for each distance of two tokens."""
 
+    qkv_by_head = True  # each head's queries, keys and values stand together
+
     if TYPE_CHECKING:  # TorchScript cannot read a class's postponed annotations
         bias_index: Tensor
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from medsa_nets.commands import command
+from medsa_nets.embeddings import read_embeddings
 from medsa_nets.errors import DataError, SettingError
 from medsa_nets.interaction.segmenters import NetworkSegmenter
-from medsa_nets.precomputed import read_embeddings
 from medsa_nets.server.settings import ServerSettings
 from medsa_nets.server.studies import affine_of
 

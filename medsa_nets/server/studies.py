@@ -19,7 +19,8 @@ from monai.transforms import Compose
 from nibabel.orientations import axcodes2ornt
 from torch import Tensor
 
-from medsa_nets.inferers import PromptInferer, SlabInferer, Slabs
+from medsa_nets.inferers import PromptInferer, SlabInferer, Slabs, SpreadInferer, VolumeInferer, rebuilt, slab_inferer
+from medsa_nets.inferers.slabs import Around
 from medsa_nets.interaction.grids import Grids
 from medsa_nets.interaction.segmenters import Asked, NetworkSegmenter
 from medsa_nets.networks import MedSA, VolumeMedSA
@@ -119,41 +120,65 @@ class _StudySlabInferer(SlabInferer):
     """The bundle's inferer on one open volume; each slab is a piece of work of its own in the device's queue."""
 
     study: Study
-    near = False  # whether the slab that lies best around the newest click is all that is decoded
 
     @classmethod
-    def of(cls, inferer: SlabInferer, study: Study, near: bool = False) -> _StudySlabInferer:
-        """The same settings for an open volume."""
-        out = cls.__new__(cls)
-        out.__dict__.update(inferer.__dict__)
-        out.study, out.near = study, near
-        out.cache, out.every_class, out.spread, out.progress = None, False, True, False
-        return out
+    def of(cls, inferer: VolumeInferer, study: Study, near: bool = False) -> VolumeInferer:
+        """A bundle's inferer with the same settings for an open volume.
 
-    def _slabs(self, volume: Tensor, network: VolumeMedSA, key: str | None, axes: tuple[int, ...]) -> Slabs:
-        return self.study.slabs[axes]
+        Args:
+            inferer: the bundle's.
+            study: the open volume.
+            near: whether the slab that lies best around the newest click is all that is decoded.
+        """
 
-    def _spread(self, slabs: Slabs, prompts: Prompts) -> Tensor:
-        if not self.near:
-            return super()._spread(slabs, prompts)
-        g = nearest_group(slabs, prompts)
-        return self._blend(slabs, [(g, self._decode(slabs, g, prompts))])
+        def change(own: VolumeInferer) -> VolumeInferer:
+            if isinstance(own, SpreadInferer) and near:
+                return _NearestInferer(own.inferer)
+            if not isinstance(own, SlabInferer):
+                return own
+            out = cls.__new__(cls)
+            out.__dict__.update(own.__dict__)
+            out.study, out.cache, out.progress = study, None, False
+            return out
 
-    def _automatic_slabs(self, slabs: Slabs, g: int, index: int) -> Tensor:
+        return rebuilt(inferer, change)
+
+    def open(self, volume: Tensor, network: VolumeMedSA, key: str | None, axes: tuple[int, ...] = ()) -> list[Slabs]:
+        """The slabs of the open volume, or of its mirror image."""
+        slabs = self.study.slabs
+        if axes not in slabs:
+            slabs[axes] = _StudySlabs(self.study, len(slabs), self, volume, network, None, axes)
+        return [slabs[axes]]
+
+    def automatic_slabs(self, slabs: Slabs, g: int, index: int) -> Tensor:
         assert isinstance(slabs, _StudySlabs)
         key = (self.study.number, slabs.number, -1 - g - index * len(slabs.groups))  # beside those of embeddings
         found = self.study.store.get(key)
         if found is None:
-            found = super()._automatic_slabs(slabs, g, index)
+            found = super().automatic_slabs(slabs, g, index)
             self.study.store.put(key, found)
         return found
 
-    def _decode(self, slabs: Slabs, g: int, prompts: Prompts) -> Tensor:
+    def decode(self, slabs: Slabs, g: int, prompts: Prompts) -> Tensor:
         self.study.check()
         assert isinstance(slabs, _StudySlabs)
         slabs.prepare(g)
         self.study.check()
-        return self.study.queue.run(lambda: super(_StudySlabInferer, self)._decode(slabs, g, prompts))
+        return self.study.queue.run(lambda: super(_StudySlabInferer, self).decode(slabs, g, prompts))
+
+
+class _NearestInferer(Around):
+    """Answers prompts from the slab that lies best around the newest click, and from no other."""
+
+    def answer(self, images: list[Slabs], prompts: Prompts) -> Tensor:
+        """Logits of the prompts; absent outside of that slab."""
+        if not prompts or prompts.automatic:
+            return self.inferer.answer(images, prompts)
+        (slabs,), base = images, slab_inferer(self)
+        groups = [nearest_group(slabs, prompts.select([k])) for k in range(prompts.sets)]
+        return torch.cat(
+            [base.blend(slabs, [(g, base.decode(slabs, g, prompts.select([k])))]) for k, g in enumerate(groups)], dim=1
+        )
 
 
 class _StudyPromptInferer(PromptInferer):
@@ -384,12 +409,10 @@ class Study:
         self._coming: dict[tuple[int, int, int], Future[None]] = {}  # embeddings that are being computed
         self._lock = threading.Lock()
         inferer, network = segmenter.inferer, segmenter.network
-        if isinstance(inferer, SlabInferer):
+        if isinstance(inferer, VolumeInferer):
             assert isinstance(network, VolumeMedSA)
             own = _StudySlabInferer.of(inferer, self)
-            volume = segmenter._input(self.image)
-            for count, axes in enumerate(own._mirrorings()):
-                self.slabs[axes] = _StudySlabs(self, count, own, volume, network, None, axes)
+            own.open(segmenter._input(self.image), network, None)
             self.segmenter.inferer = own
             self.near_segmenter = copy.copy(segmenter)
             self.near_segmenter.inferer = _StudySlabInferer.of(inferer, self, near=True)
@@ -511,12 +534,12 @@ class Study:
         voxel = self.grids.voxels(position[None])[0].tolist()
         network = self.segmenter.network
         inferer = self.segmenter.inferer
-        if isinstance(inferer, _StudySlabInferer):
+        if isinstance(inferer, VolumeInferer):
             slabs = self.slabs[()]
             points = torch.tensor([[voxel]], dtype=torch.float32)
             g = nearest_group(slabs, Prompts(points=points, labels=torch.ones(1, 1)))
             away = [abs(start + (slabs.depth - 1) / 2.0 - voxel[2]) for start in slabs.groups[g]]
-            s, amp = int(np.argmin(away)), inferer.amp
+            s, amp = int(np.argmin(away)), slab_inferer(inferer).amp
             z = voxel[2] - slabs.groups[g][s]
 
             def decode() -> Tensor:  # the decoder sees slices one by one

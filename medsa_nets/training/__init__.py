@@ -1,5 +1,6 @@
 """Training: steps, checkpoints, the schedule, what is shown of it; sessions of clicks, and stages."""
 
+from medsa_nets.training.budget import RankBudget
 from medsa_nets.training.checkpoint import StartFrom, TrainingCheckpoint, data_files, save_atomically
 from medsa_nets.training.progress import EpochLoss, MetricsSaver, Progress, SampleOverlays
 from medsa_nets.training.schedule import EarlyStop, EpochSeed, TimeLimit, trainable_parameters
@@ -13,6 +14,7 @@ __all__ = [
     "MetricsSaver",
     "Progress",
     "PromptedIteration",
+    "RankBudget",
     "SampleOverlays",
     "StartFrom",
     "TimeLimit",

@@ -6,14 +6,26 @@ import argparse
 import sys
 from typing import Any
 
+from medsa_nets.adaptations import ADAPTATIONS, DECODERS
 from medsa_nets.build import parameter_table
-from medsa_nets.errors import WeightsError
+from medsa_nets.errors import MedSAError, WeightsError
+from medsa_nets.exchange.command import COMMANDS as ADAPTER_COMMANDS
+from medsa_nets.exchange.command import main as adapter_command
 from medsa_nets.weights import BASES, describe_file, fetch, find_base_file
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: ``list`` (default), ``fetch NAME``, ``check FILE``, ``parameters``."""
-    parser = argparse.ArgumentParser(prog="python -m medsa_nets.weights", description="Base weights for MedSA.")
+    """Command line: ``list`` (default), ``fetch NAME``, ``check FILE``, ``parameters``, and those on adapters."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] and given[0] in ADAPTER_COMMANDS:
+        return adapter_command(given)
+    lines = [f"  {name:<10} {(function.__doc__ or '').splitlines()[0]}" for name, function in ADAPTER_COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m medsa_nets.weights",
+        description="Base weights for MedSA, and adapters.",
+        epilog="\n".join(["on adapters (--help after one says what it takes):", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("list", help="list the bases, where they come from, and which are on this machine (default)")
     fetch_parser = commands.add_parser("fetch", help="fetch the weights of a base")
@@ -24,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     parameters_parser = commands.add_parser("parameters", help="table of parameters, total and trainable, per base")
     parameters_parser.add_argument("--adapter_ratio", type=float, default=0.25)
     parameters_parser.add_argument("--adapter_dim", type=int)
+    parameters_parser.add_argument("--adaptation", choices=ADAPTATIONS, default="adapters")
+    parameters_parser.add_argument("--train_decoder", choices=DECODERS)
+    parameters_parser.add_argument("--lora_rank", type=int, default=4)
     parameters_parser.add_argument("--spatial_dims", type=int, choices=(2, 3), default=2)
     parameters_parser.add_argument("--num_classes", type=int, default=1)
     options = parser.parse_args(arguments)
@@ -33,11 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "check":
             print(describe_file(options.file))
         elif options.command == "parameters":
-            names = ("adapter_ratio", "adapter_dim", "spatial_dims", "num_classes")
-            _print_parameters({name: getattr(options, name) for name in names})
+            _print_parameters({name: value for name, value in vars(options).items() if name != "command"})
         else:
             _print_bases()
-    except WeightsError as error:
+    except MedSAError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from medsa_nets.checksums import state_sha256
@@ -64,11 +65,13 @@ def _interpolate(name: str, tensor: Tensor, like: Tensor) -> Tensor:
     if tensor.shape == like.shape:
         return tensor
     if name.endswith("pos_embed") and tensor.dim() == 4 and tensor.shape[3] == like.shape[3]:
-        grid = tensor.permute(0, 3, 1, 2).float()
+        grid = rearrange(tensor.float(), "1 height width channels -> 1 channels height width")
         grid = F.interpolate(grid, size=like.shape[1:3], mode="bicubic", align_corners=False)
-        return grid.permute(0, 2, 3, 1).to(tensor.dtype)
+        return rearrange(grid, "1 channels height width -> 1 height width channels").to(tensor.dtype)
     if re.search(r"\.rel_pos_[hw]$", name) and tensor.dim() == 2 and tensor.shape[1] == like.shape[1]:
-        return F.interpolate(tensor.t().unsqueeze(0).float(), size=like.shape[0], mode="linear")[0].t().to(tensor.dtype)
+        table = rearrange(tensor.float(), "distances channels -> 1 channels distances")
+        table = F.interpolate(table, size=like.shape[0], mode="linear")
+        return rearrange(table, "1 channels distances -> distances channels").to(tensor.dtype)
     return tensor
 
 

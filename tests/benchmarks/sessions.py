@@ -27,9 +27,9 @@ from medsa_nets.data import PhotographReader, load_datalist, load_volume_datalis
 from medsa_nets.interaction.answers import AnswerSettings
 from medsa_nets.interaction.evaluation import run_simulated
 from medsa_nets.interaction.metrics import STEPS, SessionCurve, summarise
-from medsa_nets.interaction.observations import Kernel
 from medsa_nets.interaction.session import InteractiveSession
 from medsa_nets.interaction.users import SimulatedUser
+from medsa_nets.prompts.observations import Kernel
 from medsa_nets.transforms import MatchOrientationd
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from medsa_nets.data import image_id, list_photographs, load_datalist
-from medsa_nets.data.datalists import is_dicom
+from medsa_nets.data.slices import is_dicom
 from medsa_nets.errors import DataError
 
 ISIC_2016 = {

@@ -295,3 +295,31 @@ def test_a_fresh_mask_without_source_has_the_affine_that_it_is_given(tmp_path):
     written = nib.load(save(volume, tmp_path, ".nii.gz"))
     np.testing.assert_allclose(written.affine, AFFINE, atol=1e-5)
     assert int(written.header["sform_code"]) > 0
+
+
+# ---------------------------------------------------------------- sizes that a file can not have
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd", "b.nrrd", "a.mha", "a.mhd"])
+def test_a_header_that_states_more_than_its_file_holds_takes_no_memory(tmp_path, name):
+    resource = pytest.importorskip("resource", reason="Windows does not tell the peak of memory")
+    if name.startswith("a.nii"):
+        write_nifti(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        content = bytearray(gzip.decompress(content) if name.endswith("gz") else content)
+        content[42:48] = np.array([2000, 2000, 2000], "<i2").tobytes()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else bytes(content))
+    elif name.endswith("nrrd"):
+        content = write_nrrd(tmp_path / name, '"mm" "mm" "mm"', 1.0).read_bytes()
+        header, _, data = content.replace(b"6 5 4", b"2000 2000 2000").partition(b"\n\n")
+        if name == "b.nrrd":
+            header, data = header.replace(b"raw", b"gzip"), gzip.compress(data)
+        (tmp_path / name).write_bytes(header + b"\n\n" + data)
+    else:
+        itk.imwrite(itk.image_from_array(np.ascontiguousarray(values().T)), str(tmp_path / name))
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content.replace(b"DimSize = 6 5 4", b"DimSize = 2000 2000 2000"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=r"not readable as a volume \(its header states 16000000000 bytes of voxels"):
+        read_volume(tmp_path / name)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # KiB

@@ -29,8 +29,8 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from medsa_nets.data.datalists import is_dicom
 from medsa_nets.data.photographs import read_photograph
+from medsa_nets.data.slices import is_dicom
 from medsa_nets.data.volumes import list_volumes, read_volume
 from medsa_nets.errors import DataError
 
@@ -140,6 +140,21 @@ def test_pixels_that_are_no_grey_values_are_refused(tmp_path, fields, message):
     with pytest.raises(DataError, match=message) as caught:
         read_volume(folder)
     assert "slice_" in str(caught.value)
+
+
+def test_a_plugin_that_panics_is_an_error_like_any_other(tmp_path, monkeypatch):
+    class PanicException(BaseException):  # as extensions in Rust raise it
+        pass
+
+    def panic(self: pydicom.Dataset) -> np.ndarray:
+        raise PanicException("index out of bounds")
+
+    file = next(write_series(tmp_path / "ct").iterdir())
+    monkeypatch.setattr(pydicom.Dataset, "pixel_array", property(panic))
+    with pytest.raises(DataError, match=r"pixels can't be read.*PanicException: index out of bounds"):
+        read_volume(file)
+    with pytest.raises(DataError, match=r"pixels can't be read.*PanicException: index out of bounds"):
+        read_photograph(file)
 
 
 # ---------------------------------------------------------------- files

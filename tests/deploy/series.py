@@ -7,8 +7,14 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, VLPhotographicImageStorage, generate_uid
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
+    VLPhotographicImageStorage,
+    generate_uid,
+)
 
 
 def new_object(sop_class: str, modality: str, uids: dict[str, str] | None = None) -> FileDataset:
@@ -88,3 +94,36 @@ def with_identifiers(source: Path, target: Path) -> Path:
         data.PatientID, data.PatientName = "anonymous", "anonymous^"
         data.save_as(target / file.name)
     return target
+
+
+def write_enhanced(folder: Path, path: Path, **fields: Any) -> Path:
+    """A CT series as one enhanced multi-frame object, its frames from the last to the first; ``fields`` are set."""
+    slices = sorted((pydicom.dcmread(file) for file in folder.iterdir()), key=lambda data: -data.InstanceNumber)
+    data = new_object(EnhancedCTImageStorage, "CT")
+    for name in ("PatientID", "PatientName", "FrameOfReferenceUID", "PositionReferenceIndicator", "Rows", "Columns",
+                 "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit",
+                 "PixelRepresentation"):  # fmt: skip
+        setattr(data, name, slices[0][name].value)
+    data.NumberOfFrames, data.ImageType = len(slices), ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+    data.PixelPresentation = "MONOCHROME"
+    shared, frames = Dataset(), []
+    for group, names in {
+        "PixelMeasuresSequence": ("PixelSpacing", "SliceThickness"),
+        "PlaneOrientationSequence": ("ImageOrientationPatient",),
+        "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
+    }.items():
+        item = Dataset()
+        for name in names:
+            setattr(item, name, slices[0][name].value)
+        setattr(shared, group, [item])
+    for number, one in enumerate(slices, start=1):
+        frame, place, content = Dataset(), Dataset(), Dataset()
+        place.ImagePositionPatient = one.ImagePositionPatient
+        content.StackID, content.InStackPositionNumber, content.DimensionIndexValues = "1", number, [number]
+        frame.PlanePositionSequence, frame.FrameContentSequence = [place], [content]
+        frames.append(frame)
+    data.SharedFunctionalGroupsSequence, data.PerFrameFunctionalGroupsSequence = [shared], frames
+    data.PixelData = b"".join(one.PixelData for one in slices)
+    for name, value in fields.items():
+        setattr(data, name, value)
+    return save(data, path)

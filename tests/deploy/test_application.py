@@ -18,7 +18,7 @@ from PIL import Image
 from pydicom.uid import MRImageStorage
 
 from .conftest import BUNDLES, CT, Command, Run
-from .series import write_ct, write_photograph
+from .series import write_ct, write_enhanced, write_photograph
 
 pytestmark = pytest.mark.deploy
 ISIC = BUNDLES / "medsa_isic"
@@ -158,6 +158,25 @@ def test_measurements_are_those_of_the_mask(eager: tuple[Run, Path], studies: Pa
     assert pictures
     # pixels of 1.5 x 3 mm: the picture is as high as the body
     assert Image.open(pictures[0]).size == (mask.shape[0], 2 * mask.shape[1])
+
+
+def test_a_segmentation_of_an_enhanced_object_is_that_of_its_slices(
+    deploy: Command, eager: tuple[Run, Path], studies: Path, single: Path, tmp_path: Path
+) -> None:
+    source = headers(studies / "b")
+    expected = label_map(results(eager[1])[source[0].SeriesInstanceUID] / "segmentation.dcm", source)
+    write_enhanced(studies / "b", tmp_path / "in" / "frames.dcm", PhotometricInterpretation="MONOCHROME1")
+    run = deploy("-i", tmp_path / "in", "-o", tmp_path / "out", "-m", CT[0], "--overlay", CT[1], "--overlay", single)
+    assert run.status == 0, run.err
+    (folder,) = results(tmp_path / "out").values()
+    opened = hd.seg.segread(folder / "segmentation.dcm")
+    data = pydicom.dcmread(tmp_path / "in" / "frames.dcm", stop_before_pixels=True)
+    numbers = list(range(1, data.NumberOfFrames + 1))
+    frames = opened.get_pixels_by_source_frame(
+        data.SOPInstanceUID, numbers, combine_segments=True, assert_missing_frames_are_empty=True
+    )
+    np.testing.assert_array_equal(frames[::-1].transpose(2, 1, 0), expected)  # stored from the last to the first
+    assert (folder / "measurements_sr.dcm").is_file()
 
 
 def test_torchscript_gives_the_same_whatever_the_file_is_called(

@@ -10,7 +10,7 @@ from pydicom.uid import BasicTextSRStorage, MRImageStorage, generate_uid
 from medsa_nets.deploy.studies import Found, Rules, Source, find_sources
 from medsa_nets.errors import DataError
 
-from .series import new_object, save, write_ct, write_photograph
+from .series import new_object, save, write_ct, write_enhanced, write_photograph
 
 CT = Rules(("CT",), (3, 40))
 PHOTOGRAPHS = Rules(("XC", "SC"), volumes=False)
@@ -117,7 +117,61 @@ def test_an_instance_that_comes_twice_counts_once(tmp_path):
     (tmp_path / "ct" / "copy_9.dcm").write_bytes(files[1].read_bytes())
     found = find_sources(tmp_path, CT)
     assert len(found.sources[0].files) == 5
-    assert "the same instance as" in found.skipped[0]
+    assert "the same image as" in found.skipped[0]
+
+
+def test_twins_by_place_count_once_and_others_of_one_identifier_are_damaged(tmp_path):
+    files = slices(write_ct(tmp_path / "ct", volume(), AFFINE))
+    (tmp_path / "ct" / "copy_9.dcm").write_bytes(files[1].read_bytes())
+    change(tmp_path / "ct" / "copy_9.dcm", SOPInstanceUID=generate_uid())
+    found = find_sources(tmp_path, CT)
+    np.testing.assert_array_equal(found.sources[0].read()[0].numpy(), volume())
+    assert "the same image as" in found.skipped[0]
+    change(tmp_path / "ct" / "copy_9.dcm", SOPInstanceUID=pydicom.dcmread(files[1]).SOPInstanceUID, PixelData=bytes(60))
+    assert "is another image" in only(find_sources(tmp_path, CT), "damaged")
+
+
+@pytest.mark.parametrize("interpretation", ["MONOCHROME1", "MONOCHROME2"])
+def test_grey_values_are_what_is_stored_however_they_are_shown(tmp_path, interpretation):
+    write_ct(tmp_path / "ct", volume(), AFFINE, PhotometricInterpretation=interpretation)
+    np.testing.assert_array_equal(find_sources(tmp_path, CT).sources[0].read()[0].numpy(), volume())
+
+
+@pytest.mark.parametrize("interpretation", ["MONOCHROME1", "MONOCHROME2"])
+def test_an_enhanced_object_is_one_volume(tmp_path, interpretation):
+    write_ct(tmp_path / "ct", volume(), AFFINE)
+    for name in ("a", "b"):
+        write_enhanced(tmp_path / "ct", tmp_path / "in" / name, PhotometricInterpretation=interpretation)
+    found = find_sources(tmp_path / "in", CT)
+    assert not found.skipped
+    assert not found.damaged
+    assert [source.files for source in found.sources] == [(tmp_path / "in" / name,) for name in ("a", "b")]
+    for source in found.sources:
+        assert source.frames == (4, 3, 2, 1, 0)
+        assert source.name.endswith("5 slices")
+        image = source.read()
+        np.testing.assert_array_equal(image[0].numpy(), volume())
+        np.testing.assert_allclose(np.asarray(image.affine), AFFINE, atol=1e-5)
+        assert source.datasets()[0].NumberOfFrames == 5
+    change(tmp_path / "in" / "a", PixelData=bytes(100))
+    with pytest.raises(DataError, match=r"a: 100 bytes of pixels, expected 300"):
+        find_sources(tmp_path / "in", CT).sources[0].read()
+    change(tmp_path / "in" / "a", PerFrameFunctionalGroupsSequence=[], SeriesInstanceUID=generate_uid())
+    assert "the place of 0" in find_sources(tmp_path / "in", CT).damaged[0]
+
+
+def test_files_without_preamble_are_taken(tmp_path):
+    files = slices(write_ct(tmp_path / "ct", volume(), AFFINE))
+    for file in files:
+        bare = pydicom.Dataset()
+        for element in pydicom.dcmread(file):
+            bare.add(element)
+        file.unlink()
+        pydicom.dcmwrite(file.with_suffix(".IMA"), bare, implicit_vr=True, little_endian=True)
+    found = find_sources(tmp_path, CT)
+    assert not found.damaged
+    np.testing.assert_array_equal(found.sources[0].read()[0].numpy(), volume())
+    assert [data.InstanceNumber for data in found.sources[0].datasets()] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("keep", [-40, -1])

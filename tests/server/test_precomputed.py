@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from medsa_nets.bundles import ADAPTER, copy_bundle
 from medsa_nets.errors import DataError, SettingError
-from medsa_nets.inferers import SlabInferer
+from medsa_nets.inferers import VolumeInferer
 from medsa_nets.interaction.segmenters import NetworkSegmenter
 from medsa_nets.label import _write_fresh_adapter
 from medsa_nets.precomputed import precompute, read_embeddings
@@ -94,7 +94,7 @@ def test_a_server_encodes_nothing_that_was_precomputed(bundle, serve, connect, t
 def precomputed_mask(root: Path, study: Path, folder: Path) -> tuple[torch.Tensor, int]:
     """Automatic logits, and how often the encoder ran."""
     segmenter = NetworkSegmenter.from_bundle(root, (), {"precomputed": str(folder)})
-    assert isinstance(segmenter.inferer, SlabInferer)
+    assert isinstance(segmenter.inferer, VolumeInferer)
     passes = count_encodings(segmenter)
     return segmenter.automatic(segmenter.open(str(study))), len(passes)
 

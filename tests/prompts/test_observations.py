@@ -7,8 +7,8 @@ import pytest
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
 
-from medsa_nets.interaction import observations
-from medsa_nets.interaction.observations import MARGIN, Kernel, observe
+from medsa_nets.prompts import observations
+from medsa_nets.prompts.observations import MARGIN, Kernel, observe
 
 KERNEL = Kernel(length=3.0, contrast=0.15)
 

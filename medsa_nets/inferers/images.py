@@ -1,0 +1,149 @@
+"""Inference of images, with prompts that are answered in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import SimpleInferer
+from torch import Tensor
+
+from medsa_nets.checksums import tensor_sha256
+from medsa_nets.inferers.cache import EmbeddingCache, adapter_key, network_name, take_precomputed
+from medsa_nets.networks import MedSA
+from medsa_nets.precision import Amp, autocast, choose_amp, read_amp
+from medsa_nets.prompts import Prompts, prompts_of_batch
+from medsa_nets.prompts.earlier import as_earlier
+from medsa_nets.prompts.observations import Kernel, observe
+from medsa_nets.runtime import plain, unwrap
+
+CLICK_KERNEL = Kernel(length=3.0, contrast=0.15)  # pixels of the network's grid, share of the intensity range
+
+
+class PromptInferer(SimpleInferer):
+    """MONAI's simple inferer with prompts, mixed precision and a cache; logits come in single precision.
+
+    Args:
+        amp: precision, ``auto``, true or false (:func:`~medsa_nets.precision.choose_amp`).
+        cache: keeps embeddings of images that are asked for again; none computes them anew.
+        precomputed: folder of embeddings from ``python -m medsa_nets precompute``; none computes them.
+    """
+
+    def __init__(
+        self, amp: Amp = False, cache: EmbeddingCache | None = None, precomputed: str | Path | None = None
+    ) -> None:
+        super().__init__()
+        self.amp = read_amp(amp)
+        self.cache = cache
+        self.precomputed = precomputed
+
+    def __call__(
+        self,
+        inputs: Tensor,
+        network: Callable[..., Tensor],
+        *args: Any,
+        prompts: Prompts | Sequence[Prompts] | None = None,
+    ) -> Tensor:
+        """Segment images.
+
+        Args:
+            inputs: (B, 3, H, W) with intensities in [0, 1].
+            network: a :class:`~medsa_nets.networks.MedSA`, or a wrapper of it.
+            args: not used; MONAI's engines pass it.
+            prompts: of each image, or of the only one; none takes those that travel with the images
+                (:func:`~medsa_nets.prompts.with_prompts`), and segments automatically where there are none.
+
+        Returns:
+            Mask logits (B, K, H, W).
+
+        Raises:
+            ValueError: when there are prompts for another number of images, or images differ in the kinds of theirs.
+        """
+        asked = prompts_of_batch(inputs, prompts)
+        inputs = plain(inputs)
+        with autocast(self.amp, inputs.device):
+            medsa = unwrap(network)
+            if not isinstance(medsa, MedSA) or medsa.training:  # dropout answers anew each time
+                return network(inputs, *args, **Prompts.batched(asked)).float()
+            take_precomputed(medsa, self.precomputed)
+            in_order = medsa.click_feedback is not None and medsa.click_feedback.trained
+            if self.cache is None and not in_order:
+                return network(inputs, *args, **Prompts.batched(asked)).float()
+            if in_order:
+                return answer_in_order(medsa, self._embed(inputs, medsa), inputs, asked)
+        return self.decode(inputs, medsa, asked)
+
+    def decode(self, inputs: Tensor, network: MedSA, prompts: Sequence[Prompts]) -> Tensor:
+        """Answer all prompts of each image at once, in one pass through the decoder: logits (B, K, H, W)."""
+        inputs = plain(inputs)
+        with autocast(self.amp, inputs.device):
+            return network.decode(self._embed(inputs, network), **Prompts.batched(prompts)).float()
+
+    def _embed(self, inputs: Tensor, medsa: MedSA) -> Tensor:
+        """Embedding of images, from the cache where it is there."""
+        if self.cache is None:
+            return medsa.encode_image(inputs)
+        name, version = network_name(medsa), adapter_key(medsa)
+        key = f"{tensor_sha256(inputs)} {choose_amp(self.amp, inputs.device).name} {name} {version}"
+        known = self.cache.get(key)
+        if known is not None:
+            return known[0].to(inputs.device)
+        embedding = medsa.encode_image(inputs)
+        kept = embedding if self.cache.device is None else embedding.to(self.cache.device)
+        self.cache.put(key, [kept], network=name, version=version)
+        return embedding
+
+
+def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: Sequence[Prompts]) -> Tensor:
+    """Answer click after click, each from the mask before it, as a network with click feedback has learned to.
+
+    A session begins with the box, where there is one, else with the automatic mask, where the class is named, else with
+    the first click. A click on foreground takes nothing from a mask, one on background adds nothing, so that no later
+    click undoes what was right elsewhere. In each answer every clicked pixel carries its label
+    (:func:`~medsa_nets.prompts.observations.observe`).
+
+    Args:
+        network: the network.
+        embedding: of the images (B, 256, h, w).
+        image: (B, 3, H, W) with intensities in [0, 1].
+        prompts: of each image.
+
+    Returns:
+        Mask logits (B, K, H, W), single precision.
+    """
+    if any(one.points is None or one.masks is not None for one in prompts):
+        return network.decode(embedding, **Prompts.batched(prompts)).float()
+    start = [one.until(0) for one in prompts]
+    earlier = network.decode(embedding, **Prompts.batched(start)).float() if any(start) else None
+    for number in range(1, max(one.labels.shape[1] for one in prompts if one.labels is not None) + 1):
+        clicked = [one.until(number) for one in prompts]
+        now = clicked
+        if earlier is not None:
+            now = [replace(one, masks=own) for one, own in zip(clicked, as_earlier(earlier, embedding.shape[2:4]))]
+        arguments = Prompts.batched(now)
+        logits = network.decode(embedding, **arguments).float()
+        newest = arguments["point_labels"][:, :, number - 1][..., None, None]
+        if earlier is not None:
+            logits = torch.where(newest == 1, torch.maximum(logits, earlier), torch.minimum(logits, earlier))
+        logits = obey(logits, image, clicked)
+        earlier = logits if earlier is None else torch.where(newest < 0, earlier, logits)  # padding clicks nothing
+    assert earlier is not None
+    return earlier
+
+
+def obey(logits: Tensor, image: Tensor, prompts: Sequence[Prompts]) -> Tensor:
+    """Logits (B, K, H, W) that agree with the points of the prompts of each image."""
+    out = logits.cpu().numpy().copy()
+    last = np.array(logits.shape[2:]) - 1
+    for b, one in enumerate(prompts):
+        if one.points is None or one.labels is None:
+            continue
+        places, labels = one.points.cpu().float().round().numpy().astype(np.int64), one.labels.cpu().numpy()
+        for k, real in enumerate(labels >= 0):
+            voxels = places[k][real].clip(0, last)
+            out[b, k] = observe(out[b, k], image[b].cpu().numpy(), voxels, labels[k][real], (1.0, 1.0), CLICK_KERNEL)
+    return torch.from_numpy(out).to(logits.device)
