@@ -28,17 +28,26 @@ from medsa_nets.errors import MedSAError, find_cause
 from medsa_nets.interaction.answers import AnswerSettings
 from medsa_nets.interaction.segmenters import NetworkSegmenter
 from medsa_nets.machine import limit_threads
+from medsa_nets.server import page
 from medsa_nets.server.arrays import pack_array, read_header, unpack_array
 from medsa_nets.server.errors import CapacityError, LeaseOverError, RequestError
 from medsa_nets.server.leases import Lease, Leases
 from medsa_nets.server.logs import SessionLog, SessionLogs, hash_image
 from medsa_nets.server.queues import DeviceQueue
 from medsa_nets.server.settings import ServerSettings
-from medsa_nets.server.studies import FOREGROUND, Embeddings, Properties, StoppedError, Study, read_properties
+from medsa_nets.server.studies import (
+    FOREGROUND,
+    Embeddings,
+    Properties,
+    StoppedError,
+    Study,
+    read_class,
+    read_properties,
+)
 from medsa_nets.server.work import Answer, Work
 
 logger = logging.getLogger(__name__)
-META, LEASE = "x-meta", "x-lease-token"
+META, LEASE, CODEC = "x-meta", "x-lease-token", "x-array-codec"
 MAX_JSON = 2**16  # bytes
 MAX_WAITING = 16  # requests of one lease that wait for each other
 PROTOCOL = "2.6.0"  # of the client that this server was written for
@@ -89,13 +98,18 @@ class KeyRequired:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401 to others."""
-        if scope["type"] == "http":
+        if scope["type"] == "http" and not (scope["method"] == "GET" and _of_page(scope["path"])):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self.expected):
                 denied = JSONResponse({"detail": "The server's API key is missing, or another one."}, 401)
                 await denied(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+def _of_page(path: str) -> bool:
+    """Whether a path is that of the page, which holds nothing of anybody, and asks for the key itself."""
+    return path == "/" or (path.startswith("/page/") and path.count("/") == 2)
 
 
 class Server:
@@ -300,11 +314,12 @@ def _flag(entries: Mapping[str, Any], name: str, usual: bool) -> bool:
     return found
 
 
-def _write(answer: Answer) -> Response:
+def _write(request: Request, answer: Answer) -> Response:
     """An answer as the protocol has it: the box that changed in X-Meta, the mask there in the body."""
+    raw = request.headers.get(CODEC) == "raw"
     place = None if answer.place is None else [[int(s.start), int(s.stop)] for s in answer.place]
     meta = {"ran_prediction": answer.ran, "bbox": place, "complete": answer.complete, "class": answer.class_name}
-    body = b"" if answer.values is None else pack_array(answer.values)
+    body = b"" if answer.values is None else pack_array(answer.values, raw)
     return Response(body, media_type="application/octet-stream", headers={META: json.dumps(meta)})
 
 
@@ -327,6 +342,7 @@ def make_application(server: Server) -> FastAPI:
     if server.settings.api_key:
         application.add_middleware(KeyRequired, key=server.settings.api_key)
     _handle_errors(application)
+    _add_page(application)
     _add_leases(application, server)
     _add_work(application, server)
     return application
@@ -363,6 +379,27 @@ def _handle_errors(application: FastAPI) -> None:
     application.add_exception_handler(HTTPException, plain)
     application.add_exception_handler(MedSAError, unexpected)
     application.add_middleware(FailuresAnswered, answer=unexpected)
+
+
+def _add_page(application: FastAPI) -> None:
+    headers = {"Content-Security-Policy": page.POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
+    def answer(name: str) -> Response:
+        content = page.read_file(name)
+        if content is None:
+            raise HTTPException(404, "There is no such file.")
+        return Response(content, media_type=page.TYPES[name], headers=headers)
+
+    @application.get("/")
+    def index() -> Response:
+        if page.read_file(page.NIIVUE_FILE) is None:
+            text = "The page is not complete. Run once: python -m medsa_nets.server.page (needs npm)."
+            return Response(text, 503, media_type="text/plain", headers=headers)
+        return answer("index.html")
+
+    @application.get("/page/{name}")
+    def file(name: str) -> Response:
+        return answer(name)
 
 
 def _add_leases(application: FastAPI, server: Server) -> None:
@@ -429,7 +466,8 @@ def _add_work(application: FastAPI, server: Server) -> None:
         shape = body.get("shape")
         if not isinstance(shape, list) or not all(type(n) is int for n in shape):
             raise RequestError("shape: expected a list of whole numbers.")
-        await server.act(request, lambda held: held.set_target_buffer(shape))
+        class_name = read_class(body["class"], server.segmenter.classes) if "class" in body else None
+        await server.act(request, lambda held: held.set_target_buffer(shape, class_name))
         return {"ok": True}
 
     @application.post("/set_do_autozoom")
@@ -447,17 +485,17 @@ def _add_work(application: FastAPI, server: Server) -> None:
     @application.post("/undo")
     async def undo(request: Request) -> Response:
         await server.read_body(request, MAX_JSON)
-        return _write(await server.act(request, Work.undo))
+        return _write(request, await server.act(request, Work.undo))
 
     @application.post("/predict")
     async def predict(request: Request) -> Response:
         await server.read_body(request, MAX_JSON)
-        return _write(await server.act(request, Work.predict))
+        return _write(request, await server.act(request, Work.predict))
 
     async def add(request: Request, kind: str, entries: Mapping[str, Any], **said: Any) -> Response:
         runs = _flag(entries, "run_prediction", True)
         said["label"] = int(_flag(entries, "include_interaction", True))
-        return _write(await server.act(request, lambda held: held.add(kind, runs, **said)))
+        return _write(request, await server.act(request, lambda held: held.add(kind, runs, **said)))
 
     @application.post("/add_point_interaction")
     async def add_point(request: Request) -> Response:
@@ -480,7 +518,7 @@ def _add_work(application: FastAPI, server: Server) -> None:
                 return held.add(kind, runs, mask=mask)
             return held.add(kind, runs, mask=mask, box=meta.get("interaction_bbox"), label=label)
 
-        return _write(await server.act(request, work))
+        return _write(request, await server.act(request, work))
 
     @application.post("/add_scribble_interaction")
     async def add_scribble(request: Request) -> Response:

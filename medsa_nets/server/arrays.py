@@ -1,6 +1,7 @@
 """Arrays on the wire: a header, the shape, and blosc2 chunks; every size is checked before memory is taken for it.
 
-The form, all numbers little-endian: ``NNIA``, version (1), codec (1: Zstandard, 2: LZ4), number of dimensions and
+The form, all numbers little-endian: ``NNIA``, version (1), codec (1: Zstandard, 2: LZ4, 0: chunks as they are, which
+the protocol does not have: the server's own page takes them), number of dimensions and
 length of the type's name (one byte each), the name in ASCII, the shape (int64 each), the number of chunks (uint32), and
 for each chunk its length before and after compression (uint64 each) and the compressed bytes.
 """
@@ -16,7 +17,7 @@ import numpy as np
 from medsa_nets.server.errors import RequestError
 
 MAGIC, VERSION = b"NNIA", 1
-CODECS = {1: blosc2.Codec.ZSTD, 2: blosc2.Codec.LZ4}
+RAW, ZSTD, LZ4 = 0, 1, 2  # codecs
 TYPES = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32",
          "float64")  # fmt: skip
 CHUNK = 1 << 30  # most bytes of a chunk before compression; blosc2 takes less than 2^31
@@ -28,20 +29,24 @@ CHUNK_HEADER = struct.Struct("<BBBBiii6BBB6BBB")
 COMPRESSORS, FILTERS, RUNS = (0, 1, 4), (0, 1, 2), 0x70
 
 
-def pack_array(array: np.ndarray) -> bytes:
+def pack_array(array: np.ndarray, raw: bool = False) -> bytes:
     """An array as bytes.
 
     Args:
         array: of a type in :data:`TYPES`.
+        raw: as it is, in one chunk.
     """
     array = np.ascontiguousarray(array)
     name = array.dtype.name.encode("ascii")
-    head = struct.pack("<4sBBBB", MAGIC, VERSION, 2, array.ndim, len(name)) + name
-    raw = array.reshape(-1).view(np.uint8).data
-    starts = range(0, len(raw), CHUNK)
-    parts = [head, struct.pack(f"<{array.ndim}q", *array.shape), struct.pack("<I", len(starts))]
+    head = struct.pack("<4sBBBB", MAGIC, VERSION, RAW if raw else LZ4, array.ndim, len(name)) + name
+    values = array.reshape(-1).view(np.uint8).data
+    shape = struct.pack(f"<{array.ndim}q", *array.shape)
+    if raw:
+        return b"".join([head, shape, struct.pack("<IQQ", 1, len(values), len(values)), values])
+    starts = range(0, len(values), CHUNK)
+    parts = [head, shape, struct.pack("<I", len(starts))]
     for start in starts:
-        own = raw[start : start + CHUNK]
+        own = values[start : start + CHUNK]
         packed = blosc2.compress2(
             own, typesize=array.itemsize, codec=blosc2.Codec.LZ4, clevel=5, filters=[blosc2.Filter.NOFILTER], nthreads=1
         )
@@ -58,7 +63,7 @@ def read_header(body: bytes | memoryview) -> tuple[np.dtype, tuple[int, ...], in
     if len(body) < 8:
         raise RequestError("array: it is cut: fewer than 8 bytes.")
     magic, version, codec, dims, length = struct.unpack_from("<4sBBBB", body, 0)
-    if magic != MAGIC or version != VERSION or codec not in CODECS:
+    if magic != MAGIC or version != VERSION or codec not in (RAW, ZSTD, LZ4):
         raise RequestError("array: it begins with something else than NNIA, version 1, and a known codec.")
     if not 1 <= dims <= MAX_DIMENSIONS or len(body) < 8 + length + 8 * dims + 4:
         raise RequestError(f"array: expected 1 to {MAX_DIMENSIONS} dimensions and a whole header.")
@@ -87,11 +92,16 @@ def unpack_array(body: bytes | memoryview, max_bytes: int) -> np.ndarray:
     total = math.prod(shape) * dtype.itemsize
     if total > max_bytes:
         raise RequestError(f"array: it takes {total} bytes, this server takes {max_bytes} at most.", 413)
-    chunks = _find_chunks(view, place, total, dtype.itemsize)
+    uncompressed = view[5] == RAW
+    chunks = _find_chunks(view, place, total, dtype.itemsize, uncompressed)
     out = np.zeros(math.prod(shape), dtype=dtype)  # what a damaged chunk leaves out is zero, never another's memory
     raw = out.view(np.uint8)
     written = 0
     for chunk, length in chunks:
+        if uncompressed:
+            raw[written : written + length] = np.frombuffer(chunk, np.uint8)
+            written += length
+            continue
         try:
             blosc2.decompress2(chunk, dst=raw[written : written + length], nthreads=1)
         except Exception as error:  # blosc2 raises RuntimeError, ValueError and others
@@ -102,7 +112,9 @@ def unpack_array(body: bytes | memoryview, max_bytes: int) -> np.ndarray:
     return out.reshape(shape)
 
 
-def _find_chunks(view: memoryview, place: int, total: int, itemsize: int) -> list[tuple[memoryview, int]]:
+def _find_chunks(
+    view: memoryview, place: int, total: int, itemsize: int, uncompressed: bool
+) -> list[tuple[memoryview, int]]:
     """Chunks and their lengths before compression, checked against the array's size and their own headers."""
     (count,) = struct.unpack_from("<I", view, place)
     place += 4
@@ -117,10 +129,13 @@ def _find_chunks(view: memoryview, place: int, total: int, itemsize: int) -> lis
         place += 16
         if not 0 < length <= min(left, CHUNK) or length % itemsize:
             raise RequestError("array: a chunk has another length than its array.")
-        if packed > len(view) - place or packed < CHUNK_HEADER.size:
+        if packed > len(view) - place or packed < (length if uncompressed else CHUNK_HEADER.size):
             raise RequestError("array: it is cut.")
         chunk = view[place : place + packed]
-        _check_chunk(chunk, length)
+        if not uncompressed:
+            _check_chunk(chunk, length)
+        elif packed != length:
+            raise RequestError("array: a chunk has another length than its array.")
         found.append((chunk, length))
         place += packed
         left -= length

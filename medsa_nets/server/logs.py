@@ -48,6 +48,8 @@ class SessionLog:
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Keep a state, in place of the one before it; a full disk is no reason to stop working."""
+        if not self.logs.holds(self):
+            return
         try:
             with temporary_name(self.path) as part:
                 part.write_text(json.dumps({"schema": SCHEMA, **state}), encoding="utf-8")
@@ -56,9 +58,9 @@ class SessionLog:
 
     def close(self, done: bool = False) -> None:
         """Let another client have it; one that is ``done``, and has no name to ask for it again, is removed."""
-        if done and not self.named:
+        if done and not self.named and self.logs.holds(self):
             self.path.unlink(missing_ok=True)
-        self.logs.give_back(self.path)
+        self.logs.give_back(self)
 
 
 class SessionLogs:
@@ -74,7 +76,7 @@ class SessionLogs:
 
     def __init__(self, folder: str | Path, days: float = 30.0) -> None:
         self.folder = make_writable(folder, "--sessions")
-        self._held: set[Path] = set()
+        self._held: dict[Path, SessionLog] = {}
         self._lock = threading.Lock()
         oldest = time.time() - 86400.0 * days
         for path in self.folder.glob("*.session"):
@@ -88,20 +90,19 @@ class SessionLogs:
             key: of the image and what else it belongs to (:func:`hash_image`).
             name: by which the client asks for the session, or empty. Without a name, the log of this image that no
                 client holds is gone on with; where there are several, nobody can tell whose they are, and the session
-                begins anew.
+                begins anew. With a name, it is taken from a client that still seems to hold it: one whose connection
+                broke comes back before the server knows that it was gone.
 
         Returns:
-            The log, or none where a client holds the one with this name, or too many are kept.
+            The log, or none where too many are kept.
         """
         stem = hashlib.sha256(f"{key} {name}".encode()).hexdigest()
         with self._lock:
             if name:
                 path = self.folder / f"{stem}.session"
-                if path in self._held:
-                    return None
-                self._held.add(path)
                 out = SessionLog(self, path, self._read(path))
                 out.named = True
+                self._held[path] = out
                 return out
             paths = [self.folder / f"{stem}-{number}.session" for number in range(MAX_ALIKE)]
             waiting = [path for path in paths if path not in self._held and path.is_file()]
@@ -109,13 +110,18 @@ class SessionLogs:
             if len(waiting) != 1 and not free:
                 return None
             path = waiting[0] if len(waiting) == 1 else free[0]
-            self._held.add(path)
-            return SessionLog(self, path, self._read(path))
+            out = self._held[path] = SessionLog(self, path, self._read(path))
+            return out
 
-    def give_back(self, path: Path) -> None:
+    def holds(self, log: SessionLog) -> bool:
+        """Whether a log is still that of its client."""
+        return self._held.get(log.path) is log
+
+    def give_back(self, log: SessionLog) -> None:
         """A client holds a log no longer."""
         with self._lock:
-            self._held.discard(path)
+            if self.holds(log):
+                del self._held[log.path]
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:

@@ -313,13 +313,7 @@ def read_properties(properties: Any, classes: Sequence[str], orientation: str) -
     """
     if not isinstance(properties, Mapping):
         raise RequestError("image_properties: expected an object.")
-    own = properties.get("class", "")
-    if own is None or own == "":
-        name = ""
-    elif isinstance(own, str) and own.lower() in [FOREGROUND, *(c.lower() for c in classes)]:
-        name = own.lower()
-    else:
-        raise RequestError(f"image_properties, class: expected {FOREGROUND} or one of {', '.join(classes)}.")
+    name = read_class(properties.get("class", ""), classes)
     session = properties.get("session", "")
     if not isinstance(session, str) or len(session) > 200:
         raise RequestError("image_properties, session: expected a name of at most 200 characters.")
@@ -335,6 +329,19 @@ def read_properties(properties: Any, classes: Sequence[str], orientation: str) -
             raise RequestError("image_properties, spacing: expected three lengths in mm.")
     axes = properties.get("orientation") or orientation
     return Properties(affine_of(axes, spacing), name, session)
+
+
+def read_class(name: Any, classes: Sequence[str]) -> str:
+    """A class as a client names it, in lower case; empty where the first click chooses.
+
+    Raises:
+        RequestError: when it is unknown.
+    """
+    if name is None or name == "":
+        return ""
+    if isinstance(name, str) and name.lower() in [FOREGROUND, *(known.lower() for known in classes)]:
+        return name.lower()
+    raise RequestError(f"image_properties, class: expected {FOREGROUND} or one of {', '.join(classes)}.")
 
 
 def affine_of(axes: Any, spacing: np.ndarray) -> np.ndarray:

@@ -350,8 +350,12 @@ class Work:
         self._opening = self.executor.submit(self.open_study, array, properties)
         return shape
 
-    def set_target_buffer(self, shape: Sequence[int]) -> None:
+    def set_target_buffer(self, shape: Sequence[int], class_name: str | None = None) -> None:
         """The client has a new, empty mask: the object that it showed, if any, is finished, and another one begins.
+
+        Args:
+            shape: of the mask.
+            class_name: of this and later objects, or empty to choose by the first click; none leaves it as it was.
 
         Raises:
             RequestError: when no image is open, or it has another size.
@@ -361,6 +365,8 @@ class Work:
             raise RequestError(
                 f"target buffer: its shape is {list(shape)}, that of the image {list(self._shape)}. Make one like it."
             )
+        if class_name is not None:
+            self._class_name = class_name
         if self._saved is not None:
             return  # what an earlier client left comes with the next answer
         part = self._given_up
