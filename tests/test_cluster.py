@@ -157,7 +157,7 @@ def test_a_finished_study_is_not_done_again_and_other_settings_do_it_anew(tmp_pa
     studies = tmp_path / "studies"
 
     def once(threshold: float) -> str:
-        settings = {**settings_of(adapted), "postprocessing#transforms#3#threshold": threshold}
+        settings = {**settings_of(adapted), "to_mask#threshold": threshold}
         (row,) = segment_all(config_file=str(CONFIG), dataset_dir=str(studies), output_dir=str(tmp_path / "out"),
                              **settings)  # fmt: skip
         return row["status"]

@@ -76,13 +76,13 @@ def test_the_decoder_trains_and_the_encoder_does_not(network, tmp_path):
     image, label = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
     label[..., 20:40, 10:50] = 1
     losses = []
-    for _ in range(15):
+    for _ in range(40):
         optimizer.zero_grad()
         loss = nn.functional.binary_cross_entropy_with_logits(network.train()(image), label)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]  # below what the share of the foreground alone gives
     changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed
     assert not any(name.startswith("image_encoder.") for name in changed)

@@ -51,7 +51,7 @@ def read_task(task: str, bundle_root: str | Path) -> Facts:
     folder = next((folder for folder in folders if (folder / f"{task}.yaml").is_file()), None)
     if folder is None:
         there = sorted(path.stem for path in folders[0].glob("*.yaml"))
-        known = f"There is {', '.join(there)}." if there else "There is none: pass the bundle's folder (--bundle_root)."
+        known = f"There is {', '.join(there)}." if there else "Pass the bundle's folder (--bundle_root)."
         raise DataError(f"task {task!r}: there is no file {folders[0] / f'{task}.yaml'}. {known}")
     return Facts(_read(folder, task, ()), folder / f"{task}.yaml")
 

@@ -89,7 +89,7 @@ def test_what_is_wrong_with_a_task_is_said(tmp_path: Path) -> None:
     tasks = root / "configs" / "tasks"
     with pytest.raises(DataError, match=r"task 'mole': there is no file .*mole\.yaml\. There is isic, kvasir\."):
         Bundle.open(root, settings={"task": "mole"}).value("classes")
-    with pytest.raises(DataError, match="pass the bundle's folder"):
+    with pytest.raises(DataError, match="Pass the bundle's folder"):
         read_task("mole", tmp_path)
     (tasks / "a.yaml").write_text("like: b\n")
     (tasks / "b.yaml").write_text("like: a\n")
