@@ -196,8 +196,10 @@ def test_a_second_run_leaves_the_first_and_makes_a_new_series(deploy: Command, t
     """With a bundle that finds nothing: an empty segmentation is a valid one."""
     bundle = shutil.copytree(CT[0], tmp_path / "bundle")
     config = yaml.safe_load((bundle / "configs" / "inference.yaml").read_text())
-    nothing = {"_target_": "Lambdad", "keys": "pred", "func": "$lambda logits: logits * 0 - 1"}
-    config["postprocessing"]["transforms"].insert(1, nothing)
+    config["nothing"] = {"_target_": "Lambdad", "keys": "pred", "func": "$lambda logits: logits * 0 - 1"}
+    chain = config["postprocessing"]["transforms"]
+    assert "(@keep_place," in chain
+    config["postprocessing"]["transforms"] = chain.replace("(@keep_place,", "(@keep_place, @nothing,")
     (bundle / "configs" / "inference.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     source = write_ct(tmp_path / "in" / "air", np.full((32, 32, 6), -1000, np.int16), np.diag([3.0, 3, 3, 1]))
     for _ in range(2):
