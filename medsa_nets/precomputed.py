@@ -68,7 +68,7 @@ def precompute(
         bundle: folder of the bundle.
         studies: a study, or a folder of studies.
         folder: where the embeddings go; it is made where it is missing.
-        overlay: file of the bundle's configs to lay over, as ct_3mm.yaml; may be given more than once.
+        overlay: file of the bundle's configs to lay over, as hippocampus.yaml; may be given more than once.
         checkpoint: the adapter; by default that of the bundle.
         device: cpu, cuda, …; by default the bundle's choice.
         amp: precision, auto, true or false; by default the bundle's choice. The server has to have the same.

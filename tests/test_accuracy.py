@@ -37,7 +37,7 @@ def test_hippocampi_of_the_validation_split(shared_data: Path, tmp_path: Path, p
 
 
 @pytest.mark.parametrize("prompt", ["none", "point"])
-def test_one_scan_is_enough_for_liver_and_spleen_of_another(shared_data: Path, tmp_path: Path, prompt: str) -> None:
+def test_liver_and_spleen_in_a_ct_of_another_hospital(shared_data: Path, tmp_path: Path, prompt: str) -> None:
     scans = shared_data / "ct"
     found = nib.load(scans / "ct_b_totalsegmentator.nii.gz")
     label = np.zeros(found.shape, np.uint8)
@@ -46,11 +46,11 @@ def test_one_scan_is_enough_for_liver_and_spleen_of_another(shared_data: Path, t
     nib.save(nib.Nifti1Image(label, found.affine), tmp_path / "label.nii.gz")
     case = {"image": str(scans / "ct_b_dicom"), "label": str(tmp_path / "label.nii.gz")}
     (tmp_path / "list.json").write_text(json.dumps({"training": [case], "validation": [case]}))
-    configs = [str(BTCV / "configs" / name) for name in ("train.yaml", "ct_3mm.yaml", "evaluate.yaml")]
+    configs = [str(BTCV / "configs" / name) for name in ("train.yaml", "evaluate.yaml")]
     run("evaluating", config_file=configs, bundle_root=str(BTCV), meta_file=str(BTCV / "configs/metadata.json"),
         dataset_dir=str(scans), datalist=str(tmp_path / "list.json"), prompt=prompt, output_dir=str(tmp_path),
         num_workers=0)  # fmt: skip
     with open(tmp_path / "val_mean_dice_raw.csv", newline="") as file:
         dice = [float(value) for value in list(csv.reader(file))[1][1:14]]
-    assert dice[0] >= 0.8
-    assert dice[5] >= 0.8
+    assert dice[0] >= 0.9
+    assert dice[5] >= 0.9

@@ -69,7 +69,7 @@ def photographs(lite_medsam_file: Path) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def volumes(lite_medsam_file: Path) -> nn.Module:
-    return adapted("medsa_btcv/models/ct_3mm.pt", spatial_dims=3, num_classes=13)
+    return adapted("medsa_btcv/models/model.pt", spatial_dims=3, num_classes=13, classes_per_pass=13)
 
 
 def adapted(file: str, **settings: int) -> nn.Module:

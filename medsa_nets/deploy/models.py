@@ -99,6 +99,6 @@ def prepare(model: Path, overlays: Sequence[str], scratch: Path, backend: str | 
         )
         raise WeightsError(
             f"bundle {model}: it has no trained adapter ({ADAPTER}; adapters that are there: {known}). Train one, or "
-            "name the overlay that belongs to an adapter, as --overlay ct_3mm.yaml."
+            "name the overlay that belongs to an adapter, as --overlay hippocampus.yaml."
         )
     return target

@@ -48,7 +48,7 @@ def serve(
 
     Args:
         bundle: folder of the bundle.
-        overlay: file of its configs to lay over, as ct_3mm.yaml; may be given more than once.
+        overlay: file of its configs to lay over, as hippocampus.yaml; may be given more than once.
         host: address to listen on; others than this machine's own need a key.
         port: of that address.
         checkpoint: the adapter; by default that of the bundle.

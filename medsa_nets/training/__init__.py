@@ -1,5 +1,6 @@
 """Training: steps, checkpoints, the schedule, what is shown of it; sessions of clicks, and stages."""
 
+from medsa_nets.training.averaging import WeightAverage
 from medsa_nets.training.budget import RankBudget
 from medsa_nets.training.checkpoint import StartFrom, TrainingCheckpoint, data_files, save_atomically
 from medsa_nets.training.progress import EpochLoss, MetricsSaver, Progress, SampleOverlays
@@ -20,6 +21,7 @@ __all__ = [
     "TimeLimit",
     "TrainingCheckpoint",
     "VolumeIteration",
+    "WeightAverage",
     "answer_prompts",
     "beside_another",
     "call_through",

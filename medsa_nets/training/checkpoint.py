@@ -18,6 +18,7 @@ from medsa_nets.data.atomic import make_folder, remove_leftovers, temporary_name
 from medsa_nets.errors import SettingError, WeightsError, describe
 from medsa_nets.networks import MedSA
 from medsa_nets.runtime import unwrap, writes_files
+from medsa_nets.training.averaging import WeightAverage
 
 
 def save_atomically(obj: Any, path: str | Path) -> Path:
@@ -98,6 +99,7 @@ class TrainingCheckpoint:
         settings: what decides how the run learns, by name; kept with its state.
         data: its data list, entries with ``image`` and ``label``; kept with its state, by names and sizes of files, so
             that a copy of the data in another folder is the same.
+        average: the average of the weights that the adapters hold, attached before this; kept with the state.
 
     Raises:
         SettingError: at the start, when an unfinished run had other settings; it names them.
@@ -120,7 +122,9 @@ class TrainingCheckpoint:
         resume: bool = True,
         settings: Mapping[str, Any] | None = None,
         data: Sequence[Any] | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
+        self.average = average if average is not None and average.decay else None
         self.settings = {name: _as_text(value) for name, value in (settings or {}).items()}
         self.data = data_files(data or ())
         self.folder = Path(save_dir)
@@ -163,6 +167,8 @@ class TrainingCheckpoint:
         }
         if self.lr_scheduler is not None:
             state["lr_scheduler"] = self.lr_scheduler.state_dict()
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
         if engine.scaler is not None and (scaler := engine.scaler.state_dict()):
             state["scaler"] = scaler
         if self.evaluator is not None:
@@ -202,6 +208,8 @@ class TrainingCheckpoint:
         try:
             unwrap(self.network).load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
         except WeightsError as error:
             raise WeightsError(
                 f"{self.state}: the unfinished run was another one. {error} Or pass --resume false, to start anew."

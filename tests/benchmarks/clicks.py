@@ -6,7 +6,7 @@ The user clicks at the centre of the largest connected error (missing or surplus
 each volume; each network is corrected on its own errors. MedSA answers as in the bundle's ``inference.yaml`` for an
 annotation server: every click reaches the whole volume. LiteMedSAM answers slice by slice, each click in its slice, at
 the grid that suits it (about 256 pixels). Dice is measured on the file's grid. ``ct_b`` and the hippocampus volumes did
-not train their adapters; ``ct_a`` did train ``ct_3mm.pt``. The CTs' labels are TotalSegmentator's. Writes
+not train their adapters; ``ct_a`` did train ``model.pt``. The CTs' labels are TotalSegmentator's. Writes
 clicks.{md,json,png}; measured sessions are kept and not repeated.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from one_scan import renumber
+from other_hospital import renumber
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -41,7 +41,7 @@ GOALS = (0.85, 0.90)
 GRIDS = {
     "hippocampus": {"MedSA": (["hippocampus.yaml"], {}),
                     "LiteMedSAM": (["hippocampus.yaml"], {"pixdim": [0.2, 0.2, 1.0]})},
-    "ct": {"MedSA": (["ct_3mm.yaml"], {}), "LiteMedSAM": ([], {})},
+    "ct": {"MedSA": ([], {}), "LiteMedSAM": ([], {"pixdim": [1.5, 1.5, 2.0]})},
 }  # fmt: skip
 Answer = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 

@@ -3,7 +3,7 @@
     python tests/benchmarks/deploy.py --scans /path/to/ct --deploy_python .venv-deploy/bin/python --output_dir results
 
 Each run is a process of its own that segments copies of ``ct_b`` (20 slices of 512 x 512) as users start it, with the
-bundle medsa_btcv and its overlay ``ct_3mm.yaml``; the kinds take turns. Times hold reading, segmentation, DICOM objects
+bundle medsa_btcv; the kinds take turns. Times hold reading, segmentation, DICOM objects
 and report, and what a process spends before its first study is told apart by runs of one study. Dice compares the masks
 of each kind with those of ``eager``. Writes deploy.{md,json}.
 """
@@ -93,14 +93,14 @@ def main() -> None:
         root = Path(scratch)
         for i in range(options.studies):
             copy_study(options.scans / "ct_b_dicom", root / "all" / str(i))
-        run([*base, "export", "-m", str(BUNDLE), "--overlay", "ct_3mm.yaml", "-o", str(root / "ct.ts")])
+        run([*base, "export", "-m", str(BUNDLE), "-o", str(root / "ct.ts")])
         for repeat in range(options.repeats):
             found: dict[str, dict[str, np.ndarray]] = {}
             for kind, extra in KINDS.items():
                 model = (
                     ["-m", str(root / "ct.ts")]
                     if kind == "TorchScript"
-                    else ["-m", str(BUNDLE), "--overlay", "ct_3mm.yaml"]
+                    else ["-m", str(BUNDLE)]
                 )
                 row = rows[kind]
                 for name, place in (("one", root / "all" / "0"), ("all", root / "all")):

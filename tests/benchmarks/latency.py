@@ -2,7 +2,7 @@
 
     python tests/benchmarks/latency.py --scans /path/to/ct --label_python .venv-label/bin/python
 
-Serves ``ct_a.nii.gz`` by the bundle medsa_btcv with its overlay ``ct_3mm.yaml``, and asks as a viewer does: the first
+Serves ``ct_a.nii.gz`` by the bundle medsa_btcv, and asks as a viewer does: the first
 click on the study (which encodes it and segments it automatically), later clicks on several organs (which decode the
 slabs of one organ), and an automatic pass over a copy of the study that the server has not seen, followed by a click.
 Before, a study of eight slices lets the server load its model. Prints seconds between request and reply, and the ratio
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "label"))
 from server import Server, add_bundle
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_btcv"
-MODEL = "medsa_btcv_ct_3mm_deepedit"
+MODEL = "medsa_btcv_deepedit"
 ORGANS = {"spleen": 1, "right kidney": 2, "liver": 5, "stomach": 6, "aorta": 52}  # TotalSegmentator's numbers
 
 
@@ -59,7 +59,7 @@ def main() -> None:
         values = scan.get_fdata(dtype=np.float32)
         for name, array in (("first", values), ("second", values + 1.0), ("warm", values[:, :, :8])):
             nib.save(nib.Nifti1Image(array, scan.affine), root / "studies" / f"{name}.nii.gz")
-        add_bundle(options.label_python.absolute(), root / "app", BUNDLE, "ct_3mm.yaml")
+        add_bundle(options.label_python.absolute(), root / "app", BUNDLE)
         server = Server(options.label_python.absolute(), root, str(root / "studies"), MODEL)
         try:
             ask(server, MODEL, "warm", liver=[[40, 50, 4]])

@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 from .series import with_identifiers, write_ct
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
-CT = BUNDLES / "medsa_btcv", "ct_3mm.yaml"
+CT = BUNDLES / "medsa_btcv"
 
 
 @dataclass

@@ -78,14 +78,14 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def eager(deploy: Command, studies: Path, single: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     output = tmp_path_factory.mktemp("eager") / "out"
-    return deploy("-i", studies, "-o", output, "-m", CT[0], "--overlay", CT[1], "--overlay", single), output
+    return deploy("-i", studies, "-o", output, "-m", CT, "--overlay", single), output
 
 
 @pytest.fixture(scope="module")
 def torchscript(deploy: Command, single: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle as one file, under another name than it was exported with."""
     folder = tmp_path_factory.mktemp("torchscript")
-    done = deploy("export", "-m", CT[0], "--overlay", CT[1], "--overlay", single, "-o", folder / "ct.ts")
+    done = deploy("export", "-m", CT, "--overlay", single, "-o", folder / "ct.ts")
     assert done.status == 0, done.err
     return (folder / "ct.ts").rename(folder / "renamed.ts")
 
@@ -95,10 +95,10 @@ def masks(deploy: Command, studies: Path, tmp_path_factory: pytest.TempPathFacto
     """Masks of ``monai.bundle run`` on the same series, by the same packages and number of threads."""
     output = tmp_path_factory.mktemp("masks")
     for name in ("a", "b"):
-        configs = f"['configs/inference.yaml','configs/{CT[1]}']"
+        configs = "configs/inference.yaml"
         command = [deploy.python, "-m", "monai.bundle", "run", "inferring", "--config_file", configs,
                    "--dataset_dir", studies / name, "--output_dir", output, "--amp", "false"]  # fmt: skip
-        subprocess.run(command, cwd=CT[0], check=True, capture_output=True, env=deploy.environment())
+        subprocess.run(command, cwd=CT, check=True, capture_output=True, env=deploy.environment())
     return output
 
 
@@ -166,7 +166,7 @@ def test_a_segmentation_of_an_enhanced_object_is_that_of_its_slices(
     source = headers(studies / "b")
     expected = label_map(results(eager[1])[source[0].SeriesInstanceUID] / "segmentation.dcm", source)
     write_enhanced(studies / "b", tmp_path / "in" / "frames.dcm", PhotometricInterpretation="MONOCHROME1")
-    run = deploy("-i", tmp_path / "in", "-o", tmp_path / "out", "-m", CT[0], "--overlay", CT[1], "--overlay", single)
+    run = deploy("-i", tmp_path / "in", "-o", tmp_path / "out", "-m", CT, "--overlay", single)
     assert run.status == 0, run.err
     (folder,) = results(tmp_path / "out").values()
     opened = hd.seg.segread(folder / "segmentation.dcm")
@@ -194,7 +194,7 @@ def test_torchscript_gives_the_same_whatever_the_file_is_called(
 
 def test_a_second_run_leaves_the_first_and_makes_a_new_series(deploy: Command, tmp_path: Path) -> None:
     """With a bundle that finds nothing: an empty segmentation is a valid one."""
-    bundle = shutil.copytree(CT[0], tmp_path / "bundle")
+    bundle = shutil.copytree(CT, tmp_path / "bundle")
     config = yaml.safe_load((bundle / "configs" / "inference.yaml").read_text())
     config["nothing"] = {"_target_": "Lambdad", "keys": "pred", "func": "$lambda logits: logits * 0 - 1"}
     chain = config["postprocessing"]["transforms"]
@@ -203,7 +203,7 @@ def test_a_second_run_leaves_the_first_and_makes_a_new_series(deploy: Command, t
     (bundle / "configs" / "inference.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     source = write_ct(tmp_path / "in" / "air", np.full((32, 32, 6), -1000, np.int16), np.diag([3.0, 3, 3, 1]))
     for _ in range(2):
-        done = deploy("-i", tmp_path / "in", "-o", tmp_path / "out", "-m", bundle, "--overlay", CT[1])
+        done = deploy("-i", tmp_path / "in", "-o", tmp_path / "out", "-m", bundle)
         assert done.status == 0, done.err
         assert "nothing was found; the segmentation is empty" in done.err
     first, second = results(tmp_path / "out").values()
@@ -224,7 +224,7 @@ def test_another_modality_is_an_overlay(deploy: Command, shared_data: Path, tmp_
     values = np.asarray(image.dataobj, dtype=np.float32)
     values = (values / values.max() * 2000).astype(np.int16)
     source = write_ct(tmp_path / "in" / "mr", values, image.affine, Modality="MR", SOPClassUID=MRImageStorage)
-    done = deploy("-i", tmp_path / "in", "-o", tmp_path / "out", "-m", CT[0], "--overlay", "hippocampus.yaml")
+    done = deploy("-i", tmp_path / "in", "-o", tmp_path / "out", "-m", CT, "--overlay", "hippocampus.yaml")
     assert done.status == 0, done.err
     (folder,) = results(tmp_path / "out").values()
     found = label_map(folder / "segmentation.dcm", headers(source)) > 0
@@ -292,7 +292,7 @@ def one_line(run: Run) -> str:
 
 
 def test_nothing_to_segment_is_one_clear_error(deploy: Command, tmp_path: Path, studies: Path) -> None:
-    arguments = ("-o", tmp_path / "out", "-m", CT[0], "--overlay", CT[1])
+    arguments = ("-o", tmp_path / "out", "-m", CT)
     (tmp_path / "in").mkdir()
     assert "nothing to segment: no whole series of modality CT" in one_line(deploy("-i", tmp_path / "in", *arguments))
     assert "1 left out, 0 damaged" in one_line(deploy("-i", studies / "mr", *arguments))
@@ -302,14 +302,14 @@ def test_nothing_to_segment_is_one_clear_error(deploy: Command, tmp_path: Path, 
 
 def test_a_wrong_model_or_output_is_one_clear_error(deploy: Command, tmp_path: Path, studies: Path) -> None:
     given = ("-i", studies / "b", "-o", tmp_path / "out")
-    untrained = shutil.copytree(CT[0], tmp_path / "untrained", ignore=shutil.ignore_patterns("model.pt"))
+    untrained = shutil.copytree(CT, tmp_path / "untrained", ignore=shutil.ignore_patterns("model.pt"))
     assert "it has no trained adapter" in one_line(deploy(*given, "-m", untrained))
-    assert "ct_3mm.pt" in one_line(deploy(*given, "-m", untrained))
-    assert "there is no such file; expected one of" in one_line(deploy(*given, "-m", CT[0], "--overlay", "none.yaml"))
+    assert "hippocampus.pt" in one_line(deploy(*given, "-m", untrained))
+    assert "there is no such file; expected one of" in one_line(deploy(*given, "-m", CT, "--overlay", "none.yaml"))
     (tmp_path / "text.ts").write_text("no archive")
     assert "it is no TorchScript file" in one_line(deploy(*given, "-m", tmp_path / "text.ts"))
     (tmp_path / "file").write_text("")
-    target = ("-i", studies / "b", "-o", tmp_path / "file", "-m", CT[0], "--overlay", CT[1])
+    target = ("-i", studies / "b", "-o", tmp_path / "file", "-m", CT)
     assert "it can't be written" in one_line(deploy(*target))
 
 

@@ -99,7 +99,7 @@ def test_a_study_goes_from_the_pacs_and_its_segmentation_back(
     (source,) = pacs.get(f"studies/{study}").json()["Series"]
     folder = pacs.fetch(source, tmp_path / "in")
     for run in (1, 2):
-        done = deploy("-i", folder, "-o", tmp_path / "out", "-m", CT[0], "--overlay", CT[1])
+        done = deploy("-i", folder, "-o", tmp_path / "out", "-m", CT)
         assert done.status == 0, done.err
         result = Path(done.out.split()[-1])
         pacs.send(*sorted(result.glob("*.dcm")))

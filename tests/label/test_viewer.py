@@ -33,7 +33,7 @@ from .pacs import Orthanc, browser, missing
 from .server import Server, add_bundle
 
 pytestmark = pytest.mark.label
-MODEL = "medsa_btcv_ct_3mm_deepedit"
+MODEL = "medsa_btcv_deepedit"
 # colours of OHIF's list of organs
 LIVER, SPLEEN = (221, 130, 101), (157, 108, 162)
 # what a page that is still being drawn answers with, and one whose message lies over what shall be pressed
@@ -136,7 +136,7 @@ def orthanc(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="module")
 def ct_server(label_python: Path, orthanc: Orthanc, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("ct_server")
-    add_bundle(label_python, folder / "app", BUNDLES / "medsa_btcv", "ct_3mm.yaml")
+    add_bundle(label_python, folder / "app", BUNDLES / "medsa_btcv")
     running = Server(label_python, folder, orthanc.dicom_web, MODEL)
     yield running
     running.stop()

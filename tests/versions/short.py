@@ -31,7 +31,6 @@ ADAPTERS = [("medsa_isic/models/model.pt", {"click_feedback": True}),
             ("medsa_isic/models/kvasir.pt", {"click_feedback": True}),
             ("medsa_btcv/models/model.pt", {"spatial_dims": 3, "num_classes": 13, "classes_per_pass": 13,
                                             "click_feedback": True}),
-            ("medsa_btcv/models/ct_3mm.pt", {"spatial_dims": 3, "num_classes": 13}),
             ("medsa_btcv/models/hippocampus.pt", {"spatial_dims": 3, "num_classes": 2})]  # fmt: skip
 AFFINE = np.array([[-3.0, 0, 0, 70], [0, -3.0, 0, 70], [0, 0, 3.0, -30], [0, 0, 0, 1]])
 
@@ -134,7 +133,7 @@ def test_a_volume_gives_the_same_mask_from_dicom_and_from_nifti(tmp_path: Path) 
     values = abdomen()
     write_series(tmp_path / "in" / "series", values)
     nib.save(nib.Nifti1Image(values, AFFINE), tmp_path / "in" / "file.nii.gz")
-    run("inferring", config_file=configs(VOLUMES, "inference", "ct_3mm"), dataset_dir=str(tmp_path / "in"),
+    run("inferring", config_file=configs(VOLUMES, "inference"), dataset_dir=str(tmp_path / "in"),
         output_dir=str(tmp_path / "out"), **options(VOLUMES))  # fmt: skip
     masks = [nib.load(tmp_path / "out" / f"{name}_segmentation.nii.gz") for name in ("series", "file")]
     np.testing.assert_allclose(masks[0].affine, masks[1].affine, atol=1e-4)
@@ -147,10 +146,10 @@ def test_a_click_is_answered_in_the_grid_of_its_file(tmp_path: Path) -> None:
     """As an annotation server does it: parse once; for a request, transforms and ``inferer(image, network)``."""
     path = tmp_path / "study.nii.gz"
     nib.save(nib.Nifti1Image(abdomen(), AFFINE), path)
-    parser = ConfigParser(ConfigParser.load_config_files(configs(VOLUMES, "inference", "server", "ct_3mm")))
+    parser = ConfigParser(ConfigParser.load_config_files(configs(VOLUMES, "inference", "server")))
     parser.update(options(VOLUMES))
     network = parser.get_parsed_content("network").eval()
-    network.load_state_dict(torch.load(VOLUMES / "models" / "ct_3mm.pt", weights_only=True))
+    network.load_state_dict(torch.load(VOLUMES / "models" / "model.pt", weights_only=True))
 
     def answer(**clicks: list[list[int]]) -> tuple[torch.Tensor, Prompts]:
         data = parser.get_parsed_content("preprocessing")({"image": str(path), "image_path": str(path), **clicks})

@@ -41,13 +41,13 @@ def test_a_missing_adapter_names_those_beside_it_and_their_overlays(tmp_path):
     configs.mkdir()
     with pytest.raises(WeightsError, match=r"no such adapter\. Train one"):
         check_adapter(models / "model.pt")
-    for name in ("ct_3mm.pt", "other.pt", "training_state.pt"):
+    for name in ("ct_coarse.pt", "other.pt", "training_state.pt"):
         (models / name).touch()
-    (configs / "ct_3mm.yaml").write_text("pixdim: [3, 3, 3]\ncheckpoint_filename: ct_3mm.pt\n")
+    (configs / "ct_coarse.yaml").write_text("pixdim: [3, 3, 3]\ncheckpoint_filename: ct_coarse.pt\n")
     (configs / "train.yaml").write_text("checkpoint_filename: other.pt\n")
     with pytest.raises(WeightsError) as caught:
         check_adapter(models / "model.pt")
-    assert "Beside it: ct_3mm.pt (lay configs/ct_3mm.yaml over), other.pt. Train one" in str(caught.value)
+    assert "Beside it: ct_coarse.pt (lay configs/ct_coarse.yaml over), other.pt. Train one" in str(caught.value)
 
 
 def test_an_adapter_file_says_what_it_belongs_to(tiny_base, tiny_file, tmp_path):
