@@ -111,7 +111,7 @@ def real_slab(root: Path) -> torch.Tensor:
     scan = nib.load(root / "ct" / "ct_a.nii.gz")
     assert nib.aff2axcodes(scan.affine) == ("R", "A", "S")
     values = torch.from_numpy(scan.get_fdata(dtype=np.float32))[None, None, :, :, 60:68]
-    return ((values + 175) / 425).clamp(0, 1)
+    return ((values + 125) / 400).clamp(0, 1)
 
 
 @pytest.mark.parametrize("backend", REAL)

@@ -18,12 +18,12 @@ from medsa_nets.runtime import unwrap
 class WeightAverage:
     """Handler of a trainer: validations see, and adapters hold, an exponential moving average of the weights.
 
-    Ignite's ``EMAHandler`` and torch's ``AveragedModel`` keep a copy of the whole network; here the frozen base, most of
-    it, has no second copy. After step n the average is ``d * average + (1 - d) * weights`` with
+    Ignite's ``EMAHandler`` and torch's ``AveragedModel`` keep a copy of the whole network; here the frozen base, most
+    of it, has no second copy. After step n the average is ``d * average + (1 - d) * weights`` with
     ``d = min(decay, (1 + n) / (10 + n))``, so that a short training does not average its start.
 
-    Attach it after the ``ValidationHandler`` and before :class:`~medsa_nets.training.TrainingCheckpoint`, which is given
-    it too: the best and the last adapter then are averages, and an unfinished run keeps both.
+    Attach it after the ``ValidationHandler`` and before :class:`~medsa_nets.training.TrainingCheckpoint`, which is
+    given it too: the best and the last adapter then are averages, and an unfinished run keeps both.
 
     Args:
         network: the network, or a wrapper with it as ``module``.

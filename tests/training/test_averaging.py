@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -81,10 +82,8 @@ class Run:
                     raise Killed
 
     def __call__(self) -> Run:
-        try:
+        with contextlib.suppress(Killed):
             self.trainer.run()
-        except Killed:
-            pass
         return self
 
 
@@ -143,7 +142,7 @@ def test_a_state_without_average_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
 def test_a_decay_out_of_range_is_one_error(decay: float) -> None:
-    with pytest.raises(SettingError, match="ema_decay must be 0 .* or more and less than 1"):
+    with pytest.raises(SettingError, match=r"ema_decay must be 0 .* or more and less than 1"):
         WeightAverage(Tracked(), decay=decay)
 
 
