@@ -97,11 +97,7 @@ def main() -> None:
         for repeat in range(options.repeats):
             found: dict[str, dict[str, np.ndarray]] = {}
             for kind, extra in KINDS.items():
-                model = (
-                    ["-m", str(root / "ct.ts")]
-                    if kind == "TorchScript"
-                    else ["-m", str(BUNDLE)]
-                )
+                model = ["-m", str(root / "ct.ts")] if kind == "TorchScript" else ["-m", str(BUNDLE)]
                 row = rows[kind]
                 for name, place in (("one", root / "all" / "0"), ("all", root / "all")):
                     output = root / f"{kind}_{name}_{repeat}"

@@ -3,8 +3,9 @@
     python tests/benchmarks/other_hospital.py --scans /path/to/ct --output_dir results
 
 Measures on the DICOM series ``ct_b_dicom`` without prompt, by one click for each organ and volume, one for each organ
-and slice, and exact boxes; then a simulated user corrects the automatic masks by five clicks. The label (``ct_b_totalsegmentator.nii.gz``) is TotalSegmentator's prediction, renumbered to BTCV's organs:
-the figures say how far two models agree, not how right either is. Writes other_hospital.{md,json}.
+and slice, and exact boxes; then a simulated user corrects the automatic masks by five clicks. The label
+(``ct_b_totalsegmentator.nii.gz``) is TotalSegmentator's prediction, renumbered to BTCV's organs: the figures say how
+far two models agree, not how right either is. Writes other_hospital.{md,json}.
 """
 
 from __future__ import annotations
