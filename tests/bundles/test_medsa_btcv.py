@@ -288,6 +288,30 @@ def test_slices_train_all_classes_in_one_pass_and_inference_and_slabs_go_on_with
     assert any((value != 0).any() for name, value in adapter.items() if ".depth." in name and ".up." in name)
 
 
+def test_slabs_and_single_slices_train_together_and_the_average_is_saved(volumes: Path, tmp_path: Path) -> None:
+    """A volume of one slice is shown as it is, one of more slices as a slab; the adapter's weights are averages."""
+    root = data_set(tmp_path / "data", 1, 1)
+    for folder, prefix in (("imagesTr", "img"), ("labelsTr", "label")):
+        whole = nib.load(root / folder / f"{prefix}0000.nii.gz")
+        nib.save(whole.slicer[:, :, 4:5], root / folder / f"{prefix}0000_slice.nii.gz")
+    entries = [{"image": f"imagesTr/img{name}.nii.gz", "label": f"labelsTr/label{name}.nii.gz"}
+               for name in ("0000", "0000_slice", "0001")]  # fmt: skip
+    (root / "list.json").write_text(json.dumps({"training": entries[:2], "validation": entries[2:]}))
+    options = {**COMMON, **SMALL, **TRAINING, "dataset_dir": str(root), "datalist": str(root / "list.json"),
+               "roi_size": [32, 32, 8], "classes_per_pass": 3, "max_epochs": 1}  # fmt: skip
+    files = [TRAIN, str(CONFIGS / "slabs.yaml")]
+    parser = ConfigParser(ConfigParser.load_config_files(files))
+    parser.update(options)
+    shapes = [tuple(item[0]["image"].shape) for item in parser.get_parsed_content("train#dataset")]
+    assert shapes == [(1, 32, 32, 8), (1, 32, 32, 1)]
+    averaged, last = tmp_path / "averaged", tmp_path / "last"
+    for folder, decay in ((averaged, 0.9), (last, 0)):
+        run("training", config_file=files, ema_decay=decay, ckpt_dir=str(folder), output_dir=str(folder), **options)
+    first, second = (torch.load(folder / "model.pt", weights_only=True) for folder in (averaged, last))
+    assert any((value != 0).any() for name, value in first.items() if ".depth." in name and ".up." in name)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
 def test_two_processes_train_together(volumes: Path, tmp_path: Path, cli: Command) -> None:
     result = cli("run", "training", processes=2, config_file=f"['{TRAIN}','{CONFIGS / 'multi_gpu_train.yaml'}']",
                  dataset_dir=volumes, ckpt_dir=tmp_path, output_dir=tmp_path, max_epochs=1, val_interval=1,
@@ -641,6 +665,7 @@ def test_the_recipe_trains_stage_after_stage_and_goes_on_where_it_was(
            "samples_per_epoch": 2}  # fmt: skip
     stages = [
         {"name": "slices", "configs": ["train.yaml", "slices.yaml"], "settings": {**own, "roi_size": [32, 32, 1]}},
+        {"name": "slabs", "configs": ["train.yaml", "slabs.yaml"], "settings": {**own, "roi_size": [32, 32, 4]}},
         {"name": "clicks", "configs": ["train.yaml", "decoder.yaml", "clicks.yaml"],
          "settings": {**own, "slab_depth": 4, "session_answers": 2, "embedding_dir": str(tmp_path / "embeddings")}},
     ]  # fmt: skip
@@ -651,29 +676,30 @@ def test_the_recipe_trains_stage_after_stage_and_goes_on_where_it_was(
     made = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
     parts = {
         name: torch.load(tmp_path / "models" / "stages" / name / "adapter.pt", weights_only=True)
-        for name in ("slices", "clicks")
+        for name in ("slices", "slabs", "clicks")
     }
     assert all(torch.equal(made[key], value) for key, value in parts["clicks"].items())
-    encoder = [key for key in made if key.startswith("image_encoder.")]  # the second stage trains the decoder alone
+    encoder = [key for key in made if key.startswith("image_encoder.")]  # the last stage trains the decoder alone
     assert encoder
-    assert all(torch.equal(parts["slices"][key], parts["clicks"][key]) for key in encoder)
-    assert any(not torch.equal(parts["slices"][key], parts["clicks"][key]) for key in made)
+    assert all(torch.equal(parts["slabs"][key], parts["clicks"][key]) for key in encoder)
+    assert any(not torch.equal(parts["slabs"][key], parts["clicks"][key]) for key in made)
+    assert any(not torch.equal(parts["slices"][key], parts["slabs"][key]) for key in encoder)
     with (tmp_path / "out" / "stages.csv").open(encoding="utf-8") as table:
         rows = list(csv.DictReader(table))
-    assert [row["stage"] for row in rows] == ["slices", "clicks"]
+    assert [row["stage"] for row in rows] == ["slices", "slabs", "clicks"]
     assert all(0.0 <= float(row["after"]) <= 1.0 for row in rows)
 
-    # Once more: nothing is done again. Then with another setting of the second stage: that one is, alone.
+    # Once more: nothing is done again. Then with another setting of the last stage: that one is, alone.
     kept = {name: (tmp_path / "models" / "stages" / name / "adapter.pt").stat().st_mtime_ns for name in parts}
     (tmp_path / "models" / "model.pt").unlink()
     again = cli("run", "training", **settings)
     assert again.returncode == 0, again.stderr[-2000:]
     assert {n: (tmp_path / "models" / "stages" / n / "adapter.pt").stat().st_mtime_ns for n in parts} == kept
     assert (tmp_path / "models" / "model.pt").is_file()
-    stages[1]["settings"]["session_answers"] = 3
+    stages[2]["settings"]["session_answers"] = 3
     assert cli("run", "training", **settings).returncode == 0
     changed = {n: (tmp_path / "models" / "stages" / n / "adapter.pt").stat().st_mtime_ns for n in parts}
-    assert changed["slices"] == kept["slices"]
+    assert (changed["slices"], changed["slabs"]) == (kept["slices"], kept["slabs"])
     assert changed["clicks"] > kept["clicks"]
 
 
