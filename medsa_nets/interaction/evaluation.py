@@ -45,6 +45,7 @@ def run_simulated(
     clicks: int = 10,
     spacing: Sequence[float] | None = None,
     tolerance: float = 2.0,
+    start_from: np.ndarray | None = None,
 ) -> SessionCurve:
     """Let a simulated user correct the mask of a class of the open image.
 
@@ -57,6 +58,7 @@ def run_simulated(
         clicks: most clicks.
         spacing: size of the file's voxels in mm; none takes 1.
         tolerance: of the surface Dice, in mm.
+        start_from: mask on that grid to correct; none takes the session's own.
 
     Returns:
         Dice, surface Dice and obedience after 0 to ``clicks`` clicks; shorter where nothing was wrong any more.
@@ -64,7 +66,7 @@ def run_simulated(
     session.reset()
     spacing = [1.0] * target.ndim if spacing is None else spacing
     curve = SessionCurve()
-    mask = session.mask(class_name)
+    mask = session.mask(class_name) if start_from is None else session.start_from(start_from, class_name)
     curve.add(mask, target, spacing, tolerance)
     said: dict[tuple[int, ...], int] = {}
     for _ in range(clicks):

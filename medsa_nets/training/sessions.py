@@ -22,17 +22,21 @@ from medsa_nets.training.volume_step import VolumeIteration
 STARTS = ("nothing", "automatic", "wrong", "box")
 
 
-def spoil(mask: np.ndarray, random: np.random.Generator) -> np.ndarray:
+SPOILT = ("eroded", "dilated", "shifted", "leaked", "other")
+
+
+def spoil(mask: np.ndarray, random: np.random.Generator, kind: str | None = None) -> np.ndarray:
     """A mask as another tool may have left it: too small, too large, moved, leaked, or of something else.
 
     Args:
         mask: boolean (spatial…).
         random: source of randomness.
+        kind: one of ``SPOILT``; none draws one.
 
     Returns:
         Boolean, of the same shape.
     """
-    kind = random.choice(["eroded", "dilated", "shifted", "leaked", "other"])
+    kind = random.choice(SPOILT) if kind is None else kind
     extent = max(2.0, float(mask.sum()) ** (1.0 / mask.ndim))  # side of a cube as large
     if kind in ("eroded", "dilated") and mask.any():
         width = extent * random.uniform(0.05, 0.3)

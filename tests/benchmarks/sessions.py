@@ -4,9 +4,11 @@
         --limit 36 --variants default,network --output_dir results
 
 Each variant corrects the same images (the validation split of the bundle's ``train.yaml``) by clicks at the centre of
-the largest error of its own masks, from the automatic mask and from nothing. Lesions are measured at the size of their
-files, hippocampi on their own grid, both parts as sessions of their own. The surface Dice has a tolerance of 2 mm
-(lesions: 2 pixels). Measured sessions are kept in ``sessions.json`` and not repeated; ``sessions.md`` holds the table.
+the largest error of its own masks, from the automatic mask and from nothing. ``--starts`` takes masks of another
+tool, made from the truth, as well (eroded, dilated, shifted, leaked, other), and ``--users`` other users. Lesions are
+measured at the size of their files, hippocampi on their own grid, both parts as sessions of their own. The surface
+Dice has a tolerance of 2 mm (lesions: 2 pixels). Measured sessions are kept in ``sessions.json`` and not repeated;
+``sessions.md`` holds the table.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from medsa_nets.interaction.metrics import STEPS, SessionCurve, summarise
 from medsa_nets.interaction.session import InteractiveSession
 from medsa_nets.interaction.users import SimulatedUser
 from medsa_nets.prompts.observations import Kernel
+from medsa_nets.training.sessions import SPOILT, spoil
 from medsa_nets.transforms import MatchOrientationd
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
@@ -87,7 +90,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="images to leave out: those of a smaller limit")
     parser.add_argument("--clicks", type=int, default=10)
     parser.add_argument("--variants", default="default", help="settings, separated by commas; see variant()")
-    parser.add_argument("--starts", default="automatic,nothing")
+    parser.add_argument("--starts", default="automatic,nothing", help=", ".join(["automatic", "nothing", *SPOILT]))
     parser.add_argument("--users", default="centre", help=", ".join(USERS))
     parser.add_argument("--checkpoint", help="another adapter")
     parser.add_argument("--output_dir", type=Path, default=Path("sessions"))
@@ -105,7 +108,9 @@ def main() -> None:
         for path, targets, spacing in items(kind, folder, options.limit, options.skip):
             for start in options.starts.split(","):
                 for text in options.variants.split(","):
-                    session = InteractiveSession(first.segmenter, variant(text), start)
+                    session = InteractiveSession(
+                        first.segmenter, variant(text), "automatic" if start in SPOILT else start
+                    )
                     opened = False
                     for place in options.users.split(","):
                         for name, target in targets:
@@ -116,10 +121,12 @@ def main() -> None:
                                 session.open(path)
                                 opened = True
                             random = np.random.default_rng(stable_seed(0, Path(path).name, name or ""))
+                            wrong = spoil(target, random, start) if start in SPOILT else None
                             began = time.perf_counter()
                             curve = run_simulated(
-                                session, target, name, SimulatedUser(**USERS[place]), random, options.clicks, spacing
-                            )
+                                session, target, name, SimulatedUser(**USERS[place]), random, options.clicks, spacing,
+                                start_from=wrong,
+                            )  # fmt: skip
                             seconds = (time.perf_counter() - began) / max(1, len(curve.obeyed))
                             report[key] = {**dataclasses.asdict(curve), "seconds": [seconds]}
             state.write_text(json.dumps(report))

@@ -69,3 +69,10 @@ def test_a_simulated_session_counts_clicks_and_obedience(stand_in: type) -> None
     assert found.obeyed == [1.0] * 4
     again = run_simulated(session, target, "spleen", SimulatedUser(), np.random.default_rng(0), clicks=4)
     assert again.dice == found.dice
+    near = target.copy()
+    near[2] = False  # a mask of another tool
+    corrected = run_simulated(
+        session, target, "spleen", SimulatedUser(), np.random.default_rng(0), clicks=1, start_from=near
+    )
+    assert corrected.dice[0] == pytest.approx(2 * 27 / (27 + 36))
+    assert corrected.obeyed == [1.0]

@@ -19,6 +19,7 @@ from medsa_nets.prompts import PromptSampler
 from medsa_nets.prompts.earlier import as_earlier
 from medsa_nets.training import trainable_parameters
 from medsa_nets.training.sessions import (
+    SPOILT,
     STARTS,
     SessionIteration,
     SessionSampler,
@@ -133,6 +134,10 @@ def test_spoilt_masks_are_of_all_kinds_and_never_the_same(shape):
     assert any((one & ~mask).any() for one in seen)
     assert any((mask & ~one).any() for one in seen)
     assert spoil(np.zeros(shape, dtype=bool), np.random.default_rng(0)).shape == shape
+    kinds = {kind: spoil(mask, np.random.default_rng(0), kind) for kind in SPOILT}
+    assert not (kinds["eroded"] & ~mask).any()
+    assert (kinds["dilated"] & mask).sum() == (kinds["leaked"] & mask).sum() == mask.sum()
+    assert kinds["leaked"].sum() > mask.sum()
 
 
 def test_an_earlier_answer_has_the_size_and_the_range_that_the_network_takes():
