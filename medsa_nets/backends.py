@@ -1,4 +1,4 @@
-"""Inference back ends: what computes the image encoder, the expensive part of a network, once it is trained."""
+"""Inference back ends: libraries that compute the image encoder, the slow part of a network, once it is trained."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def load_tensorrt(path: str | Path) -> nn.Module:
 
 
 class _Runner:
-    """Computes an encoder in its place: converts it for each input shape and calls what that gave."""
+    """An encoder, computed by a back end: it is converted once for each input shape."""
 
     def __init__(self, encoder: nn.Module, backend: str) -> None:
         self.encoder = encoder
@@ -282,7 +282,7 @@ class _Runner:
 
 
 class _Chooser(_Runner):
-    """The back end ``auto``: eager, or OpenVINO where the images that follow repay its conversion.
+    """The back end ``auto``: OpenVINO where enough images follow to repay its conversion, else eager.
 
     It is decided for each input shape once, before its first embedding is given out, so that all masks of one image
     size come from one back end: a change in the midst of a run would depend on what else the machine does. Eager's time
@@ -345,7 +345,7 @@ class _Chooser(_Runner):
                 eager = min(eager, _seconds(lambda: self._eagerly(image, depth)))
             if not _pays(known.get("ratio"), eager, left, cost):
                 logger.info("auto: eager for %s, %.2f s each, about %.0f left: OpenVINO takes %.0f s to prepare%s",
-                            shape, eager, left, cost, _told(known.get("ratio")))  # fmt: skip
+                            shape, eager, left, cost, _ratio_text(known.get("ratio")))  # fmt: skip
                 return "eager"
             try:
                 self._openvino(image, depth)
@@ -374,7 +374,7 @@ def _pays(ratio: float | None, eager: float, left: float, cost: float) -> bool:
     return GAIN * (cost + eager * left / ratio) < eager * left
 
 
-def _told(ratio: float | None) -> str:
+def _ratio_text(ratio: float | None) -> str:
     return "" if ratio is None else f" and is {ratio:.2f} times as fast"
 
 

@@ -1,4 +1,4 @@
-"""Embeddings kept on disk: a frozen encoder sees each image once, in the training of a decoder and for servers."""
+"""Image embeddings kept on disk, so that a frozen encoder computes each once: for training a decoder, for servers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class StoredEmbeddings:
-    """Gives the embeddings of a network, which computes each once; from then on it is read from disk.
+    """Embeddings of a network's images: each is computed once, and read from disk from then on.
 
     An embedding is known by what makes it: the values of the preprocessed image, the encoder's weights, and the
     precision that it computes in. Another window, spacing, augmentation, base or adapter has embeddings of its own.

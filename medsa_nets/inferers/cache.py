@@ -1,4 +1,4 @@
-"""Embeddings that are kept for the next click, and the names that they are known by."""
+"""A cache of image embeddings in memory, for the next click, and its keys."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""One scan is enough to start: adapt to one CT, measure on another, with and without what tells slices of each other.
+"""One scan is enough to start: adapt to one CT, measure on another, with and without what joins slices.
 
     python tests/benchmarks/one_scan.py --scans /path/to/ct --output_dir results
 
 Trains on ``ct_a.nii.gz`` alone through the bundle medsa_btcv with its overlay ``ct_3mm.yaml`` and measures on the DICOM
 series ``ct_b_dicom`` without prompt, by one click per organ and volume, one per organ and slice, and boxes: the base
 alone, the adapted network, one that trained alike but for SD-Trans's depth branch, which stayed at zero, and the
-adapted network without what tells the decoder of clicks on other slices (set to zero after training). The labels
+adapted network without the embedding of clicks on other slices (set to zero after training). The labels
 (``ct_?_totalsegmentator.nii.gz``) are TotalSegmentator's predictions, renumbered to BTCV's organs: the figures say how
 far two models agree, not how right either is. Measured rows are kept and not repeated. Writes one_scan.{md,json}.
 """
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def silence(adapter: Path, target: Path) -> None:
-    """Copy an adapter without what tells the decoder of clicks on other slices."""
+    """Copy an adapter without its embedding of clicks on other slices."""
     state = torch.load(adapter, weights_only=True)
     for name in ("distant_prompt.up.weight", "distant_prompt.up.bias"):
         state[name] = torch.zeros_like(state[name])
