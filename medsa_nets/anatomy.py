@@ -1,4 +1,4 @@
-"""Whether organs that were found lie as a body has them: what a file states of directions and spacing may be wrong."""
+"""Checks whether segmented organs lie as in a body; where not, the file's directions or spacing may be wrong."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class _Organ:
 def check_anatomy(label_map: np.ndarray, affine: np.ndarray, classes: Sequence[str]) -> list[str]:
     """Compare the layout and size of organs of the trunk with a body's.
 
-    Masks of organs are the only witness of a file whose stated directions or spacing are wrong: such a file reads well,
-    and all of its measurements are wrong. Masks may be wrong as well, so this warns and changes nothing. Directions are
+    A file whose stated directions or spacing are wrong reads without an error, and all of its measurements are wrong:
+    only the masks of organs show it. Masks may be wrong as well, so this warns and changes nothing. Directions are
     doubted where most of the pairs of organs that are found contradict them.
 
     Args:

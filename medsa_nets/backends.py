@@ -1,4 +1,4 @@
-"""Inference back ends: what computes the image encoder, the expensive part of a network, once it is trained."""
+"""Inference back ends: libraries that compute the image encoder, the slow part of a network, once it is trained."""
 
 from __future__ import annotations
 
@@ -90,17 +90,17 @@ def use_backend(network: MedSA, backend: str = "eager") -> MedSA:
             f"The back end {backend!r} needs {', '.join(missing)}, which is not installed. Install it with: "
             f"pip install 'medsa[{backend}]', or take another back end (--backend eager)."
         )
-    encoder = getattr(network, "image_encoder", None)
-    if encoder is None:  # a network of the user's own, in a configuration
+    if not isinstance(network, MedSA):  # a network of the user's own, in a configuration
         if backend == "eager":
             return network
         raise BackendError(
             f"A {type(network).__name__} has no image encoder that the back end {backend!r} could compute; take "
             "--backend eager, which leaves it as it is."
         )
-    encoder.__dict__.pop("forward", None)
+    network.encoder_backend = None
     if backend != "eager":
-        encoder.forward = _Chooser(encoder) if backend == "auto" else _Runner(encoder, backend)
+        chosen = _Chooser if backend == "auto" else _Runner
+        network.encoder_backend = chosen(network.image_encoder, backend)
     return network
 
 
@@ -124,13 +124,13 @@ def expect_encodings(network: nn.Module, encodings: int) -> None:
 
 
 def _chooser_of(network: nn.Module) -> _Chooser | None:
-    runner = getattr(network, "image_encoder", network).__dict__.get("forward")
+    runner = getattr(network, "encoder_backend", None)
     return runner if isinstance(runner, _Chooser) else None
 
 
 def backend_of(network: nn.Module) -> str:
     """Name of the back end that :func:`use_backend` chose for a network, ``eager`` where it was not called."""
-    runner = getattr(network, "image_encoder", network).__dict__.get("forward")
+    runner = getattr(network, "encoder_backend", None)
     return runner.backend if isinstance(runner, _Runner) else "eager"
 
 
@@ -203,7 +203,7 @@ def load_tensorrt(path: str | Path) -> nn.Module:
 
 
 class _Runner:
-    """Stands for an encoder's ``forward``: converts it for each input shape and calls what that gave."""
+    """An encoder, computed by a back end: it is converted once for each input shape."""
 
     def __init__(self, encoder: nn.Module, backend: str) -> None:
         self.encoder = encoder
@@ -223,7 +223,7 @@ class _Runner:
     def __call__(self, image: Tensor, depth: int = 1) -> Tensor:
         """Encode normalised slices, as the encoder does."""
         if is_exporting() or any(module.training for module in self.encoder.modules()):  # dropout too: it is sampled
-            return type(self.encoder).forward(self.encoder, image, depth)
+            return self._eagerly(image, depth)
         if self.backend in ("onnxruntime", "openvino") and image.device.type != "cpu":
             raise BackendError(
                 f"The back end {self.backend!r} computes on the CPU; the image is on {image.device}. Move the network "
@@ -231,6 +231,10 @@ class _Runner:
             )
         with torch.no_grad():
             return self._encode(image, depth)(image)
+
+    def _eagerly(self, image: Tensor, depth: int) -> Tensor:
+        embedding: Tensor = self.encoder(image, depth)
+        return embedding
 
     def _encode(self, image: Tensor, depth: int) -> Encode:
         amp = torch.is_autocast_enabled(image.device.type)
@@ -278,7 +282,7 @@ class _Runner:
 
 
 class _Chooser(_Runner):
-    """The back end ``auto``: eager, or OpenVINO where the images that follow repay its conversion.
+    """The back end ``auto``: OpenVINO where enough images follow to repay its conversion, else eager.
 
     It is decided for each input shape once, before its first embedding is given out, so that all masks of one image
     size come from one back end: a change in the midst of a run would depend on what else the machine does. Eager's time
@@ -320,9 +324,6 @@ class _Chooser(_Runner):
             self._calls[key] = self._calls.get(key, 0) + 1
         return self._openvino(image, depth) if self._chosen[key] == "openvino" else self._eagerly(image, depth)
 
-    def _eagerly(self, image: Tensor, depth: int) -> Tensor:
-        return type(self.encoder).forward(self.encoder, image, depth)
-
     def _left(self, key: tuple[Any, ...]) -> float:
         """Encodings of a shape that may follow: its share of those so far, of all that are left."""
         done = sum(self._calls.values())
@@ -344,7 +345,7 @@ class _Chooser(_Runner):
                 eager = min(eager, _seconds(lambda: self._eagerly(image, depth)))
             if not _pays(known.get("ratio"), eager, left, cost):
                 logger.info("auto: eager for %s, %.2f s each, about %.0f left: OpenVINO takes %.0f s to prepare%s",
-                            shape, eager, left, cost, _told(known.get("ratio")))  # fmt: skip
+                            shape, eager, left, cost, _ratio_text(known.get("ratio")))  # fmt: skip
                 return "eager"
             try:
                 self._openvino(image, depth)
@@ -373,7 +374,7 @@ def _pays(ratio: float | None, eager: float, left: float, cost: float) -> bool:
     return GAIN * (cost + eager * left / ratio) < eager * left
 
 
-def _told(ratio: float | None) -> str:
+def _ratio_text(ratio: float | None) -> str:
     return "" if ratio is None else f" and is {ratio:.2f} times as fast"
 
 
@@ -404,7 +405,8 @@ class _Slices(nn.Module):
         self.depth = depth
 
     def forward(self, image: Tensor) -> Tensor:
-        return type(self.encoder).forward(self.encoder, image, self.depth)
+        embedding: Tensor = self.encoder.forward(image, self.depth)  # not what torch.compile made of it for training
+        return embedding
 
 
 def _compile(encoder: nn.Module, image: Tensor, amp: bool) -> Encode:

@@ -1,4 +1,4 @@
-"""Encoders that a back end has converted, kept in the user's cache: the next process loads them in a second or two."""
+"""A cache on disk of converted encoders: the next process loads one in a second or two instead of converting it."""
 
 from __future__ import annotations
 

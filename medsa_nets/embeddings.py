@@ -1,4 +1,4 @@
-"""Embeddings kept on disk: a frozen encoder sees each image once, in the training of a decoder and for servers."""
+"""Image embeddings kept on disk, so that a frozen encoder computes each once: for training a decoder, for servers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class StoredEmbeddings:
-    """Stands for a network's ``encode_image``: computes an embedding once and reads it from disk from then on.
+    """Embeddings of a network's images: each is computed once, and read from disk from then on.
 
     An embedding is known by what makes it: the values of the preprocessed image, the encoder's weights, and the
     precision that it computes in. Another window, spacing, augmentation, base or adapter has embeddings of its own.
@@ -46,9 +46,8 @@ class StoredEmbeddings:
 
     def __call__(self, image: Tensor) -> Tensor:
         """Encode images (B, …), as :meth:`~medsa_nets.networks.MedSA.encode_image` does."""
-        encode = type(self.network).encode_image
         if torch.jit.is_tracing() or self._samples():
-            return encode(self.network, image)
+            return self.network.compute_embedding(image)
         image = plain(image)
         device = image.device.type
         dtype = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
@@ -57,7 +56,7 @@ class StoredEmbeddings:
         missing = [i for i, embedding in enumerate(found) if embedding is None]
         if missing:
             with torch.no_grad():
-                new = encode(self.network, image[missing])
+                new = self.network.compute_embedding(image[missing])
             for i, embedding in zip(missing, new.cpu().unbind(0), strict=True):
                 self._save(files[i], embedding)
                 found[i] = embedding
@@ -104,7 +103,7 @@ def train_decoder_alone(network: MedSA, folder: str | Path) -> MedSA:
         ``network``.
     """
     network.image_encoder.requires_grad_(False)
-    network.__dict__["encode_image"] = StoredEmbeddings(network, folder)
+    network.kept_embeddings = StoredEmbeddings(network, folder)
     return network
 
 
@@ -161,5 +160,5 @@ def read_embeddings(network: MedSA, folder: str | Path | None, writes: bool = Fa
         ``network``.
     """
     if folder:
-        network.__dict__["encode_image"] = PrecomputedEmbeddings(network, folder, writes)
+        network.kept_embeddings = PrecomputedEmbeddings(network, folder, writes)
     return network

@@ -1,4 +1,4 @@
-"""What this machine does fastest: times that are measured once and kept in the user's cache."""
+"""A cache of measured times: which way of computing is the fastest on this machine."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def machine() -> str:
 
 @lru_cache(maxsize=1)
 def processor() -> str:
-    """Name of the processor; where the system lists its abilities, with what tells them from others of that name."""
+    """Name of the processor, with a checksum of its instruction sets where the system lists them."""
     named = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -80,8 +80,8 @@ def precompute(
     config = {name: value for name, value in chosen.items() if value != ""}
     segmenter = NetworkSegmenter.from_bundle(bundle, [name for name in overlays if name], config)
     make_writable(folder, "FOLDER")
-    read_embeddings(segmenter.network, folder, writes=True)
-    store: PrecomputedEmbeddings = segmenter.network.__dict__["encode_image"]
+    store = read_embeddings(segmenter.network, folder, writes=True).kept_embeddings
+    assert isinstance(store, PrecomputedEmbeddings)
     items = list_volumes(studies) if segmenter.volumes else list_photographs(studies)
     failed = []
     for number, item in enumerate(items, 1):

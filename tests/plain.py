@@ -1,32 +1,25 @@
-"""The encoders' blocks in their plain form: the reference of what the package computes faster.
+"""The encoders' blocks as papers write them: the reference of windows and attention, which the package makes faster.
 
 Windows padded with zeros and computed whole, queries, keys and values of the space and of the depth branch computed
-one after the other, the relative-position bias added to the scores, softmax and products written out, every linear map
-by ``torch.nn.functional.linear``, batch norms apart.
+one after the other, the relative-position bias added to the scores, softmax and products written out. The package has
+no such form. Linear maps, adapters, MLPs and convolutions it has: they compute here as ``plain_layers`` lets them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from medsa_nets.layers import Adapter, ConvBN
+from medsa_nets.layers import ConvBN, fast
 from medsa_nets.networks.image_encoder import Block
 from medsa_nets.networks.tiny_vit import TinyViTBlock
-
-
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight, layer.bias)
-
-
-def adapt(adapter: Adapter, x: Tensor) -> Tensor:
-    y = linear(adapter.up, F.relu(linear(adapter.down, x)))
-    return x + y if adapter.skip else y
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -34,30 +27,27 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def partition(x: Tensor, size: int) -> Tensor:
-    batch, height, width, channels = x.shape
+    height, width = x.shape[1:3]
     x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
-    x = x.reshape(batch, x.shape[1] // size, size, x.shape[2] // size, size, channels)
-    return x.transpose(2, 3).reshape(-1, size, size, channels)
+    return rearrange(x, "b (rows h) (columns w) c -> (b rows columns) h w c", h=size, w=size)
 
 
 def unpartition(windows: Tensor, height: int, width: int) -> Tensor:
-    size, channels = windows.shape[1], windows.shape[3]
-    rows, columns = -(-height // size), -(-width // size)
-    x = windows.reshape(-1, rows, columns, size, size, channels).transpose(2, 3)
-    return x.reshape(-1, rows * size, columns * size, channels)[:, :height, :width]
+    rows, columns = (-(-side // windows.shape[1]) for side in (height, width))
+    joined = "(b rows columns) h w c -> b (rows h) (columns w) c"
+    return rearrange(windows, joined, rows=rows, columns=columns)[:, :height, :width]
 
 
 def depth_branch(block: nn.Module, qkv: Tensor, depth: int) -> Tensor:
     """Attention along depth: queries, keys and values (slices, H, W, heads, 3, c)."""
-    slices, height, width, heads, _, channels = qkv.shape
-    columns = qkv.reshape(-1, depth, height * width, heads, 3, channels).permute(4, 0, 2, 3, 1, 5).flatten(1, 2)
+    height, width = qkv.shape[1:3]
+    columns = rearrange(qkv, "(b d) h w heads qkv c -> qkv (b h w) heads d c", d=depth)
     branch = block.depth
     steps = torch.arange(depth)
     distance = (steps[:, None] - steps[None]).clamp(-branch.max_distance, branch.max_distance) + branch.max_distance
     x = softmax_attention(*columns.unbind(0), branch.bias[:, distance].to(columns.dtype))
-    x = x.reshape(-1, height * width, heads, depth, channels).permute(0, 3, 1, 2, 4)
-    x = linear(block.attn.proj, x.reshape(slices, height, width, heads * channels))
-    return adapt(branch.adapter, x)
+    x = rearrange(x, "(b h w) heads d c -> (b d) h w (heads c)", h=height, w=width)
+    return branch.adapter(block.attn.proj(x))
 
 
 def vit_block(block: Block, x: Tensor, depth: int = 1) -> Tensor:
@@ -66,24 +56,23 @@ def vit_block(block: Block, x: Tensor, depth: int = 1) -> Tensor:
     normed = block.norm1(x)
     windows = partition(normed, block.window_size) if block.window_size else normed
     count, height, width, features = windows.shape
-    qkv = linear(attn.qkv, windows).reshape(count, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    qkv = attn.qkv(windows).reshape(count, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
     q_map = q.reshape(count, heads, height, width, -1)
     rows = torch.einsum("bnhwc,hkc->bnhwk", q_map, attn.rel_pos_h[attn.index_h])
     columns = torch.einsum("bnhwc,wkc->bnhwk", q_map, attn.rel_pos_w[attn.index_w])
     bias = (rows.unsqueeze(-1) + columns.unsqueeze(-2)).reshape(count, heads, height * width, -1)
     attended = softmax_attention(q, k, v, bias).transpose(1, 2).reshape(count, height, width, features)
-    attended = linear(attn.proj, attended)
+    attended = attn.proj(attended)
     if block.window_size:
         attended = unpartition(attended, x.shape[1], x.shape[2])
-    attended = adapt(block.attn_adapter, attended)
+    attended = block.attn_adapter(attended)
     if block.depth is not None:
-        again = linear(attn.qkv, normed).unflatten(-1, (3, heads, -1)).transpose(3, 4)
+        again = attn.qkv(normed).unflatten(-1, (3, heads, -1)).transpose(3, 4)
         attended = attended + depth_branch(block, again, depth)
     x = x + attended
     normed = block.norm2(x)
-    mlp = linear(block.mlp.lin2, F.gelu(linear(block.mlp.lin1, normed)))
-    return x + mlp + block.scale * adapt(block.mlp_adapter, normed)
+    return x + block.mlp(normed) + block.scale * block.mlp_adapter(normed)
 
 
 def tiny_vit_block(block: TinyViTBlock, x: Tensor, depth: int = 1) -> Tensor:
@@ -91,25 +80,24 @@ def tiny_vit_block(block: TinyViTBlock, x: Tensor, depth: int = 1) -> Tensor:
     heads = attn.num_heads
     tokens = x.permute(0, 2, 3, 1)
     windows = attn.norm(partition(tokens, block.window_size))
-    qkv = linear(attn.qkv, windows.flatten(1, 2)).unflatten(-1, (heads, 3, -1)).permute(3, 0, 2, 1, 4)
+    qkv = attn.qkv(windows.flatten(1, 2)).unflatten(-1, (heads, 3, -1)).permute(3, 0, 2, 1, 4)
     attended = softmax_attention(*qkv.unbind(0), attn.attention_biases[:, attn.bias_index].to(qkv.dtype))
-    attended = linear(attn.proj, attended.transpose(1, 2).flatten(2)).reshape(windows.shape)
-    attended = adapt(block.attn_adapter, unpartition(attended, tokens.shape[1], tokens.shape[2]))
+    attended = attn.proj(attended.transpose(1, 2).flatten(2)).reshape(windows.shape)
+    attended = block.attn_adapter(unpartition(attended, tokens.shape[1], tokens.shape[2]))
     if block.depth is not None:
-        again = linear(attn.qkv, attn.norm(tokens)).unflatten(-1, (heads, 3, -1))
+        again = attn.qkv(attn.norm(tokens)).unflatten(-1, (heads, 3, -1))
         attended = attended + depth_branch(block, again, depth)
     tokens = block.local_conv((tokens + attended).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     normed = block.mlp.norm(tokens)
-    mlp = linear(block.mlp.fc2, F.gelu(linear(block.mlp.fc1, normed)))
-    return (tokens + mlp + block.scale * adapt(block.mlp_adapter, normed)).permute(0, 3, 1, 2)
+    return (tokens + block.mlp(normed) + block.scale * block.mlp_adapter(normed)).permute(0, 3, 1, 2)
 
 
-def conv_bn(module: ConvBN, x: Tensor) -> Tensor:
-    bn = module.bn
-    return F.batch_norm(module.c(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
+_FORMS = {Block: vit_block, TinyViTBlock: tiny_vit_block, ConvBN: ConvBN.forward}
 
 
-_FORMS = {Block: vit_block, TinyViTBlock: tiny_vit_block, ConvBN: conv_bn}
+def in_plain_layers(form: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    with fast.plain_layers():
+        return form(*arguments)
 
 
 @contextmanager
@@ -117,7 +105,7 @@ def plain_form(network: nn.Module) -> Iterator[nn.Module]:
     """Let a network's encoder blocks compute in their plain form."""
     changed = [module for module in network.modules() if type(module) in _FORMS]
     for module in changed:
-        module.forward = partial(_FORMS[type(module)], module)
+        module.forward = partial(in_plain_layers, _FORMS[type(module)], module)
     try:
         yield network
     finally:

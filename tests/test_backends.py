@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import logging
 import os
 import pickle
@@ -33,6 +34,7 @@ from medsa_nets.backends import (
     expect_images,
     keep_compiled_code_apart,
 )
+from medsa_nets.embeddings import train_decoder_alone
 from medsa_nets.errors import find_cause
 from medsa_nets.inferers import EmbeddingCache, PromptInferer, SlabInferer
 
@@ -226,6 +228,22 @@ def test_a_copy_computes_with_its_own_weights(tiny, duplicate):
             parameter.add_(0.1)
     assert not torch.allclose(other.encode_image(image), before, atol=1e-2)
     torch.testing.assert_close(network.encode_image(image), before)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto", "torchscript"])
+def test_torchscript_of_a_network_is_that_of_its_own_encoder(tiny, backend):
+    image = torch.rand(1, 1, 32, 32, 2)
+    with torch.no_grad():
+        expected = tiny.eval()(image)
+        network = use_backend(tiny, backend)
+        for exported in (torch.jit.script(network), torch.jit.trace(network, (image,))):
+            torch.testing.assert_close(exported(image), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_no_method_of_a_network_is_replaced(tiny, tmp_path):
+    use_backend(train_decoder_alone(tiny, tmp_path), "torchscript").encode_image(torch.rand(1, 1, 32, 32, 2))
+    for module in tiny.modules():
+        assert not [name for name in vars(module) if inspect.isfunction(getattr(type(module), name, None))]
 
 
 def test_a_cache_tells_backends_apart(tiny):

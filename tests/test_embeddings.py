@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def network(perturb_adapters) -> nn.Module:
 
 
 def stored(network: nn.Module) -> StoredEmbeddings:
-    return network.encode_image
+    return network.kept_embeddings
 
 
 @pytest.mark.parametrize("amp", [False, True])
@@ -88,6 +89,33 @@ def test_the_decoder_trains_and_the_encoder_does_not(network, tmp_path):
     assert not any(name.startswith("image_encoder.") for name in changed)
     assert set(network.state_dict()) == set(before)
     assert stored(network).computed == 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_a_copy_keeps_embeddings_of_its_own_weights(network, tmp_path, duplicate):
+    train_decoder_alone(network, tmp_path)
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        first = network.encode_image(image)
+        other = duplicate(network)
+        assert stored(other) is not stored(network)
+        assert stored(other).network is other
+        other.image_encoder.layers[1].blocks[0].attn_adapter.up.bias.add_(0.5)
+        assert not torch.equal(other.encode_image(image), first)
+        assert torch.equal(network.encode_image(image), first)
+    assert (stored(network).computed, stored(other).computed) == (1, 2)
+    assert list(network.full_state_dict()) == list(build_medsa("lite_medsam", pretrained=False).full_state_dict())
+
+
+def test_torchscript_of_a_network_that_keeps_embeddings_computes_them(network, tmp_path):
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = network.eval()(image)
+        train_decoder_alone(network, tmp_path)
+        scripted, traced = torch.jit.script(network), torch.jit.trace(network, (image,), check_trace=False)
+        for exported in (scripted, traced):
+            torch.testing.assert_close(exported(image), expected, atol=1e-4, rtol=1e-4)
+    assert not list(tmp_path.iterdir())
 
 
 def test_volumes_keep_each_slab(tmp_path):

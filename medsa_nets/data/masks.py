@@ -1,4 +1,4 @@
-"""Masks of one class: which two values a picture or volume holds, judged by the values and never by how many there are.
+"""Binary masks: which of a file's two values is the foreground, judged by the values, never by their frequency.
 
 Label maps come as grey, colour, palette, alpha or floating-point pictures. What is not clearly two-valued is refused
 with the list of its values, because a guess would give a wrong mask without a word.
@@ -56,7 +56,7 @@ def binarize_mask(mask: Any, name: str, lossy: bool = False) -> np.ndarray:
     low, high = float(values[0]), float(values[-1])
     if len(values) == 1 and (low == 0.0 or low in FULL):
         return np.full(array.shape, low != 0.0)
-    # 1 is foreground itself: 1 and 255 are not told apart
+    # 1 is foreground itself: 1 and 255 are one value
     parted = low == 0.0 or (0.0 < low < MIDDLE[0] and low != 1.0 and high > MIDDLE[1])
     if len(values) == 2 and parted:
         return array == values[1]

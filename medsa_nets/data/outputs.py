@@ -1,4 +1,4 @@
-"""Names of what a run writes: one for each image, the same in every file about it; and a test of where it goes."""
+"""Names of output files: one name per image, used in every file about it; and a check of the output folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def unique_names(paths: Iterable[str | Path]) -> dict[str, str]:
     taken = {name.casefold() for name in names.values()}
     for group in groups.values():
         if len(group) > 1:
-            for path, name in _told_apart(group).items():
+            for path, name in _distinct_names(group).items():
                 number, names[path] = 1, name
                 while names[path].casefold() in taken:
                     number += 1
@@ -50,7 +50,7 @@ def unique_names(paths: Iterable[str | Path]) -> dict[str, str]:
     return names
 
 
-def _told_apart(paths: Sequence[str]) -> dict[str, str]:
+def _distinct_names(paths: Sequence[str]) -> dict[str, str]:
     """Names of images whose :func:`output_name` is the same."""
     folders = {path: Path(os.path.abspath(path)).parts[1:-1] for path in paths}
     in_one_folder = len(set(folders.values())) < len(paths)

@@ -20,7 +20,7 @@ import medsa_nets
 from medsa_nets.data.atomic import temporary_name
 from medsa_nets.deploy.models import find_model, make_output, prepare
 from medsa_nets.deploy.settings import read_settings
-from medsa_nets.errors import DataError, OutputError
+from medsa_nets.errors import DataError, OutputError, describe
 
 PINNED = ("torch", "monai", "monai-deploy-app-sdk", "holoscan-cu13", "highdicom", "pydicom", "pylibjpeg",
           "pylibjpeg-openjpeg", "numpy", "nibabel", "itk", "einops", "scipy", "pillow",
@@ -237,8 +237,6 @@ def check(folder: Path) -> None:
         read_settings(model)
         torch.jit.load(model, map_location="cpu")
     except RuntimeError as error:
-        raise DataError(
-            f"{model}: not readable as TorchScript ({str(error).splitlines()[0]}). Export it again."
-        ) from error
+        raise DataError(f"{model}: not readable as TorchScript ({describe(error)}). Export it again.") from error
     if os.path.getsize(model) < 10**6:
         raise DataError(f"{model}: {os.path.getsize(model)} bytes are no network with its base. Export it again.")

@@ -1,4 +1,4 @@
-"""What an application says of a segmentation to people and to other programs: measurements, pictures, a page."""
+"""Reports of a segmentation: measurements as JSON, overlay pictures, and a page."""
 
 from __future__ import annotations
 

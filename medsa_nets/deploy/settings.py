@@ -1,4 +1,4 @@
-"""What an application has to know of a bundle: the series that it takes, its classes and their codes, its name."""
+"""Settings of an application, read from its bundle: accepted series, classes and their codes, name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a folder holds for an application: the series and photographs that a bundle takes, and what is left out."""
+"""Finds the series and photographs in a folder that a bundle can segment, and says why others are left out."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -216,7 +217,7 @@ def _split(change: LowRank, down: Tensor, up: Tensor, name: str, path: Path) -> 
             f"{path}: the change of {name} is one of {up.shape[0]} x {down.shape[1]} values, the base's layer has "
             f"{change.B.shape[1] * of} x {change.A.shape[2]}. It belongs to another base."
         )
-    parts = up.reshape(change.groups, of, -1, up.shape[1]).transpose(0, 1).reshape(of, -1, up.shape[1])
+    parts = rearrange(up, "(groups of n) rank -> of (groups n) rank", groups=change.groups, of=of)
     used = parts.any(1)  # (parts, ranks)
     if int(used.sum(0).max()) > 1:
         return [(down, part) for part in parts]

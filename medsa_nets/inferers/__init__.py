@@ -1,4 +1,4 @@
-"""Inference of images and volumes; those of volumes go around each other.
+"""Inferers of images and volumes; volume inferers can be nested, each changing what the inner one answers.
 
 ``SlabInferer`` cuts a volume into slabs and blends them, ``SpreadInferer`` answers prompts from their own slabs
 outwards, ``MirrorInferer`` takes the mean with mirror images, ``MainComponentsInferer`` drops small parts of automatic

@@ -1,4 +1,4 @@
-"""Embeddings that are kept for the next click, and the names that they are known by."""
+"""A cache of image embeddings in memory, for the next click, and its keys."""
 
 from __future__ import annotations
 
@@ -133,5 +133,5 @@ def shared_cache(max_bytes: int) -> EmbeddingCache | None:
 
 def take_precomputed(network: MedSA, folder: str | Path | None) -> None:
     """Let a network take embeddings from a folder, unless it takes them from somewhere already."""
-    if folder and "encode_image" not in network.__dict__:
+    if folder and network.kept_embeddings is None:
         read_embeddings(network, folder)

@@ -1,4 +1,4 @@
-"""What classes hold that were not asked for, and the parts of automatic masks."""
+"""Classes without prompts, and small parts of automatic masks."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ makers: list[Callable[..., Any]] = []  # volume_inferer, from the module that kn
 
 
 class VolumeInferer(Inferer):
-    """Segments volumes; one around another makes something else of its answers.
+    """Base class of inferers of volumes, which can be nested (:class:`Around`).
 
     A volume is opened once, as one or more images of it (itself and what mirrors it), each in slabs whose embeddings
     every answer shares.

@@ -1,4 +1,4 @@
-"""Prompts of volumes, answered from the slabs that hold them outwards."""
+"""Propagates prompts of volumes: slabs with prompts are answered first, then their neighbours outwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How one answer of a session is made: the network's, then the clicks as measurements, then what may change at all."""
+"""Makes one answer of a session: asks the network, corrects by the clicks, and limits what may change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sessions are worth: masks after each click, clicks to a goal, areas under curves, harmful and obeyed clicks."""
+"""Metrics of sessions: quality after each click, clicks to a goal, area under the curve, harmful and obeyed clicks."""
 
 from __future__ import annotations
 

@@ -15,8 +15,10 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
+from medsa_nets.checksums import file_sha256
 from medsa_nets.data.atomic import temporary_name
 from medsa_nets.errors import WeightsError
+from medsa_nets.errors import describe as error_text
 from medsa_nets.interaction.grids import Place
 
 LIMIT = 8.0  # of the logits that it sees
@@ -109,7 +111,7 @@ class Refinement(nn.Module):
             out.load_state_dict(kept["state"])
         except Exception as error:  # torch names damaged files in many ways
             raise WeightsError(
-                f"{path}: no refinement of clicks of this version ({str(error).splitlines()[0]}). Train one with "
+                f"{path}: no refinement of clicks of this version ({error_text(error)}). Train one with "
                 "configs/refine.yaml of a bundle."
             ) from error
         return out.eval().requires_grad_(False)
@@ -125,6 +127,45 @@ def beside(adapter: str | Path | None) -> str:
     """Path of the refinement that lies beside an adapter; empty where none does."""
     path = place_beside(adapter) if adapter else None
     return str(path) if path is not None and path.is_file() else ""
+
+
+def is_refinement(path: str | Path) -> bool:
+    """Whether a file is a refinement, by its name or, where it has another, by what it holds; damaged ones too."""
+    path = Path(path)
+    if path.name.endswith(SUFFIX):
+        return True
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch names damaged and missing files in many ways
+        return False
+    return isinstance(content, dict) and content.keys() == {"form", "state"}
+
+
+def describe_file(path: str | Path) -> str:
+    """What a refinement's file holds: lines on its size, its use, the adapter that it goes with, its checksum.
+
+    Raises:
+        WeightsError: when the file is missing, damaged or something else.
+    """
+    path = Path(path)
+    refinement = Refinement.load(path)
+    weights = sum(parameter.numel() for parameter in refinement.parameters())
+    adapter = path.with_name(path.name.removesuffix(SUFFIX) + ".pt")
+    if not path.name.endswith(SUFFIX):
+        goes_with = f"no adapter by its name; NAME{SUFFIX} goes with the adapter NAME.pt beside it"
+    elif adapter.is_file():
+        goes_with = f"the adapter {adapter.name} beside it"
+    else:
+        goes_with = f"the adapter {adapter.name}, which is not beside it"
+    return "\n  ".join(
+        [
+            f"{path}: a refinement of clicks on {'volumes' if refinement.dims == 3 else 'images'}, {weights:,} weights",
+            f"changes: logits up to {refinement.reach:g} steps (of the smallest spacing) from a click",
+            f"of: {'the answers of the network to each click' if refinement.asks else 'the mask before the click'}",
+            f"goes with: {goes_with}",
+            f"sha256: {file_sha256(path)}",
+        ]
+    )
 
 
 @lru_cache(maxsize=8)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from medsa_nets.data import save_png, stable_seed
 from medsa_nets.data.atomic import make_folder, temporary_name
 from medsa_nets.errors import DataError
+from medsa_nets.errors import describe as error_text
 from medsa_nets.inferers import PromptInferer, VolumeInferer
 from medsa_nets.interaction.answers import AnswerSettings, draft_answer, finish_answer
 from medsa_nets.interaction.evaluation import target_masks
@@ -85,7 +86,7 @@ class Samples:
             return cls(kept["features"].float(), kept["logits"].float(), kept["targets"].float())
         except Exception as error:  # torch names damaged files in many ways
             raise DataError(
-                f"{path}: no samples of this version ({str(error).splitlines()[0]}). Expected the {SAMPLES} that the "
+                f"{path}: no samples of this version ({error_text(error)}). Expected the {SAMPLES} that the "
                 "training of a refinement leaves."
             ) from error
 

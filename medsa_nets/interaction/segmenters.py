@@ -187,7 +187,7 @@ class NetworkSegmenter:
 
     @property
     def prompted(self) -> bool:
-        """Whether the adapter was trained with prompts; in volumes, what tells slices of distant ones shows it."""
+        """Whether the adapter was trained with prompts; of volumes, its ``distant_prompt`` shows it."""
         return self.feedback or not isinstance(self.network, VolumeMedSA) or self.network.distant_prompt.trained
 
     @classmethod

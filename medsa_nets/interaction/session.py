@@ -1,4 +1,4 @@
-"""One door for everybody who corrects masks: a session on one image, with a user's verbs."""
+"""An interactive session on one image: clicks, scribbles, boxes, undo. Every client and tool goes through it."""
 
 from __future__ import annotations
 

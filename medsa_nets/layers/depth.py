@@ -1,4 +1,4 @@
-"""What lets a frozen 2D network see volumes: attention along depth, and prompts that reach other slices."""
+"""Layers that extend a frozen 2D network to volumes: attention along depth, and prompts of other slices."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class DepthBranch(nn.Module):
 
 
 class DistantPrompt(nn.Module):
-    """Tells a slice what was clicked or boxed on other slices: added to the tokens of prompts that lie elsewhere.
+    """Embeds prompts of other slices for a slice: added to the tokens of prompts that lie elsewhere.
 
     SAM has a token for "no point here"; a slice gets it in place of each prompt of another slice. This adapter adds
     what the prompt says and how far away it lies. It gives zero at the start.

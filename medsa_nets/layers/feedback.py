@@ -1,4 +1,4 @@
-"""What a decoder learns of an earlier mask and of the clicks on it: dense maps beside SAM's tokens."""
+"""Earlier masks and clicks as dense maps, an input of the decoder beside SAM's tokens."""
 
 from __future__ import annotations
 

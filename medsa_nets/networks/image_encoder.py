@@ -12,7 +12,6 @@ from medsa_nets.layers import (
     Adaptation,
     Bottlenecks,
     DepthBranch,
-    LayerNorm2d,
     Linear,
     MLPBlock,
     attend_map,
@@ -22,6 +21,7 @@ from medsa_nets.layers import (
     split_windows,
 )
 from medsa_nets.networks.checkpointing import run_block
+from medsa_nets.networks.neck import make_neck
 
 
 class PatchEmbed(nn.Module):
@@ -248,12 +248,7 @@ class ImageEncoderViT(nn.Module):
                 for i in range(depth)
             ]
         )
-        self.neck = nn.Sequential(
-            nn.Conv2d(embed_dim, self.out_channels, kernel_size=1, bias=False),
-            LayerNorm2d(self.out_channels),
-            nn.Conv2d(self.out_channels, self.out_channels, kernel_size=3, padding=1, bias=False),
-            LayerNorm2d(self.out_channels),
-        )
+        self.neck = make_neck(embed_dim, self.out_channels)
 
     def forward(self, image: Tensor, depth: int = 1) -> Tensor:
         """Encode normalised slices (B * depth, 3, H, W) to (B * depth, 256, H / 16, W / 16)."""

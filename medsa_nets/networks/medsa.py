@@ -94,6 +94,10 @@ class MedSA(Adapted):
         self.class_embeddings = nn.Parameter(torch.zeros(num_classes, prompt_encoder.embed_dim))
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).reshape(1, 3, 1, 1), persistent=False)
+        # what computes the image encoder in its place, as it is called (medsa_nets.backends); none: it does itself
+        self.encoder_backend: Callable[[Tensor, int], Tensor] | None = None
+        # what gives the embeddings that it has kept, and lets compute_embedding compute others (medsa_nets.embeddings)
+        self.kept_embeddings: Callable[[Tensor], Tensor] | None = None
         self.freeze(train_norms)
 
     def encode_image(self, image: Tensor) -> Tensor:
@@ -110,6 +114,13 @@ class MedSA(Adapted):
         Raises:
             ValueError: when the shape is another.
         """
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript leaves out what this alone holds)
+            if self.kept_embeddings is not None:
+                return self.kept_embeddings(image)
+        return self.compute_embedding(image)
+
+    def compute_embedding(self, image: Tensor) -> Tensor:
+        """:meth:`encode_image`, computed whether or not it was kept."""
         if self.spatial_dims == 3:
             if image.dim() != 5 or (image.shape[1] != 1 and image.shape[1] != 3):
                 raise ValueError(f"image must have shape (B, 1 or 3, H, W, D), got {image.shape}.")
@@ -120,8 +131,15 @@ class MedSA(Adapted):
         slices = self.to_slices(image)
         depth = slices.shape[0] // image.shape[0]
         normalised = (slices - self.pixel_mean) / self.pixel_std  # one channel becomes three
-        embedding = self.image_encoder(normalised.contiguous(memory_format=torch.channels_last), depth)
+        embedding = self.run_encoder(normalised.contiguous(memory_format=torch.channels_last), depth)
         return self.to_images(embedding, depth)
+
+    def run_encoder(self, slices: Tensor, depth: int) -> Tensor:
+        """Encode normalised slices (B * depth, 3, H, W), by the back end where there is one."""
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if self.encoder_backend is not None:
+                return self.encoder_backend(slices, depth)
+        return self.image_encoder(slices, depth)
 
     def decode(
         self,

@@ -16,7 +16,6 @@ from medsa_nets.layers import (
     Bottlenecks,
     ConvBN,
     DepthBranch,
-    LayerNorm2d,
     Linear,
     attend,
     cut_windows,
@@ -25,6 +24,7 @@ from medsa_nets.layers import (
     split_windows,
 )
 from medsa_nets.networks.checkpointing import run_block
+from medsa_nets.networks.neck import make_neck
 
 
 class PatchEmbed(nn.Module):
@@ -308,12 +308,7 @@ class TinyViTEncoder(nn.Module):
                 for _ in range(depths[i])
             ]
             self.layers.append(TinyViTStage(blocks, downsample=downsample, checkpointing=checkpointing))
-        self.neck = nn.Sequential(
-            nn.Conv2d(features[-1], self.out_channels, kernel_size=1, bias=False),
-            LayerNorm2d(self.out_channels),
-            nn.Conv2d(self.out_channels, self.out_channels, kernel_size=3, padding=1, bias=False),
-            LayerNorm2d(self.out_channels),
-        )
+        self.neck = make_neck(features[-1], self.out_channels)
 
     def forward(self, image: Tensor, depth: int = 1) -> Tensor:
         """Encode normalised slices (B * depth, 3, H, W) to (B * depth, 256, H / stride, W / stride)."""

@@ -355,12 +355,12 @@ async def _reap(server: Server) -> None:
 
 
 def _handle_errors(application: FastAPI) -> None:
-    async def told(_: Request, error: Exception) -> Response:
+    async def refuse(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
         return JSONResponse({"detail": str(error)}, error.status)
 
     async def stopped(request: Request, error: Exception) -> Response:
-        return await told(request, LeaseOverError())
+        return await refuse(request, LeaseOverError())
 
     async def plain(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -369,12 +369,12 @@ def _handle_errors(application: FastAPI) -> None:
     async def unexpected(request: Request, error: Exception) -> Response:
         cause = find_cause(error)
         if isinstance(cause, RequestError):
-            return await told(request, cause)
+            return await refuse(request, cause)
         logger.error("%s could not be answered", request.url.path, exc_info=error)
         status = 503 if isinstance(error, MemoryError) else 500
         return JSONResponse({"detail": "The request could not be answered; the server's log says why."}, status)
 
-    application.add_exception_handler(RequestError, told)
+    application.add_exception_handler(RequestError, refuse)
     application.add_exception_handler(StoppedError, stopped)
     application.add_exception_handler(HTTPException, plain)
     application.add_exception_handler(MedSAError, unexpected)

@@ -1,4 +1,4 @@
-"""What a client is told when a request can't be answered."""
+"""Errors that clients of the server get."""
 
 from __future__ import annotations
 

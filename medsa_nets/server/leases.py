@@ -93,9 +93,7 @@ class Leases(Generic[Held]):
         """
         self.reap()
         with self._lock:
-            lease = self._leases.get(token or "")
-            if lease is None:
-                raise LeaseOverError
+            lease = self._find(token)
             lease.seen = self.clock()
             if acts:
                 lease.acted = lease.seen
@@ -109,7 +107,10 @@ class Leases(Generic[Held]):
         """
         self.reap()
         with self._lock:
-            lease = self._leases.get(token or "")
+            return self._find(token)
+
+    def _find(self, token: str | None) -> Lease[Held]:
+        lease = self._leases.get(token or "")
         if lease is None:
             raise LeaseOverError
         return lease

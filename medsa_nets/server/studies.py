@@ -34,7 +34,7 @@ FOREGROUND = "foreground"  # name of what has no class
 
 
 class StoppedError(Exception):
-    """Work that nobody waits for any more."""
+    """The work was stopped: nobody waits for its result any more."""
 
 
 class Embeddings:

@@ -1,4 +1,4 @@
-"""What a training shows of itself: a bar, the mean loss, tables of metrics, pictures of samples."""
+"""Shows the progress of a training: bar, mean loss, tables of metrics, pictures of samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trains, in which order, and when a training ends."""
+"""Which parameters train, the order of the data, and when a training ends."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ LEAST_SCALE = 2.0**-16  # of gradients: 32 times half of what a scaler begins wi
 
 
 class Answering(nn.Module):
-    """A network inside a wrapper, whose forward pass may be any function of it.
+    """Lets any function of a network run as its forward pass, as ``DistributedDataParallel`` needs it.
 
     ``DistributedDataParallel`` synchronises gradients of what went through its own forward pass; a training step of
     several decoder calls on one embedding has to be that pass.
@@ -46,7 +46,7 @@ class Answering(nn.Module):
 
 @dataclass(frozen=True)
 class Pass:
-    """A function of a network to be taken for its forward pass (:class:`Answering`)."""
+    """A function of a network that :class:`Answering` runs as the forward pass."""
 
     function: Callable[..., Any]
 

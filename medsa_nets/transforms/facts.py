@@ -1,4 +1,4 @@
-"""Transforms that numbers describe: what one does, for a file that another run compares; and one made from them."""
+"""Describes a transform by plain values that can be stored and compared, and makes it again from them."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from medsa_nets.build import parameter_table
 from medsa_nets.errors import MedSAError, WeightsError
 from medsa_nets.exchange.command import COMMANDS as ADAPTER_COMMANDS
 from medsa_nets.exchange.command import main as adapter_command
+from medsa_nets.interaction import refinement
 from medsa_nets.weights import BASES, describe_file, fetch, find_base_file
 
 
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     fetch_parser = commands.add_parser("fetch", help="fetch the weights of a base")
     fetch_parser.add_argument("name", choices=list(BASES))
     fetch_parser.add_argument("--url", help="another address of the same file")
-    check_parser = commands.add_parser("check", help="say what a file is: an adapter, a base, or neither")
+    check_parser = commands.add_parser("check", help="say what a file is: an adapter, what clicks mean, or a base")
     check_parser.add_argument("file")
     parameters_parser = commands.add_parser("parameters", help="table of parameters, total and trainable, per base")
     parameters_parser.add_argument("--adapter_ratio", type=float, default=0.25)
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "fetch":
             print(fetch(options.name, url=options.url))
         elif options.command == "check":
-            print(describe_file(options.file))
+            known = refinement.is_refinement(options.file)
+            print(refinement.describe_file(options.file) if known else describe_file(options.file))
         elif options.command == "parameters":
             _print_parameters({name: value for name, value in vars(options).items() if name != "command"})
         else:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from medsa_nets.checksums import file_sha256
+from medsa_nets.interaction.refinement import Refinement
 from medsa_nets.weights import BASES, describe_file
 from medsa_nets.weights.__main__ import main
 
@@ -53,6 +56,61 @@ def test_command_check_refuses_other_files_in_one_line(capsys, tmp_path, content
     assert output.out == ""
     assert output.err.startswith(f"error: {path}: ")
     assert output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_command_check_says_what_clicks_mean_and_for_which_adapter(capsys, tmp_path, dims):
+    refinement, path = Refinement(dims, 9.0, width=16, asks=dims == 3), tmp_path / "organs.clicks.pt"
+    refinement.save(path)
+    weights = sum(parameter.numel() for parameter in refinement.parameters())
+    assert main(["check", str(path)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == f"{path}: a refinement of clicks on {'volumes' if dims == 3 else 'images'}, {weights:,} weights"
+    assert "up to 9 steps" in shown[1]
+    assert ("answers of the network" in shown[2]) == refinement.asks
+    assert shown[3] == "  goes with: the adapter organs.pt, which is not beside it"
+    assert shown[4] == f"  sha256: {file_sha256(path)}"
+    (tmp_path / "organs.pt").write_bytes(b"adapter")
+    assert main(["check", str(path)]) == 0
+    assert "  goes with: the adapter organs.pt beside it\n" in capsys.readouterr().out
+    path.rename(tmp_path / "renamed.pt")
+    assert main(["check", str(tmp_path / "renamed.pt")]) == 0
+    shown = capsys.readouterr().out
+    assert f"{weights:,} weights" in shown
+    assert "no adapter by its name" in shown
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "missing", "other"])
+def test_command_check_refuses_a_damaged_refinement_in_one_line(capsys, tmp_path, damage):
+    path = tmp_path / "organs.clicks.pt"
+    Refinement(2, 9.0, width=16).save(path)
+    content = path.read_bytes()
+    match damage:
+        case "missing":
+            path.unlink()
+        case "other":
+            torch.save({"a": torch.zeros(1)}, path)
+        case "flipped":
+            path.write_bytes(content[:40] + bytes(255 - b for b in content[40:240]) + content[240:])
+        case _:
+            path.write_bytes(b"" if damage == "empty" else content[: len(content) // 2])
+    assert main(["check", str(path)]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(f"error: {path}: ")
+    assert output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("bundle", ["medsa_btcv", "medsa_isic"])
+def test_command_check_knows_the_refinements_of_the_bundles(capsys, bundle):
+    models = Path(__file__).resolve().parents[2] / "bundles" / bundle / "models"
+    found = sorted(models.glob("*.clicks.pt"))
+    assert found
+    for path in found:
+        assert main(["check", str(path)]) == 0
+        shown = capsys.readouterr().out
+        assert f"refinement of clicks on {'volumes' if bundle == 'medsa_btcv' else 'images'}" in shown
+        assert f"goes with: the adapter {path.name.removesuffix('.clicks.pt')}.pt beside it" in shown
 
 
 def test_command_parameters_prints_the_table(capsys):

@@ -1,4 +1,4 @@
-"""What the layers compute faster than by their plain form, with the same result but for rounding.
+"""Fast forms of the layers: they give the results of the plain forms, up to rounding.
 
 A layer's own file holds the plain form, and hands over to a function of this folder where :func:`is_on` says so:
 matrix products by oneDNN, attention in pieces, weights and tables of frozen layers kept until they change. Which of

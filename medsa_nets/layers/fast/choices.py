@@ -1,4 +1,4 @@
-"""Ways to compute the same, of which this processor's fastest is taken: measured once a machine, then remembered."""
+"""Chooses the fastest of several equivalent computations: measured once on each machine, then remembered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the layers compute by their fast forms, and where these have to give way."""
+"""The switch between the plain and the fast forms of layers, and the test for exports, which must see PyTorch's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few images at a time, where their hidden maps would leave the processor's cache."""
+"""Splits a batch where its hidden maps would not fit the processor's cache."""
 
 from __future__ import annotations
 

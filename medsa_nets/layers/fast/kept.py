@@ -1,4 +1,4 @@
-"""What is computed from tensors that seldom change, kept until one of them does."""
+"""A cache of values that are computed from weights, valid until one of these changes."""
 
 from __future__ import annotations
 
