@@ -137,7 +137,7 @@ class User:
             client = self.open()
             while not stop.wait(random.uniform(0.0, self.pause)):
                 action = random_action(random, self.image.shape[1:])
-                if action["kind"] == "reset":
+                if action["kind"] in ("reset", "buffer"):
                     continue
                 start = time.perf_counter()
                 try:
