@@ -9,9 +9,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from medsa_nets.interaction.segmenters import NetworkSegmenter
 from medsa_nets.interaction.session import InteractiveSession
+from medsa_nets.server.studies import Properties, Study, affine_of
 
 from .scenes import SPACING, make_photograph, make_volume, write_volume
 
@@ -182,6 +184,23 @@ def test_orientation_and_affine_of_arrays(
         client.close()
     assert masks[0].any()
     np.testing.assert_array_equal(masks[0], masks[1].transpose(2, 1, 0)[::-1, ::-1])
+
+
+@pytest.mark.parametrize("spacing", [SPACING, (1.0, 1.0, 1.0)], ids=["resampled", "as it is"])
+def test_whole_numbers_are_read_as_floats_are(
+    volumes: NetworkSegmenter, serve: Callable[..., Any], spacing: tuple[float, ...]
+) -> None:
+    _, server = serve(volumes)
+    whole = make_volume(7)
+    images = []
+    for array in (whole, whole.astype(np.float32), whole.astype(np.float64)):
+        study = Study(volumes, server.queue, server.store, len(images), array, Properties(affine_of("SPL", spacing)))
+        images.append(study.image)
+        study.close()
+    assert images[0].dtype == torch.float32
+    for other in images[1:]:
+        assert torch.equal(images[0].as_tensor(), other.as_tensor())
+        assert torch.equal(images[0].affine, other.affine)
 
 
 def test_lease_that_is_over_and_server_that_is_full(
