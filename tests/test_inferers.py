@@ -17,6 +17,7 @@ from medsa_nets.inferers import (
     PromptInferer,
     SlabInferer,
     SpreadInferer,
+    adapter_key,
     obey,
     rebuilt,
     shared_cache,
@@ -47,6 +48,19 @@ def flat():
 def no_gradients():
     with torch.no_grad():
         yield
+
+
+def test_an_adapter_without_click_feedback_has_one_name_whatever_the_branch_was_drawn_with(network):
+    keys = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        settings = {"spatial_dims": 3, "num_classes": 2, "adapter_dim": 8, "click_feedback": True}
+        other = build_medsa("small", pretrained=False, **settings)
+        other.load_state_dict(network.state_dict())
+        keys.append(adapter_key(other))
+    assert keys[0] == keys[1]
+    other.click_feedback.to_logits[-1].weight.add_(1.0)
+    assert adapter_key(other) != keys[0]
 
 
 def click(z: float = 1.0, classes: list[int] | None = None) -> Prompts:

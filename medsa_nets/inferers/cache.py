@@ -23,8 +23,15 @@ def network_name(network: nn.Module) -> str:
 
 
 def adapter_key(network: nn.Module) -> str:
-    """Name of an adapter: the SHA-256 of its trained parameters and its identity."""
-    return tensor_sha256(*network.state_dict().values())[:16]
+    """Name of an adapter: the SHA-256 of its trained parameters and its identity.
+
+    The same file has the same name in every process: a click feedback that is not trained has no effect, holds what was
+    drawn at random where the file lacks it, and does not count.
+    """
+    state, feedback = network.state_dict(), getattr(network, "click_feedback", None)
+    if feedback is not None and not feedback.trained:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("click_feedback.")}
+    return tensor_sha256(*state.values())[:16]
 
 
 class EmbeddingCache:

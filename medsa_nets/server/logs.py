@@ -48,19 +48,22 @@ class SessionLog:
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Keep a state, in place of the one before it; a full disk is no reason to stop working."""
-        if not self.logs.holds(self):
-            return
-        try:
-            with temporary_name(self.path) as part:
-                part.write_text(json.dumps({"schema": SCHEMA, **state}), encoding="utf-8")
-        except OSError as error:
-            logger.warning("a session's log can't be written (%s)", error.strerror)
+        text = json.dumps({"schema": SCHEMA, **state})
+        with self.logs.lock:  # nobody takes the session while it is written: this would overwrite what they say
+            if not self.logs.holds(self):
+                return
+            try:
+                with temporary_name(self.path) as part:
+                    part.write_text(text, encoding="utf-8")
+            except OSError as error:
+                logger.warning("a session's log can't be written (%s)", error.strerror)
 
     def close(self, done: bool = False) -> None:
         """Let another client have it; one that is ``done``, and has no name to ask for it again, is removed."""
-        if done and not self.named and self.logs.holds(self):
-            self.path.unlink(missing_ok=True)
-        self.logs.give_back(self)
+        with self.logs.lock:
+            if done and not self.named and self.logs.holds(self):
+                self.path.unlink(missing_ok=True)
+            self.logs.give_back(self)
 
 
 class SessionLogs:
@@ -77,7 +80,7 @@ class SessionLogs:
     def __init__(self, folder: str | Path, days: float = 30.0) -> None:
         self.folder = make_writable(folder, "--sessions")
         self._held: dict[Path, SessionLog] = {}
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
         oldest = time.time() - 86400.0 * days
         for path in self.folder.glob("*.session"):
             if path.stat().st_mtime < oldest:
@@ -97,7 +100,7 @@ class SessionLogs:
             The log, or none where too many are kept.
         """
         stem = hashlib.sha256(f"{key} {name}".encode()).hexdigest()
-        with self._lock:
+        with self.lock:
             if name:
                 path = self.folder / f"{stem}.session"
                 out = SessionLog(self, path, self._read(path))
@@ -119,7 +122,7 @@ class SessionLogs:
 
     def give_back(self, log: SessionLog) -> None:
         """A client holds a log no longer."""
-        with self._lock:
+        with self.lock:
             if self.holds(log):
                 del self._held[log.path]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose
+from monai.transforms import Compose, Spacingd
 from nibabel.orientations import axcodes2ornt
 from torch import Tensor
 
@@ -359,6 +359,19 @@ def affine_of(axes: Any, spacing: np.ndarray) -> np.ndarray:
     return affine
 
 
+def _resampled_as_it_is(segmenter: NetworkSegmenter, array: np.ndarray) -> bool:
+    """Whether whole numbers can stay as they are until they are resampled, which makes float32 of them.
+
+    A copy of a large volume in float32 takes as long as its resampling. What is resampled in double precision is the
+    same from either, as long as float32 holds it exactly.
+    """
+    assert segmenter.preprocessing is not None
+    doubles = [
+        t for t in segmenter.preprocessing.transforms if isinstance(t, Spacingd) and set(t.dtype) == {np.float64}
+    ]
+    return array.dtype in (np.uint8, np.int8, np.int16) and bool(doubles)
+
+
 def _numbers(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
     try:
         found = np.asarray(value, dtype=np.float64)
@@ -422,7 +435,8 @@ class Study:
     def _read(self, segmenter: NetworkSegmenter, array: np.ndarray, properties: Properties) -> MetaTensor:
         """The array as the network sees it, through the bundle's transforms without its reader."""
         assert segmenter.preprocessing is not None
-        values = np.asarray(array, dtype=np.float32)
+        kept = segmenter.volumes and _resampled_as_it_is(segmenter, array)
+        values = np.asarray(array, dtype=None if kept else np.float32)
         if array.dtype.kind == "f" and not np.isfinite(values).all():
             raise RequestError("image: it holds values that are not finite. Replace them, for example by air.")
         if segmenter.volumes:

@@ -9,7 +9,11 @@ import nibabel
 import numpy as np
 from PIL import Image
 
-SPACING = (0.6, 0.5, 1.0)
+SPACING = tuple(float(np.float32(v)) for v in (0.6, 0.5, 1.0))  # as files hold it: half a voxel is the same in both
+# What users do; "reset" gives an object up, "buffer" begins another one.
+KINDS = (
+    ["point"] * 6 + ["scribble"] * 2 + ["box"] * 2 + ["lasso"] * 2 + ["mask"] * 2 + ["undo"] * 4 + ["reset", "buffer"]
+)
 
 
 def make_volume(seed: int = 0, shape: tuple[int, int, int] = (20, 24, 22)) -> np.ndarray:
@@ -43,7 +47,7 @@ def write_photograph(photograph: np.ndarray, path: Path) -> Path:
 def random_action(random: np.random.Generator, shape: tuple[int, int, int]) -> dict[str, Any]:
     """Something that a user may do on an image (X, Y, Z)."""
     flat = shape[2] == 1
-    kind = str(random.choice(["point", "point", "point", "scribble", "box", "lasso", "mask", "undo", "undo", "reset"]))
+    kind = str(random.choice(KINDS))
     out: dict[str, Any] = {"kind": kind, "label": int(random.integers(2))}
     low = np.array([random.integers(0, max(1, n - 6)) for n in shape])
     size = np.array([random.integers(3, 7) if n > 6 else 1 for n in shape])
@@ -58,7 +62,6 @@ def random_action(random: np.random.Generator, shape: tuple[int, int, int]) -> d
             voxel = np.clip(voxel + random.integers(-1, 2, 3), 0, np.array(shape) - 1)
         out["drawn"] = drawn
     elif kind == "box":
-        out["label"] = 1
         out["box"] = np.stack([low, low + size], axis=1)
     elif kind == "lasso":
         size[axis] = 1

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 
+from medsa_nets.data.atomic import temporary_name
 from medsa_nets.server.logs import SessionLogs, hash_image
 
 from .scenes import SPACING, make_photograph, make_volume, random_action
@@ -181,6 +185,35 @@ def test_a_named_session_goes_to_who_asked_last_and_old_logs_are_removed(tmp_pat
     second.close(done=True)
     assert logs.open("image", "name").saved["x"] == 2
     assert SessionLogs(tmp_path, days=-1.0).open("image", "name").saved is None
+
+
+def test_a_session_is_not_taken_while_its_log_is_written(tmp_path, monkeypatch):
+    begun, goes_on = threading.Event(), threading.Event()
+
+    @contextmanager
+    def slow(path: Path) -> Iterator[Path]:
+        begun.set()
+        assert goes_on.wait(60.0)
+        with temporary_name(path) as part:
+            yield part
+
+    logs = SessionLogs(tmp_path)
+    first = logs.open("image", "name")
+    first.write({"said": 1})
+    monkeypatch.setattr("medsa_nets.server.logs.temporary_name", slow)
+    with ThreadPoolExecutor(2) as pool:
+        writing = pool.submit(first.write, {"said": 2})
+        assert begun.wait(60.0)
+        taking = pool.submit(logs.open, "image", "name")
+        time.sleep(0.3)
+        assert not taking.done()
+        goes_on.set()
+        writing.result()
+        second = taking.result()
+    assert second.saved["said"] == 2  # what was answered is there
+    second.write({"said": 3})
+    first.write({"said": 4})
+    assert json.loads(second.path.read_text(encoding="utf-8"))["said"] == 3
 
 
 def test_an_image_is_known_by_values_type_place_network_and_class():
