@@ -22,8 +22,8 @@ class WeightAverage:
     of it, has no second copy. After step n the average is ``d * average + (1 - d) * weights`` with
     ``d = min(decay, (1 + n) / (10 + n))``, so that a short training does not average its start.
 
-    Attach it after the ``ValidationHandler`` and before :class:`~medsa_nets.training.TrainingCheckpoint`, which is
-    given it too: the best and the last adapter then are averages, and an unfinished run keeps both.
+    :class:`~medsa_nets.training.TrainingCheckpoint`, to which it is given, attaches it: the best and the last adapter
+    then are averages, and an unfinished run keeps both. Attach that after the ``ValidationHandler``.
 
     Args:
         network: the network, or a wrapper with it as ``module``.

@@ -99,7 +99,8 @@ class TrainingCheckpoint:
         settings: what decides how the run learns, by name; kept with its state.
         data: its data list, entries with ``image`` and ``label``; kept with its state, by names and sizes of files, so
             that a copy of the data in another folder is the same.
-        average: the average of the weights that the adapters hold, attached before this; kept with the state.
+        average: of the weights, which then is what validations see and the adapters hold; attached by this, and kept
+            with the state.
 
     Raises:
         SettingError: at the start, when an unfinished run had other settings; it names them.
@@ -139,6 +140,8 @@ class TrainingCheckpoint:
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer."""
+        if self.average is not None:
+            self.average.attach(engine)
         engine.add_event_handler(Events.STARTED, self.restore)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_state)
         engine.add_event_handler(Events.COMPLETED, self.finish)

@@ -69,7 +69,6 @@ class Run:
             decollate=False,
             train_handlers=[
                 ValidationHandler(interval=interval, validator=evaluator, epoch_level=True),
-                average,
                 TrainingCheckpoint(save_dir=str(folder), network=self.network, optimizer=optimizer, evaluator=evaluator,
                                    average=average),
             ],
