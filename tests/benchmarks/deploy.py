@@ -3,9 +3,9 @@
     python tests/benchmarks/deploy.py --scans /path/to/ct --deploy_python .venv-deploy/bin/python --output_dir results
 
 Each run is a process of its own that segments copies of ``ct_b`` (20 slices of 512 x 512) as users start it, with the
-bundle medsa_btcv; the kinds take turns. Times hold reading, segmentation, DICOM objects
-and report, and what a process spends before its first study is told apart by runs of one study. Dice compares the masks
-of each kind with those of ``eager``. Writes deploy.{md,json}.
+bundle medsa_btcv; the kinds take turns. Times hold reading, segmentation, DICOM objects and report, and what a
+process spends before its first study is told apart by runs of one study. Dice compares the masks of each kind with
+those of ``eager``. Writes deploy.{md,json}.
 """
 
 from __future__ import annotations

@@ -33,7 +33,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
-ORGANS = ["spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas"]
 DECAY = 0.98
 
 
@@ -88,10 +87,10 @@ TASKS: dict[str, dict[str, Any]] = {
     "ct": {
         "bundle": "medsa_btcv",
         "overlays": [],
-        "common": {"classes": ORGANS},
-        "MedSA": (["slices.yaml"], {"classes_per_pass": 8}),
+        "common": {},
+        "MedSA": (["slices.yaml"], {"classes_per_pass": 13}),
         "UNet": {
-            **unet_of_volumes(8),
+            **unet_of_volumes(13),
             "roi_size": [96, 96, 32],
             "patches_per_volume": 2,
             "scaling": [0.3, 0.3, 0.0],
