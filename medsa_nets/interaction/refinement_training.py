@@ -112,6 +112,7 @@ class RefinementTraining:
         checkpoint: file of the adapter, which :meth:`run` loads; none or empty takes the network as it is.
         path: file of the refinement; none takes its place beside the adapter, without one
             ``refinement.clicks.pt`` in ``output_dir``.
+        user: places the clicks of the sessions that are learnt from.
         settings: how answers are made, without refinement; none takes the usual ones, and in images asks the
             network again for each click, in volumes does not.
         start_from: file of a refinement to start from.
@@ -140,6 +141,7 @@ class RefinementTraining:
         output_dir: str | Path,
         checkpoint: str | Path | None = None,
         path: str | Path | None = None,
+        user: SimulatedUser | None = None,
         settings: AnswerSettings | None = None,
         start_from: str | Path | None = None,
         others: Sequence[str | Path] = (),
@@ -159,6 +161,7 @@ class RefinementTraining:
         self.classes = list(classes)
         self.output_dir, self.checkpoint = Path(output_dir), checkpoint
         self.path = Path(path or place_beside(checkpoint or self.output_dir / "refinement.pt"))
+        self.user = user or SimulatedUser(0.8, 0.15, 0.05)
         self.settings = settings
         self.start_from, self.others = start_from, list(others)
         self.rounds, self.clicks, self.epochs = rounds, clicks, epochs
@@ -194,11 +197,10 @@ class RefinementTraining:
         figures: dict[str, float] = {}
         for number in range(self.rounds):
             random = np.random.default_rng([self.seed, number])
-            user = SimulatedUser(0.8, 0.15, 0.05)
             asked = None if fresh and number == 0 else refinement
             parts: list[Samples] = []
             for case in tqdm(learnt, desc=f"sessions, round {number + 1} of {self.rounds}"):
-                for _ in self._session(segmenter, case, asked, user, random, parts):
+                for _ in self._session(segmenter, case, asked, self.user, random, parts):
                     pass
             rounds = [*rounds[-2:], Samples.joined(parts)]
             samples = Samples.joined([*rounds, *others])
@@ -256,14 +258,15 @@ class RefinementTraining:
     def _curve(
         self, segmenter: NetworkSegmenter, cases: Sequence[_Case], refinement: Refinement | None
     ) -> tuple[list[float], float]:
-        """Mean Dice after 0 to all clicks, and the share of clicks that lowered it."""
+        """Mean Dice after 0 to all clicks of two users, and the share of clicks that lowered it."""
         rows: list[list[float]] = []
         harmful: list[bool] = []
         for case in tqdm(cases, desc="images left out"):
-            random = np.random.default_rng(stable_seed(self.seed, case.name, str(case.index)))
-            row = list(self._session(segmenter, case, refinement, SimulatedUser(), random, None))
-            harmful.extend(after < before - HARMFUL for before, after in itertools.pairwise(row))
-            rows.append(row + row[-1:] * (self.clicks + 1 - len(row)))
+            for user in (SimulatedUser(), self.user):
+                random = np.random.default_rng(stable_seed(self.seed, case.name, str(case.index)))
+                row = list(self._session(segmenter, case, refinement, user, random, None))
+                harmful.extend(after < before - HARMFUL for before, after in itertools.pairwise(row))
+                rows.append(row + row[-1:] * (self.clicks + 1 - len(row)))
         return [float(value) for value in np.mean(rows, 0)], float(np.mean(harmful)) if harmful else 0.0
 
     def _session(
@@ -277,6 +280,7 @@ class RefinementTraining:
     ) -> Iterator[float]:
         """Dice before and after each click; with ``parts``, from a bent start, and with samples."""
         assert self.settings is not None
+        settings = self.settings.of(case.target.ndim, refinement is not None or parts is not None)
         current = case.first if parts is None else torch.from_numpy(bend(case.first.numpy(), random))
         prompts: list[UserPrompt] = []
         yield _dice(current.numpy() > 0, case.target)
@@ -287,7 +291,7 @@ class RefinementTraining:
             voxel, label = click
             position = voxel @ case.grids.to_file[:-1, :-1].T + case.grids.to_file[:-1, -1]
             prompts.append(UserPrompt("point", case.index, number + 1, 0.0, position[None], label))
-            draft = draft_answer(segmenter, case.image, case.grids, case.index, current, prompts, self.settings)
+            draft = draft_answer(segmenter, case.image, case.grids, case.index, current, prompts, settings)
             if draft.corrects and draft.previous is not None:
                 image, spacing = case.image.numpy(), case.grids.spacing
                 if parts is not None:
@@ -300,7 +304,7 @@ class RefinementTraining:
                 if refinement is not None:
                     draft.values = refine(refinement, draft.previous, draft.values, image, draft.voxels, draft.labels,
                                           len(draft.newest), spacing)  # fmt: skip
-            current = torch.from_numpy(finish_answer(draft, case.grids, self.settings))
+            current = torch.from_numpy(finish_answer(draft, case.grids, settings))
             yield _dice(current.numpy() > 0, case.target)
 
     def _drawn(
