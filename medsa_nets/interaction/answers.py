@@ -45,8 +45,7 @@ class AnswerSettings:
             far from a click, answers differ by chance. None takes that of :data:`USUAL`.
         depth: how far from the border of the mask before a voxel may change sides, as a multiple of how far the click
             lies from it (the deepest voxel of a scribble), and ``SLACK`` voxels: people click in the middle of what is
-            wrong. 0 bounds nothing; none takes that of :data:`USUAL`, and bounds nothing where a refinement says what
-            a click means: it learnt from people who click elsewhere, too.
+            wrong. 0 bounds nothing; none takes that of :data:`USUAL`.
         interpolate: whether clicks speak for other voxels at all; false lets them set their own voxel alone.
         refinement: file of a :class:`~medsa_nets.interaction.refinement.Refinement`, which says what a click means for
             the voxels around it; none takes the one that belongs to the adapter, an empty name goes without.
@@ -79,15 +78,9 @@ class AnswerSettings:
             if value is not None and value < 0:
                 raise ValueError(f"{name} must be 0 or more, got {value}.")
 
-    def of(self, dims: int, refined: bool = False) -> AnswerSettings:
-        """Settings for images of 2 or volumes of 3 dimensions, with the usual values where there are none.
-
-        Args:
-            dims: 2 or 3.
-            refined: whether a refinement says what a click means.
-        """
-        usual = {**USUAL[dims], **({"depth": 0.0} if refined else {})}
-        usual = {name: value for name, value in usual.items() if getattr(self, name) is None}
+    def of(self, dims: int) -> AnswerSettings:
+        """Settings for images of 2 or volumes of 3 dimensions, with the usual values where there are none."""
+        usual = {name: value for name, value in USUAL[dims].items() if getattr(self, name) is None}
         out = replace(self, **usual)
         return out if out.reach is not None or out.kernel is None else replace(out, reach=out.kernel.radius)
 
@@ -106,15 +99,6 @@ def refinement_of(settings: AnswerSettings, segmenter: Segmenter) -> Refinement 
     if found.dims != dims:
         raise WeightsError(f"{settings.refinement}: it refines clicks in {found.dims} dimensions, not in {dims}.")
     return found
-
-
-def resolved(settings: AnswerSettings, segmenter: Segmenter) -> AnswerSettings:
-    """Settings with the usual values where there are none, for what a segmenter segments and what refines its clicks.
-
-    Raises:
-        WeightsError: when the refinement's file is missing, damaged or for other dimensions.
-    """
-    return settings.of(3 if segmenter.volumes else 2, refinement_of(settings, segmenter) is not None)
 
 
 def answer_identity(settings: AnswerSettings, segmenter: Segmenter) -> dict[str, str]:
@@ -177,9 +161,8 @@ def make_answer(
     Returns:
         Logits (spatial…): every marked voxel, and every bound, holds.
     """
-    refinement = refinement_of(settings, segmenter)
-    settings = resolved(settings, segmenter)
     draft = draft_answer(segmenter, image, grids, index, previous, prompts, settings)
+    refinement = refinement_of(settings, segmenter)
     if refinement is not None and draft.corrects:
         assert draft.previous is not None
         draft.values = refine(

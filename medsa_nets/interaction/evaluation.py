@@ -22,7 +22,7 @@ from medsa_nets.data import output_name, save_png, stable_seed, unique_names
 from medsa_nets.data.atomic import make_folder, temporary_name
 from medsa_nets.errors import DataError
 from medsa_nets.inferers import PromptInferer, VolumeInferer
-from medsa_nets.interaction.answers import AnswerSettings, answer_identity, resolved
+from medsa_nets.interaction.answers import AnswerSettings, answer_identity
 from medsa_nets.interaction.grids import Grids
 from medsa_nets.interaction.metrics import SessionCurve, summarise
 from medsa_nets.interaction.refinement import beside
@@ -189,7 +189,7 @@ class SessionEvaluation:
     def _identity(self, segmenter: NetworkSegmenter) -> str:
         """What measured sessions depend on, beside the images."""
         user = {"shares": self.user.shares.tolist(), "jitter": self.user.jitter, "apart": self.user.apart}
-        answers = dataclasses.asdict(resolved(self.settings, segmenter))
+        answers = dataclasses.asdict(self.settings.of(3 if segmenter.volumes else 2))
         settings = {
             "network": answer_identity(self.settings, segmenter), "inferer": str(segmenter.inferer.amp),
             "user": user, "seed": self.seed,

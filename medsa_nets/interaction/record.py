@@ -19,7 +19,7 @@ from medsa_nets.checksums import file_sha256
 from medsa_nets.data import save_png, volume_writer
 from medsa_nets.data.atomic import temporary_name
 from medsa_nets.errors import DataError, describe
-from medsa_nets.interaction.answers import AnswerSettings, answer_identity, resolved
+from medsa_nets.interaction.answers import AnswerSettings, answer_identity
 from medsa_nets.prompts.observations import Kernel
 from medsa_nets.prompts.user import prompt_from_json, prompt_to_json
 
@@ -45,7 +45,7 @@ def source_sha256(source: Any) -> str:
 def describe_session(session: InteractiveSession) -> dict[str, Any]:
     """A session as JSON."""
     grids = session.grids
-    settings = dataclasses.asdict(resolved(session.settings, session.segmenter))
+    settings = dataclasses.asdict(session.settings.of(grids.dims))
     return {
         "schema": SCHEMA,
         "image": {

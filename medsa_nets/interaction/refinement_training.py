@@ -258,15 +258,14 @@ class RefinementTraining:
     def _curve(
         self, segmenter: NetworkSegmenter, cases: Sequence[_Case], refinement: Refinement | None
     ) -> tuple[list[float], float]:
-        """Mean Dice after 0 to all clicks of two users, and the share of clicks that lowered it."""
+        """Mean Dice after 0 to all clicks, and the share of clicks that lowered it."""
         rows: list[list[float]] = []
         harmful: list[bool] = []
         for case in tqdm(cases, desc="images left out"):
-            for user in (SimulatedUser(), self.user):
-                random = np.random.default_rng(stable_seed(self.seed, case.name, str(case.index)))
-                row = list(self._session(segmenter, case, refinement, user, random, None))
-                harmful.extend(after < before - HARMFUL for before, after in itertools.pairwise(row))
-                rows.append(row + row[-1:] * (self.clicks + 1 - len(row)))
+            random = np.random.default_rng(stable_seed(self.seed, case.name, str(case.index)))
+            row = list(self._session(segmenter, case, refinement, SimulatedUser(), random, None))
+            harmful.extend(after < before - HARMFUL for before, after in itertools.pairwise(row))
+            rows.append(row + row[-1:] * (self.clicks + 1 - len(row)))
         return [float(value) for value in np.mean(rows, 0)], float(np.mean(harmful)) if harmful else 0.0
 
     def _session(
@@ -280,7 +279,6 @@ class RefinementTraining:
     ) -> Iterator[float]:
         """Dice before and after each click; with ``parts``, from a bent start, and with samples."""
         assert self.settings is not None
-        settings = self.settings.of(case.target.ndim, refinement is not None or parts is not None)
         current = case.first if parts is None else torch.from_numpy(bend(case.first.numpy(), random))
         prompts: list[UserPrompt] = []
         yield _dice(current.numpy() > 0, case.target)
@@ -291,7 +289,7 @@ class RefinementTraining:
             voxel, label = click
             position = voxel @ case.grids.to_file[:-1, :-1].T + case.grids.to_file[:-1, -1]
             prompts.append(UserPrompt("point", case.index, number + 1, 0.0, position[None], label))
-            draft = draft_answer(segmenter, case.image, case.grids, case.index, current, prompts, settings)
+            draft = draft_answer(segmenter, case.image, case.grids, case.index, current, prompts, self.settings)
             if draft.corrects and draft.previous is not None:
                 image, spacing = case.image.numpy(), case.grids.spacing
                 if parts is not None:
@@ -304,7 +302,7 @@ class RefinementTraining:
                 if refinement is not None:
                     draft.values = refine(refinement, draft.previous, draft.values, image, draft.voxels, draft.labels,
                                           len(draft.newest), spacing)  # fmt: skip
-            current = torch.from_numpy(finish_answer(draft, case.grids, settings))
+            current = torch.from_numpy(finish_answer(draft, case.grids, self.settings))
             yield _dice(current.numpy() > 0, case.target)
 
     def _drawn(

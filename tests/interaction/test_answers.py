@@ -56,12 +56,6 @@ def test_a_mask_changes_no_deeper_than_a_click_says() -> None:
     assert not shallow[12, 20:].any()
 
 
-def test_no_depth_bounds_what_a_refinement_says() -> None:
-    assert AnswerSettings().of(2).depth == 2.0
-    assert AnswerSettings().of(2, refined=True).depth == 0.0
-    assert AnswerSettings(depth=1.0).of(2, refined=True).depth == 1.0
-
-
 @pytest.mark.parametrize("label", [0, 1])
 def test_a_mark_on_what_is_right_already_is_no_reason_to_take_it_back(label: int) -> None:
     before, after = square(4, 12), square(8, 16)
