@@ -71,6 +71,17 @@ def test_a_training_of_two_classes_lowers_the_loss_and_says_what_its_adapter_is(
     assert state["class_embeddings"].shape[0] == 2
 
 
+def test_sessions_of_clicks_and_the_decoder_alone_train_on_several_classes(trained, tmp_path: Path) -> None:
+    task, data, out = trained
+    run("training", config_file=[*TRAIN, CONFIGS["decoder"], CONFIGS["clicks"]], task=task, dataset_dir=str(data),
+        start_from=str(out / f"{task}.pt"), embedding_dir=str(tmp_path / "embeddings"), ckpt_dir=str(tmp_path),
+        output_dir=str(tmp_path), batch_size=2, session_answers=3, samples_interval=0, max_epochs=1,
+        validation_fraction=0.3, **COMMON)  # fmt: skip
+    before, after = (torch.load(folder / f"{task}.pt", weights_only=True) for folder in (out, tmp_path))
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["class_embeddings"], after["class_embeddings"])
+
+
 @pytest.mark.parametrize("prompt", ["none", "point", "box"])
 def test_evaluation_gives_figures_of_each_class(trained, tmp_path: Path, prompt: str) -> None:
     task, data, out = trained
