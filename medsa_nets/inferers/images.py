@@ -128,19 +128,22 @@ class ClassesInferer(PromptInferer):
         """Segment images: mask logits (B, classes, H, W); arguments as of :class:`PromptInferer`."""
         asked = prompts_of_batch(inputs, prompts)
         inputs = plain(inputs)
-        if not any(one and one.classes is not None for one in asked):
+        count = getattr(unwrap(network), "num_classes", 1)
+        if count == 1 or not any(one and one.classes is not None for one in asked):
             return super().__call__(inputs, network, *args, prompts=asked)
-        return torch.cat([self._of_image(image[None], network, *args, own=own) for image, own in zip(inputs, asked)])
+        answers = [
+            self._of_image(image[None], network, *args, own=own, count=count) for image, own in zip(inputs, asked)
+        ]
+        return torch.cat(answers)
 
-    def _of_image(self, image: Tensor, network: Callable[..., Tensor], *args: Any, own: Prompts) -> Tensor:
+    def _of_image(self, image: Tensor, network: Callable[..., Tensor], *args: Any, own: Prompts, count: int) -> Tensor:
         logits = super().__call__(image, network, *args, prompts=[own])
         if not own or own.classes is None:
             return logits
         others = super().__call__(image, network, *args, prompts=[Prompts()]) if self.others == "automatic" else None
-        medsa: Any = unwrap(network)
-        out = all_classes(logits, own.classes, medsa.num_classes, others=None if self.overlap else others)
+        out = all_classes(logits, own.classes, count, others=None if self.overlap else others)
         if others is not None and self.overlap:
-            rest = [k for k in range(medsa.num_classes) if k not in own.classes.tolist()]
+            rest = [k for k in range(count) if k not in own.classes.tolist()]
             out[:, rest] = others[:, rest]
         return out
 
