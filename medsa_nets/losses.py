@@ -1,10 +1,19 @@
-"""The loss of volumes in which not every class is annotated."""
+"""Losses of masks: of one class, of several, and of volumes in which not every class is annotated."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
-from monai.losses import DiceLoss
+from monai.losses import DiceCELoss, DiceLoss
 from torch import Tensor, nn
+
+
+def mask_loss(num_classes: int) -> nn.Module:
+    """Dice and binary cross-entropy of masks (B, K, spatial…), logits first.
+
+    Args:
+        num_classes: of one, MONAI's loss; of several, Dice is over those in an image. Classes may overlap.
+    """
+    return DiceCELoss(sigmoid=True) if num_classes == 1 else AnnotatedDiceCELoss()
 
 
 class AnnotatedDiceCELoss(nn.Module):

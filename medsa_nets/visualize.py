@@ -84,16 +84,24 @@ def overlay(
 def overlay_sample(
     image: Tensor, *, prediction: Tensor | None = None, label: Tensor | None = None, prompts: Prompts
 ) -> Image.Image:
-    """:func:`overlay` for one item of a batch: image (3, W, H), masks (1, W, H), prompts with K = 1."""
+    """:func:`overlay` for one item of a batch: image (3, W, H), masks (1 or classes, W, H), prompts."""
     points, labels, boxes = prompts.points, prompts.labels, prompts.boxes
     return overlay(
         np.asarray(image.cpu(), dtype=np.float32),
-        prediction=None if prediction is None else np.asarray(prediction[0].cpu()) > 0.5,
-        label=None if label is None else np.asarray(label[0].cpu()) > 0.5,
-        point_coords=None if points is None else points[0].cpu().numpy(),
-        point_labels=None if labels is None else labels[0].cpu().numpy(),
+        prediction=None if prediction is None else _regions(prediction),
+        label=None if label is None else _regions(label),
+        point_coords=None if points is None else points.flatten(0, 1).cpu().numpy(),
+        point_labels=None if labels is None else labels.flatten(0, 1).cpu().numpy(),
         boxes=None if boxes is None else boxes.cpu().numpy(),
     )
+
+
+def _regions(masks: Tensor) -> np.ndarray:
+    """A mask (1, W, H) as booleans; masks of classes as a map whose values tell apart which of them hold a pixel."""
+    held = np.asarray(masks.cpu()) > 0.5
+    if len(held) == 1:
+        return np.asarray(held[0])
+    return np.asarray((held * (1 << np.arange(len(held), dtype=np.int64))[:, None, None]).sum(0))
 
 
 def overlay_volume(

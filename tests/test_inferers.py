@@ -11,6 +11,7 @@ from monai.inferers import SlidingWindowInferer
 from medsa_nets.build import build_medsa
 from medsa_nets.inferers import (
     AllClassesInferer,
+    ClassesInferer,
     EmbeddingCache,
     MainComponentsInferer,
     MirrorInferer,
@@ -610,3 +611,41 @@ def test_a_changed_copy_leaves_an_inferer_as_it_is(three):
     assert isinstance(copied, MirrorInferer)
     assert slab_inferer(inferer).cache is None
     assert inferer.cache is None
+
+
+@pytest.fixture(scope="module")
+def three_in_pictures(perturb_adapters):
+    torch.manual_seed(0)
+    network = build_medsa("small", pretrained=False, num_classes=3, classes_per_pass=3, click_feedback=True).eval()
+    return perturb_adapters(network, std=0.05)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("others", ["absent", "automatic"])
+def test_a_picture_has_a_channel_for_every_class_whichever_are_asked_for(three_in_pictures, overlap, others):
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    points = Prompts(points=torch.tensor([[[30.0, 20.0]]]), labels=torch.ones(1, 1), classes=torch.tensor([1]))
+    inferer = ClassesInferer(overlap=overlap, others=others)
+    automatic = inferer(image, three_in_pictures)
+    own = PromptInferer()(image, three_in_pictures, prompts=points)
+    torch.testing.assert_close(automatic, PromptInferer()(image, three_in_pictures), rtol=0, atol=0)
+    answer = inferer(image, three_in_pictures, prompts=points)
+    assert answer.shape == automatic.shape == (1, 3, 64, 64)
+    assert torch.equal(answer[:, 1] > 0, own[:, 0] > 0)
+    if others == "absent":
+        assert not (answer[:, [0, 2]] > 0).any()
+    else:
+        assert torch.equal(answer[:, [0, 2]], automatic[:, [0, 2]])
+    if overlap or others == "absent":
+        assert torch.equal(answer[:, 1], own[:, 0])
+    else:  # what is asked for is above the others where it is
+        assert bool((answer.argmax(1) == 1)[own[:, 0] > 0].all())
+
+
+def test_one_class_of_a_picture_is_answered_as_ever(session_network):
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for prompts in (None, _clicks(1, 0)):
+        ours, theirs = (one(image, session_network, prompts=prompts) for one in (ClassesInferer(), PromptInferer()))
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="others must be absent or automatic"):
+        ClassesInferer(others="none")

@@ -13,9 +13,11 @@ from medsa_nets.data.dataset import (
 from medsa_nets.data.outputs import (
     NamedOutputs,
     check_names,
+    class_postfix,
     output_name,
     prepare_folders,
     prepare_outputs,
+    result_endings,
     unique_names,
 )
 from medsa_nets.data.photographs import AtomicPILWriter, PhotographReader, read_dicom_photograph, save_png
@@ -30,6 +32,7 @@ __all__ = [
     "SeededDataset",
     "SeededPersistentDataset",
     "check_names",
+    "class_postfix",
     "image_id",
     "list_photographs",
     "list_volumes",
@@ -42,6 +45,7 @@ __all__ = [
     "read_dicom_photograph",
     "read_volume",
     "repeat_volumes",
+    "result_endings",
     "save_png",
     "stable_seed",
     "unique_names",

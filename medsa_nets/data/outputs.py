@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,38 @@ def _distinct_names(paths: Sequence[str]) -> dict[str, str]:
         if len({name.casefold() for name in names.values()}) == len(paths):
             break
     return names
+
+
+def class_postfix(name: str, postfix: str) -> str:
+    """What stands behind an image's name in the file of one of its classes: the class, safe in names of files."""
+    return f"{re.sub(r'[^A-Za-z0-9-]+', '-', name).strip('-')}_{postfix}"
+
+
+def class_endings(classes: Sequence[str], overlap: bool, postfix: str = "segmentation") -> list[str]:
+    """Endings of an image's results: one mask or map, or a mask for each of several classes that overlap.
+
+    Raises:
+        DataError: when two classes would share a file.
+    """
+    if not overlap or len(classes) == 1:
+        return [f"_{postfix}.png"]
+    endings = [f"_{class_postfix(name, postfix)}.png" for name in classes]
+    if len({ending.casefold() for ending in endings}) < len(endings):
+        raise DataError(f"classes {', '.join(classes)}: two of them would share a file. Rename one of them.")
+    return endings
+
+
+def result_endings(classes: Sequence[str], overlap: bool) -> list[str]:
+    """Endings of all that inference may write for an image: masks, probabilities, a picture.
+
+    Args:
+        classes: names of the classes.
+        overlap: whether they overlap.
+
+    Raises:
+        DataError: when two classes would share a file.
+    """
+    return [*class_endings(classes, overlap), *class_endings(classes, True, "probability"), "_overlay.png"]
 
 
 class NamedOutputs(FolderLayoutBase):

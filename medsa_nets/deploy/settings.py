@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from monai.utils import str2bool
+
 from medsa_nets.bundles import Bundle
 from medsa_nets.deploy.studies import Rules
 from medsa_nets.errors import DataError
@@ -72,6 +74,11 @@ def read_settings(bundle: Path) -> Settings:
         raise DataError(
             f"{place} has no key 'deploy' with 'modality' (a list) and 'codes' (a code for each class): a DICOM "
             "segmentation needs them. Add it, as in bundles/medsa_btcv/configs/tasks/btcv.yaml."
+        )
+    if str2bool(opened.value("overlap", False)) and len(opened.classes) > 1:
+        raise DataError(
+            f"{place}: its classes ({', '.join(opened.classes)}) overlap; the DICOM segmentation that is written here "
+            "holds one class at each pixel. Write a mask for each class by python -m monai.bundle run inferring."
         )
     try:
         channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]

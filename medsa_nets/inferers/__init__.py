@@ -8,13 +8,14 @@ masks, and ``AllClassesInferer`` gives a channel for every class.
 from medsa_nets.checksums import tensor_sha256
 from medsa_nets.inferers.cache import EmbeddingCache, adapter_key, network_name, shared_cache
 from medsa_nets.inferers.classes import AllClassesInferer, MainComponentsInferer, volume_inferer
-from medsa_nets.inferers.images import PromptInferer, answer_in_order, obey
+from medsa_nets.inferers.images import ClassesInferer, PromptInferer, answer_in_order, obey
 from medsa_nets.inferers.mirror import MirrorInferer
 from medsa_nets.inferers.slabs import SlabInferer, Slabs, VolumeInferer, rebuilt, slab_inferer
 from medsa_nets.inferers.spread import SpreadInferer
 
 __all__ = [
     "AllClassesInferer",
+    "ClassesInferer",
     "EmbeddingCache",
     "MainComponentsInferer",
     "MirrorInferer",

@@ -20,6 +20,7 @@ from medsa_nets.prompts import Prompts, prompts_of_batch
 from medsa_nets.prompts.earlier import as_earlier
 from medsa_nets.prompts.observations import Kernel, observe
 from medsa_nets.runtime import plain, unwrap
+from medsa_nets.transforms.volumes import all_classes
 
 CLICK_KERNEL = Kernel(length=3.0, contrast=0.15)  # pixels of the network's grid, share of the intensity range
 
@@ -96,6 +97,55 @@ class PromptInferer(SimpleInferer):
         kept = embedding if self.cache.device is None else embedding.to(self.cache.device)
         self.cache.put(key, [kept], network=name, version=version)
         return embedding
+
+
+class ClassesInferer(PromptInferer):
+    """Inference of images with one or several classes: a channel for every class, whichever of them prompts ask for.
+
+    Args:
+        overlap: whether a pixel may hold several classes; where not, sessions of clicks see to it.
+        others: what classes hold that were not asked for: ``absent`` (nothing), or ``automatic``.
+        settings: of :class:`PromptInferer`.
+
+    Raises:
+        ValueError: when ``others`` has another value.
+    """
+
+    def __init__(self, overlap: bool = False, others: str = "absent", **settings: Any) -> None:
+        super().__init__(**settings)
+        if others not in ("absent", "automatic"):
+            raise ValueError(f"others must be absent or automatic, got {others!r}.")
+        self.overlap = overlap
+        self.others = others
+
+    def __call__(
+        self,
+        inputs: Tensor,
+        network: Callable[..., Tensor],
+        *args: Any,
+        prompts: Prompts | Sequence[Prompts] | None = None,
+    ) -> Tensor:
+        """Segment images: mask logits (B, classes, H, W); arguments as of :class:`PromptInferer`."""
+        asked = prompts_of_batch(inputs, prompts)
+        inputs = plain(inputs)
+        count = getattr(unwrap(network), "num_classes", 1)
+        if count == 1 or not any(one and one.classes is not None for one in asked):
+            return super().__call__(inputs, network, *args, prompts=asked)
+        answers = [
+            self._of_image(image[None], network, *args, own=own, count=count) for image, own in zip(inputs, asked)
+        ]
+        return torch.cat(answers)
+
+    def _of_image(self, image: Tensor, network: Callable[..., Tensor], *args: Any, own: Prompts, count: int) -> Tensor:
+        logits = super().__call__(image, network, *args, prompts=[own])
+        if not own or own.classes is None:
+            return logits
+        others = super().__call__(image, network, *args, prompts=[Prompts()]) if self.others == "automatic" else None
+        out = all_classes(logits, own.classes, count, others=None if self.overlap else others)
+        if others is not None and self.overlap:
+            rest = [k for k in range(count) if k not in own.classes.tolist()]
+            out[:, rest] = others[:, rest]
+        return out
 
 
 def answer_in_order(network: MedSA, embedding: Tensor, image: Tensor, prompts: Sequence[Prompts]) -> Tensor:

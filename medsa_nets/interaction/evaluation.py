@@ -311,15 +311,17 @@ def target_masks(label: MetaTensor, classes: int, volumes: bool) -> dict[int, np
     """Truth of the classes that an image holds, boolean on the grid of its label's file, by their ids.
 
     Args:
-        label: (1, spatial…), foreground above 0.5 (images), or 0 and 1 + class id (volumes).
+        label: (1, spatial…), foreground above 0.5 (images), or 0 and 1 + class id (volumes); of images with several
+            classes a mask for each (classes, spatial…).
         classes: how many there are.
         volumes: whether it is of a volume.
     """
     grids = Grids(label)
     place = tuple(slice(0, n) for n in grids.file_shape)
-    values = label.as_tensor()[0].float().cpu()
+    masks = label.as_tensor().float().cpu()
     out = {}
     for k in range(classes):
+        values = masks[k if len(masks) > 1 else 0]
         mask = grids.on_file((values == k + 1).float() if volumes else (values > 0.5).float(), place).numpy() > 0.5
         if mask.any():
             out[k] = mask

@@ -104,7 +104,12 @@ class SessionInferer(Inferer):
     def _answer(self, network: MedSA, image: MetaTensor, prompts: Sequence[UserPrompt]) -> Tensor:
         session = self._session(network, image, prompts)
         if not session.segmenter.exclusive:
+            asked = {prompt.index for prompt in session.prompts()}
             masks = [session.logits(index) for index in range(len(self.classes))]
+            if self.others == "absent":
+                masks = [mask if index in asked or len(masks) == 1 else None for index, mask in enumerate(masks)]
+            elif session.automatic is not None:
+                masks = [session.automatic[index] if mask is None else mask for index, mask in enumerate(masks)]
             return torch.stack([torch.full(image.shape[1:], ABSENT) if mask is None else mask for mask in masks])
         automatic = session.automatic if self.others == "automatic" else None
         shape = (len(self.classes), *image.shape[1:])

@@ -20,6 +20,7 @@ from medsa_nets.checksums import tensor_sha256
 from medsa_nets.errors import DataError, WeightsError
 from medsa_nets.inferers import (
     AllClassesInferer,
+    ClassesInferer,
     EmbeddingCache,
     PromptInferer,
     SlabInferer,
@@ -37,6 +38,7 @@ from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.networks.identity import decode_identity
 from medsa_nets.prompts import Prompts
 from medsa_nets.prompts.earlier import LIMIT, as_earlier
+from medsa_nets.transforms import SeparateClassesd
 from medsa_nets.transforms.volumes import ABSENT, MasksToSourceLabeld
 from medsa_nets.weights import check_adapter
 
@@ -166,7 +168,9 @@ class NetworkSegmenter:
         self.preprocessing = preprocessing
         self.classes: Sequence[str] = list(classes)
         self.volumes = isinstance(network, VolumeMedSA)
-        self.exclusive = self.volumes  # a label map has one class at each voxel
+        # a label map has one class at each voxel
+        overlap = inferer.overlap if isinstance(inferer, ClassesInferer) else True
+        self.exclusive = self.volumes or (len(classes) > 1 and not overlap)
         self.refinement = kept(refinement) if refinement else None
         if self.refinement is not None and (self.refinement.dims == 3) != self.volumes:
             raise WeightsError(
@@ -242,6 +246,9 @@ class NetworkSegmenter:
             return np.stack([label == 1 + index for index in range(len(self.classes))])
         grids = Grids(image)
         place = tuple(slice(0, n) for n in grids.file_shape)
+        if self.exclusive:
+            pred = torch.stack([grids.on_file(one, place) for one in logits])
+            return np.asarray(SeparateClassesd("pred")({"pred": pred})["pred"].numpy() > 0.5)
         return np.stack([(grids.on_file(one.sigmoid(), place) > 0.5).numpy() for one in logits])
 
     @torch.no_grad()

@@ -77,9 +77,10 @@ class InteractiveSession:
     - An accepted mask stays as it is until its acceptance is undone.
     - A prompt that can't be used raises an error, and changes nothing.
 
-    In volumes each voxel has one class at most. A voxel belongs to the accepted class that has it; else to the class
-    that was last marked on it as foreground; else, of the classes with prompts whose mask has it, to the one whose
-    newest prompt is the newest; else to the class whose automatic mask has it.
+    In volumes, and in images whose classes do not overlap, each voxel has one class at most. A voxel belongs to the
+    accepted class that has it; else to the class that was last marked on it as foreground; else, of the classes with
+    prompts whose mask has it, to the one whose newest prompt is the newest; else to the class whose automatic mask has
+    it.
 
     Args:
         segmenter: asks the network.

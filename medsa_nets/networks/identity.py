@@ -27,6 +27,7 @@ TASK_FACTS = {
     "grid": "pixdim or grid_transform",
     "intensity": "intensity_transform",
     "classes": "classes",
+    "overlap": "overlap",
 }
 
 

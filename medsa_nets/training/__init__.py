@@ -5,7 +5,14 @@ from medsa_nets.training.budget import RankBudget
 from medsa_nets.training.checkpoint import StartFrom, TrainingCheckpoint, data_files, save_atomically
 from medsa_nets.training.progress import EpochLoss, MetricsSaver, Progress, SampleOverlays
 from medsa_nets.training.schedule import EarlyStop, EpochSeed, TimeLimit, trainable_parameters
-from medsa_nets.training.step import PromptedIteration, answer_prompts, beside_another, call_through, correct
+from medsa_nets.training.step import (
+    PromptedIteration,
+    answer_prompts,
+    beside_another,
+    call_through,
+    choose_classes,
+    correct,
+)
 from medsa_nets.training.volume_step import VolumeIteration, train_slices
 
 __all__ = [
@@ -25,6 +32,7 @@ __all__ = [
     "answer_prompts",
     "beside_another",
     "call_through",
+    "choose_classes",
     "correct",
     "data_files",
     "save_atomically",

@@ -234,7 +234,7 @@ class TrainingCheckpoint:
         engine.logger.info(f"Resuming from {self.state}: {epoch} of {engine.state.max_epochs} epochs are done.")
 
     def _check_settings(self, before: Mapping[str, str]) -> None:
-        """Compare the settings with those of the unfinished run.
+        """Compare the settings with those of the unfinished run; one that is not there is as one of null.
 
         Raises:
             SettingError: when any differ.
@@ -244,7 +244,7 @@ class TrainingCheckpoint:
         differing = [
             f"{name} {before.get(name, 'not set')} (now {self.settings.get(name, 'not set')})"
             for name in {**self.settings, **before}
-            if before.get(name) != self.settings.get(name)
+            if before.get(name, _as_text(None)) != self.settings.get(name, _as_text(None))
         ]
         if differing:
             raise SettingError(

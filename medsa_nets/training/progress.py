@@ -53,8 +53,18 @@ class Progress:
         return {"loss": float(first[Keys.LOSS])} if isinstance(first, dict) and Keys.LOSS in first else {}
 
 
+def _one_field(text: str) -> str:
+    """A text as one field of a table, quoted where it has to be."""
+    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\n') else text
+
+
 class MetricsSaver(monai.handlers.MetricsSaver):
     """MONAI's ``MetricsSaver``, whose tables are whole or absent; a name with a comma or a quote stays one field.
+
+    Args:
+        classes: names of the classes; of several, ``metrics.csv`` also has each metric of each class, as
+            ``val_mean_dice_disc``: the mean over the images in which it is defined.
+        settings: of MONAI's ``MetricsSaver``.
 
     Raises:
         OutputError: when they can't be written; it names the folder.
@@ -65,12 +75,15 @@ class MetricsSaver(monai.handlers.MetricsSaver):
     save_dir: Any
     _filenames: list[str]
 
+    def __init__(self, *args: Any, classes: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.classes = list(classes)
+
     def _get_filenames(self, engine: Engine) -> None:
         before = len(self._filenames)
         super()._get_filenames(engine)
         for i in range(before, len(self._filenames)):
-            if set(self._filenames[i]) & set(',"\n'):
-                self._filenames[i] = '"' + self._filenames[i].replace('"', '""') + '"'
+            self._filenames[i] = _one_field(self._filenames[i])
 
     def __call__(self, engine: Engine) -> None:
         """Write the tables."""
@@ -80,6 +93,7 @@ class MetricsSaver(monai.handlers.MetricsSaver):
             with tempfile.TemporaryDirectory(dir=folder, prefix=".metrics-") as part:
                 self.save_dir = part
                 super().__call__(engine)
+                self._add_classes(engine, Path(part) / "metrics.csv")
                 for file in Path(part).iterdir():
                     file.replace(Path(folder) / file.name)
         except OSError as error:
@@ -91,6 +105,16 @@ class MetricsSaver(monai.handlers.MetricsSaver):
             ) from error
         finally:
             self.save_dir = folder
+
+    def _add_classes(self, engine: Engine, table: Path) -> None:
+        """Add the mean of each class to the table of metrics; other processes than the first write none."""
+        if len(self.classes) < 2 or not table.is_file():
+            return
+        with table.open("a", encoding="utf-8") as file:
+            for metric in self.metric_details or ():
+                values = torch.as_tensor(engine.state.metric_details[metric])
+                for name, mean in zip(self.classes, values.nanmean(dim=0).tolist()):
+                    file.write(f"{_one_field(f'{metric}_{name}')}{self.deli}{mean}\n")
 
 
 class SampleOverlays:

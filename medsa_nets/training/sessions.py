@@ -16,7 +16,7 @@ from medsa_nets.interaction.users import SimulatedUser
 from medsa_nets.networks import MedSA
 from medsa_nets.prompts import Prompts, bounding_box, class_masks, jitter_box
 from medsa_nets.prompts.earlier import as_earlier
-from medsa_nets.training.step import PromptedIteration, call_through
+from medsa_nets.training.step import PromptedIteration, call_through, choose_classes
 from medsa_nets.training.volume_step import VolumeIteration
 
 STARTS = ("nothing", "automatic", "wrong", "box")
@@ -227,18 +227,25 @@ class SessionIteration(PromptedIteration):
         kinds: torch.Generator,
         places: Sequence[torch.Generator],
     ) -> list[tuple[Tensor, ...]]:
-        """Answers of a network: logits (B, 1, H, W), target and nearness of the same shape."""
+        """Answers of a network: logits (B, K, H, W), target and nearness of the same shape.
+
+        Of several classes, each session is about some that are in the images, and says which.
+        """
         embedding = network.encode_image(image)
         automatic = network.decode(embedding)
         answers: list[tuple[Tensor, ...]] = [(automatic, target, torch.zeros_like(automatic))]
         for start in self.sessions.starts(self.draws, kinds):
-            named = self.sessions.named(kinds) or start == "automatic"
-            classes = torch.zeros(1, dtype=torch.long, device=image.device) if named else None
+            named = self.sessions.named(kinds) or start == "automatic" or target.shape[1] > 1
+            chosen = torch.zeros(1, dtype=torch.long)
+            if target.shape[1] > 1:
+                chosen = choose_classes(target.float(), self.max_classes, places)
+            chosen = chosen.to(image.device)
+            own = target[:, chosen]
             session = run_session(
-                network, embedding, target, start, automatic, self.sessions.answers(kinds), classes, self.user,
-                places, self.sessions.box_jitter,
+                network, embedding, own, start, automatic[:, chosen], self.sessions.answers(kinds),
+                chosen if named else None, self.user, places, self.sessions.box_jitter,
             )  # fmt: skip
-            answers += [(logits, target, near) for logits, near in session]
+            answers += [(logits, own, near) for logits, near in session]
         return answers
 
 

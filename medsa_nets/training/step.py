@@ -76,11 +76,12 @@ def beside_another(image: Tensor, label: Tensor, generator: torch.Generator) -> 
 
     Args:
         image: (B, C, H, W), B of 2 or more.
-        label: (B, 1, H, W), foreground above 0.5.
+        label: (B, classes, H, W), foreground above 0.5.
         generator: source of randomness, on the CPU.
 
     Returns:
-        The pairs (B, C, H, W), the label of each image's own object, and the label of both objects (B, 1, H, W).
+        The pairs (B, C, H, W), the label of each image's own object, and the label of both objects
+        (B, classes, H, W).
     """
     size = list(image.shape[2:])
     axis, first = torch.randint(0, 2, (2,), generator=generator).tolist()
@@ -114,28 +115,42 @@ def answer_prompts(
     draws: int,
     kinds: torch.Generator,
     places: torch.Generator | Sequence[torch.Generator],
+    max_classes: int = 4,
 ) -> list[tuple[Tensor, Tensor]]:
     """Encode a batch once and decode several draws of prompts, some followed by a correcting click.
+
+    Of several classes, all are asked for without prompt, in one pass of the decoder where the network has it so; with
+    prompts, some classes, those in the images first, and prompts say which one is meant.
 
     Args:
         network: the network.
         image: (B, 3, H, W) in [0, 1].
-        label: (B, 1, H, W), foreground above 0.5: what prompts ask for.
-        automatic_label: (B, 1, H, W), what is expected without prompt.
+        label: (B, classes, H, W), foreground above 0.5: what prompts ask for. Classes may overlap.
+        automatic_label: (B, classes, H, W), what is expected without prompt.
         sampler: draws the prompts.
         draws: number of draws.
         kinds: decides what kinds of prompts are drawn; the same in every process of a distributed run, so that all
             processes use the same parameters.
         places: decides where they are; one for each image makes an image's prompts independent of its batch.
+        max_classes: most classes that are prompted for at once.
 
     Returns:
-        Mask logits (B, 1, H, W) with their target, one for each draw and one for each correction.
+        Mask logits (B, K, H, W) with their target, one for each draw and one for each correction.
     """
     embedding = network.encode_image(image)
     answers = []
     for mode in sampler.modes(draws, kinds):
-        prompts = sampler.draw(label, mode, places, sampler.count(kinds) if mode == "points" else 0)
-        target = label if any(prompts) else automatic_label
+        own, classes = label, None
+        if label.shape[1] > 1:
+            classes = torch.arange(label.shape[1])
+            if mode != "none":
+                classes = choose_classes(label, max_classes, places)
+            classes = classes.to(label.device)
+            own = label[:, classes]
+        prompts = sampler.draw(own, mode, places, sampler.count(kinds) if mode == "points" else 0)
+        target = own if any(prompts) else automatic_label
+        if classes is not None:
+            prompts = [replace(one, classes=classes) for one in prompts]
         logits = network.decode(embedding, **Prompts.batched(prompts))
         answers.append((logits, target))
         clicks = sampler.corrections(kinds)
@@ -144,6 +159,20 @@ def answer_prompts(
             corrected = correct(network, embedding, prompts, logits, target, clicks, places, feedback)
             answers.append((corrected, target))
     return answers
+
+
+def choose_classes(label: Tensor, most: int, places: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+    """Classes to prompt for, by their ids: some of those in the images; any one where there are none.
+
+    Args:
+        label: masks of all classes (B, classes, H, W), foreground above 0.5.
+        most: most classes.
+        places: source of randomness, or one for each image, of which the first draws.
+    """
+    generator = places if isinstance(places, torch.Generator) else places[0]
+    present = (label > 0.5).flatten(2).any(-1).any(0).cpu()
+    order = torch.rand(len(present), generator=generator) + (~present).float()
+    return order.argsort()[: max(1, min(most, int(present.sum())))].sort().values
 
 
 def correct(
@@ -194,6 +223,10 @@ class PromptedIteration:
         amp: precision, ``auto``, true or false (:func:`~medsa_nets.precision.choose_amp`). Where gradients need a
             scaler, it is the engine's ``scaler``, as in MONAI's own step; a step whose gradients overflow is left out.
         clip_grad_norm: largest norm of the gradient; 0 leaves it as it is.
+        max_classes: most classes that are prompted for at once, where labels hold a mask for each of several.
+
+    Raises:
+        ValueError: when ``max_classes`` is below 1.
     """
 
     def __init__(
@@ -205,7 +238,11 @@ class PromptedIteration:
         seed: int = 0,
         amp: Amp = "auto",
         clip_grad_norm: float = 1.0,
+        max_classes: int = 4,
     ) -> None:
+        if max_classes < 1:
+            raise ValueError(f"max_classes must be 1 or more, got {max_classes}.")
+        self.max_classes = max_classes
         self.sampler = sampler
         self.draws = draws
         self.pairs = pairs
@@ -240,8 +277,9 @@ class PromptedIteration:
             image, label, automatic_label = beside_another(image, label, kinds)
         with self.precision(image.device).autocast(image.device):
             answers = call_through(
-                engine.network, answer_prompts, image, label, automatic_label, self.sampler, self.draws, kinds, places
-            )
+                engine.network, answer_prompts, image, label, automatic_label, self.sampler, self.draws, kinds, places,
+                self.max_classes,
+            )  # fmt: skip
         return image, answers
 
     def __call__(self, engine: SupervisedTrainer, batchdata: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,15 +70,12 @@ class VolumeIteration(PromptedIteration):
         fixed_slabs: bool = False,
         **settings: Any,
     ) -> None:
-        super().__init__(**settings)
-        if max_classes < 1:
-            raise ValueError(f"max_classes must be 1 or more, got {max_classes}.")
+        super().__init__(max_classes=max_classes, **settings)
         if slab_depth < 0:
             raise ValueError(f"slab_depth must be 0 (all slices) or more, got {slab_depth}.")
         self.slab_depth = slab_depth
         self.fixed_slabs = fixed_slabs
         self.num_classes = num_classes
-        self.max_classes = max_classes
         self.unnamed = unnamed
         self.annotated_key = annotated_key
 

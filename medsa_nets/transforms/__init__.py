@@ -3,8 +3,8 @@
 from medsa_nets.transforms.anatomy import CheckAnatomyd, SaveImageWarningsd
 from medsa_nets.transforms.clicks import ReadClicksd
 from medsa_nets.transforms.facts import describe_transform, enabled, make_transform
-from medsa_nets.transforms.masks import BinarizeMaskd
-from medsa_nets.transforms.overlays import SaveOverlayd, SaveVolumeOverlayd
+from medsa_nets.transforms.masks import BinarizeMaskd, ClassMapd, ClassMasksd, SeparateClassesd
+from medsa_nets.transforms.overlays import SaveImageClassesd, SaveOverlayd, SaveVolumeOverlayd
 from medsa_nets.transforms.prompts import (
     EnforceUserPromptsd,
     PromptsToNetworkd,
@@ -34,6 +34,8 @@ __all__ = [
     "BinarizeMaskd",
     "CheckAnatomyd",
     "CheckLabelsd",
+    "ClassMapd",
+    "ClassMasksd",
     "EnforceUserPromptsd",
     "HighestProbabilityd",
     "LoadImageVolumed",
@@ -46,9 +48,11 @@ __all__ = [
     "RenumberLabelsd",
     "SampleClassPromptsd",
     "SamplePromptsd",
+    "SaveImageClassesd",
     "SaveImageWarningsd",
     "SaveOverlayd",
     "SaveVolumeOverlayd",
+    "SeparateClassesd",
     "SpacingBesidePathsd",
     "all_classes",
     "check_prompt_keys",

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, SaveImage
 from PIL import Image
 
-from medsa_nets.data.outputs import output_name, unique_names
-from medsa_nets.data.photographs import PhotographReader, save_png
+from medsa_nets.data.outputs import NamedOutputs, class_postfix, output_name, unique_names
+from medsa_nets.data.photographs import AtomicPILWriter, PhotographReader, save_png
 from medsa_nets.prompts import prompts_of
 from medsa_nets.transforms.prompts import tensor_to_source
 from medsa_nets.visualize import overlay_sample, overlay_volume
@@ -24,7 +24,7 @@ class SaveOverlayd(MapTransform):
     """Draw mask, label and prompts on the photograph that they belong to, at its own size, as ``<name>_overlay.png``.
 
     Args:
-        keys: key of the mask (1, W, H), at the photograph's size.
+        keys: key of the mask (1, W, H), or those of classes (classes, W, H), at the photograph's size.
         output_dir: folder of the pictures.
         label_key: key of the label, at the same size; none draws no label.
         image_key: key of the image, whose metadata name the file and its grid.
@@ -76,6 +76,41 @@ class SaveOverlayd(MapTransform):
             label=torch.as_tensor(data[self.label_key]) if self.label_key else None,
             prompts=prompts_of(image).through(tensor_to_source(image)),
         )
+
+
+class SaveImageClassesd(MapTransform):
+    """Write a picture for each class of an image, ``<name>_<class>_<postfix>.png``: values from 0 to 1 as 0 to 255.
+
+    Args:
+        keys: key of masks or probabilities (classes, W, H), at the photograph's size, with its metadata.
+        output_dir: folder of the pictures.
+        classes: names of the classes, in the order of their ids (:func:`~medsa_nets.data.class_postfix`).
+        postfix: what stands behind the class.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, output_dir: str, classes: Sequence[str], postfix: str = "segmentation"
+    ) -> None:
+        super().__init__(keys)
+        self.savers = [
+            SaveImage(
+                folder_layout=NamedOutputs(output_dir, class_postfix(name, postfix), ".png"),
+                output_ext=".png",
+                resample=False,
+                scale=255,
+                writer=AtomicPILWriter,
+                print_log=False,
+            )
+            for name in classes
+        ]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Write the pictures; the data stay as they are."""
+        out = dict(data)
+        for key in self.key_iterator(out):
+            for k, save in enumerate(self.savers):
+                save(out[key][k : k + 1])
+        return out
 
 
 class SaveVolumeOverlayd(SaveOverlayd):

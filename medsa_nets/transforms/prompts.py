@@ -41,7 +41,8 @@ class SamplePromptsd(MapTransform):
     """Draw the prompts of an evaluation protocol from a label, the same for an image in every run.
 
     Args:
-        keys: key of the label (1, spatial…), foreground above 0.5.
+        keys: key of the label (1, spatial…), foreground above 0.5; of several classes a mask for each (classes,
+            spatial…), where those that are in the image are prompted for.
         prompt: protocol, see :func:`medsa_nets.prompts.protocol_prompts`.
         image_key: key of the image, whose file name seeds the draw.
         seed: seed of the draw.
@@ -57,12 +58,23 @@ class SamplePromptsd(MapTransform):
         """Add points or a box to the image, in the label's grid."""
         out = dict(data)
         for key in self.key_iterator(out):
-            out[self.image_key] = with_prompts(out[self.image_key], self.draw(out, torch.as_tensor(out[key])[0]))
+            label = torch.as_tensor(out[key])
+            prompts = self.draw(out, label[0]) if len(label) == 1 else self.draw_classes(out, label)
+            out[self.image_key] = with_prompts(out[self.image_key], prompts)
         return out
 
     def draw(self, data: Mapping[Hashable, Any], label: Tensor) -> Prompts:
         """The prompts for a label (spatial…) of an item."""
         return protocol_prompts(label > 0.5, self.prompt, self.generator(data))
+
+    def draw_classes(self, data: Mapping[Hashable, Any], masks: Tensor) -> Prompts:
+        """The prompts for each class of an item that its masks (classes, spatial…) hold."""
+        generator = self.generator(data)
+        there = [k for k, mask in enumerate(masks) if bool((mask > 0.5).any())]
+        drawn = [protocol_prompts(masks[k] > 0.5, self.prompt, generator) for k in there]
+        if not any(drawn):
+            return Prompts()
+        return replace(Prompts.join(drawn), classes=torch.tensor(there))
 
     def generator(self, data: Mapping[Hashable, Any]) -> torch.Generator:
         """Source of randomness that depends on the seed and the image's file name alone."""
@@ -85,21 +97,28 @@ class ReadPromptsd(MapTransform):
 
         {"ISIC_0000001.jpg": {"points": [[512, 380]], "labels": [1]}, "ISIC_0000002.jpg": {"box": [90, 60, 700, 540]}}
 
+    Where there are several classes, it maps a file name to classes, and these to the same::
+
+        {"V0001.jpg": {"disc": {"box": [520, 480, 700, 690]}, "cup": {"points": [[611, 590]]}}}
+
     Place it after the image is loaded, before any spatial transform.
 
     Args:
         prompts: path of the file; none or empty reads nothing.
         image_key: key of the image.
+        classes: names of the classes, in the order of their ids; with one or none, entries name no class.
 
     Raises:
-        DataError: when the file is missing or malformed, or a prompt lies outside its image.
+        DataError: when the file is missing or malformed, it names an unknown class, or a prompt lies outside its image.
     """
 
-    def __init__(self, prompts: str | None = None, image_key: str = "image") -> None:
+    def __init__(self, prompts: str | None = None, image_key: str = "image", classes: Sequence[str] = ()) -> None:
         super().__init__(image_key)  # MONAI Deploy asks the first transform whether it takes a dictionary
         self.image_key = image_key
         self.path = prompts
         self.table = read_prompt_table(prompts)
+        self.classes = list(classes)
+        self.named = len(self.classes) > 1
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the image's prompts, in its own grid."""
@@ -113,8 +132,22 @@ class ReadPromptsd(MapTransform):
         name = os.path.basename(str(image.meta.get("filename_or_obj", "")))
         given: list[UserPrompt] = []
         if name in self.table:
-            given = self.parse(self.table[name], image, f"prompts {self.path}, {name}")
-        return with_user_prompts(with_prompts(image, prompts_of_user(given, image.dim() - 1, image.dim() == 4)), given)
+            parse = self.parse_classes if self.named else self.parse
+            given = parse(self.table[name], image, f"prompts {self.path}, {name}")
+        return with_user_prompts(with_prompts(image, prompts_of_user(given, image.dim() - 1, self.named)), given)
+
+    def parse_classes(self, entry: Any, image: MetaTensor, source: str) -> list[UserPrompt]:
+        """Prompts of all classes of an image, from its entry in the file."""
+        if not isinstance(entry, dict) or not entry or set(entry) - set(self.classes):
+            named = ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)
+            raise DataError(
+                f"{source}: found {named or 'nothing'}; expected classes out of {', '.join(self.classes)}, each with "
+                "points and labels, box, scribbles, lasso or mask."
+            )
+        given: list[UserPrompt] = []
+        for number in sorted(self.classes.index(name) for name in entry):
+            given += self.parse(entry[self.classes[number]], image, f"{source}, {self.classes[number]}", number)
+        return given
 
     def parse(self, entry: Any, image: MetaTensor, source: str, index: int = 0) -> list[UserPrompt]:
         """Prompts of a class of an image, from its entry in the file."""
@@ -274,15 +307,19 @@ class EnforceUserPromptsd(MapTransform):
     stands for more than its voxel, and two may fall on one. Place it after masks came back to the file's grid.
 
     Args:
-        keys: keys of a mask (1, spatial…), foreground above 0.5, or of a label map of 0 and 1 + class id.
+        keys: keys of masks (1 or classes, spatial…), foreground above 0.5, or of a label map of 0 and 1 + class id.
         image_key: key of the image that the prompts travel with.
         label_map: whether masks are label maps.
+        overlap: whether a voxel may lie in the masks of several classes.
     """
 
-    def __init__(self, keys: KeysCollection, image_key: str = "image", label_map: bool = False) -> None:
+    def __init__(
+        self, keys: KeysCollection, image_key: str = "image", label_map: bool = False, overlap: bool = True
+    ) -> None:
         super().__init__(keys)
         self.image_key = image_key
         self.label_map = label_map
+        self.overlap = overlap
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Change voxels that prompts speak of."""
@@ -292,12 +329,15 @@ class EnforceUserPromptsd(MapTransform):
             return out
         for key in self.key_iterator(out):
             pred = out[key].clone()
-            values = pred.as_tensor()[0] if isinstance(pred, MetaTensor) else pred[0]
+            tensor = pred.as_tensor() if isinstance(pred, MetaTensor) else pred
             for prompt in prompts:
+                values = tensor[prompt.index if len(tensor) > 1 else 0]
                 value = float(prompt.index + 1) if self.label_map else 1.0
                 if prompt.marks:
                     place = tuple(torch.from_numpy(prompt.voxels().T).to(values.device))
                     held = values[place]
+                    if prompt.label and not self.overlap:
+                        tensor[(slice(None),) + place] = 0.0  # noqa: RUF005
                     values[place] = value if prompt.label else torch.where(held == value, 0.0, held)
                 else:
                     before = (values == value).cpu().numpy()

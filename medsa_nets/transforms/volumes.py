@@ -20,7 +20,7 @@ from medsa_nets.data.labels import renumber
 from medsa_nets.data.masks import binarize_mask
 from medsa_nets.data.volumes import read_volume
 from medsa_nets.errors import DataError
-from medsa_nets.prompts import Prompts, UserPrompt, class_protocol_prompts
+from medsa_nets.prompts import Prompts, class_protocol_prompts
 from medsa_nets.transforms.prompts import ReadPromptsd, SamplePromptsd, file_affine, tensor_to_source
 
 ABSENT = -20.0  # logit of a class that is not there
@@ -253,22 +253,8 @@ class ReadClassPromptsd(ReadPromptsd):
     """
 
     def __init__(self, prompts: str | None = None, classes: Sequence[str] = (), image_key: str = "image") -> None:
-        super().__init__(prompts, image_key)
-        self.classes = list(classes)
-
-    def parse(self, entry: Any, image: MetaTensor, source: str, index: int = 0) -> list[UserPrompt]:
-        """Prompts of all classes of a volume, from its entry in the file."""
-        if not isinstance(entry, dict) or not entry or set(entry) - set(self.classes):
-            named = ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)
-            raise DataError(
-                f"{source}: found {named or 'nothing'}; expected classes out of {', '.join(self.classes)}, each with "
-                "points and labels, box, scribbles, lasso or mask."
-            )
-        given: list[UserPrompt] = []
-        for number in sorted(self.classes.index(name) for name in entry):
-            own = super().parse(entry[self.classes[number]], image, f"{source}, {self.classes[number]}", number)
-            given.extend(own)
-        return given
+        super().__init__(prompts, image_key, classes)
+        self.named = True
 
     def read_mask(self, path: Path, image: MetaTensor) -> np.ndarray:
         """A mask of a volume, boolean on the volume's own grid."""

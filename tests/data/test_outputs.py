@@ -19,6 +19,7 @@ from medsa_nets.data import (
     output_name,
     prepare_folders,
     prepare_outputs,
+    result_endings,
     unique_names,
     volume_writer,
 )
@@ -217,3 +218,11 @@ def test_masks_of_the_smallest_pictures_keep_their_size(tmp_path, size):
     with Image.open(tmp_path / "a_segmentation.png") as mask:
         assert mask.size == size
         assert (np.asarray(mask) == 255).all()
+
+
+def test_classes_that_overlap_have_files_of_their_own():
+    assert result_endings(["lesion"], True) == ["_segmentation.png", "_probability.png", "_overlay.png"]
+    assert result_endings(["disc", "optic cup"], False)[0] == "_segmentation.png"
+    assert result_endings(["disc", "optic cup"], True)[:2] == ["_disc_segmentation.png", "_optic-cup_segmentation.png"]
+    with pytest.raises(DataError, match="a b, a/b: two of them would share a file"):
+        result_endings(["a b", "a/b"], True)

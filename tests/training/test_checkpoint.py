@@ -278,6 +278,13 @@ def test_a_state_of_another_epoch_length_is_set_aside(stand_in, items, tmp_path)
     assert not (tmp_path / "training_state.pt").exists()
 
 
+def test_a_setting_that_an_unfinished_run_did_not_know_is_none(stand_in, items, tmp_path):
+    Run(stand_in, items, tmp_path, interrupt_at=3, settings={"seed": 0, "gone": None}).run()
+    with pytest.raises(SettingError, match=r"class_values not set \(now \[1, 2\]\)"):
+        Run(stand_in, items, tmp_path, settings={"seed": 0, "class_values": [1, 2]}).run()
+    assert Run(stand_in, items, tmp_path, settings={"seed": 0, "class_values": None}).run().epochs == [2, 3]
+
+
 def test_other_settings_are_refused_by_name_with_the_way_out(stand_in, items, tmp_path):
     before = {"learning_rate": 1e-3, "base": "small", "roi_size": [8, 8], "amp": True, "start_from": None}
     Run(stand_in, items, tmp_path, interrupt_at=3, settings=before).run()

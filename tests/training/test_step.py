@@ -31,6 +31,7 @@ from medsa_nets.training import (
     answer_prompts,
     beside_another,
     call_through,
+    choose_classes,
     trainable_parameters,
 )
 
@@ -409,6 +410,72 @@ def test_the_inferer_hands_prompts_on_and_gives_single_precision(network, batch,
 
 
 # ---------------------------------------------------------------- volumes
+
+
+@pytest.fixture(scope="module")
+def two_classes() -> dict[str, torch.Tensor]:
+    """Two pictures with a square in a brighter square; masks of the whole and of the inner one, which overlap."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.zeros(2, 2, SIZE, SIZE)
+    label[:, 0, 12:50, 14:54] = 1
+    label[0, 1, 24:40, 26:42] = 1
+    shade = 0.3 * label.sum(1, keepdim=True)
+    return {
+        "image": shade.expand(-1, 3, -1, -1) + 0.3 * torch.rand(2, 3, SIZE, SIZE, generator=generator),
+        "label": label,
+    }
+
+
+def test_classes_of_the_pictures_are_prompted_for_and_no_more_than_asked(two_classes):
+    label = torch.cat([two_classes["label"], torch.zeros(2, 2, SIZE, SIZE)], dim=1)
+    chosen = [choose_classes(label, 4, torch.Generator().manual_seed(seed)).tolist() for seed in range(8)]
+    assert chosen == [[0, 1]] * 8
+    one = {tuple(choose_classes(label, 1, torch.Generator().manual_seed(seed)).tolist()) for seed in range(20)}
+    assert one == {(0,), (1,)}
+    none = {tuple(choose_classes(0 * label, 3, torch.Generator().manual_seed(seed)).tolist()) for seed in range(40)}
+    assert none == {(0,), (1,), (2,), (3,)}
+
+
+@pytest.mark.parametrize(("weights", "kind"), [((1, 0, 0), set()), ((0, 1, 0), {"points"}), ((0, 0, 1), {"boxes"})])
+def test_prompts_of_several_classes_say_which_one_is_meant(two_classes, monkeypatch, weights, kind):
+    torch.manual_seed(0)
+    network = build_medsa("small", pretrained=False, num_classes=2, classes_per_pass=2)
+    asked = []
+    decode = network.decode
+    monkeypatch.setattr(network, "decode", lambda embedding, **given: asked.append(given) or decode(embedding, **given))
+    none, points, boxes = weights
+    sampler = PromptSampler(none=none, points=points, boxes=boxes, correction=1.0)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    answers = answer_prompts(
+        network,
+        two_classes["image"],
+        two_classes["label"],
+        two_classes["label"],
+        sampler,
+        1,
+        generators[0],
+        generators[1:],
+    )
+    assert [(logits.shape, target.shape) for logits, target in answers] == [((2, 2, SIZE, SIZE),) * 2] * 2
+    assert all(torch.equal(target, two_classes["label"]) for _, target in answers)
+    assert [given["classes"].tolist() for given in asked] == [[0, 1], [0, 1]]
+    given = {name for name in ("point_coords", "boxes") if asked[0].get(name) is not None}
+    assert given == {{"points": "point_coords", "boxes": "boxes"}[one] for one in kind}
+    assert asked[1]["point_coords"].shape[:2] == (2, 2)  # a correction for each class of each picture
+
+
+@pytest.mark.parametrize("pairs", [0.0, 1.0])
+def test_training_on_two_classes_lowers_the_loss(two_classes, pairs):
+    torch.manual_seed(0)
+    network = build_medsa("small", pretrained=False, num_classes=2, classes_per_pass=2, click_feedback=True)
+    losses = train(network, two_classes, epochs=40, loss=AnnotatedDiceCELoss(), pairs=pairs, max_classes=1)
+    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
+    assert bool((network.class_embeddings[0] != network.class_embeddings[1]).any())
+
+
+def test_a_step_prompts_for_one_class_at_least():
+    with pytest.raises(ValueError, match="max_classes must be 1 or more, got 0"):
+        PromptedIteration(sampler=PromptSampler(), max_classes=0)
 
 
 @pytest.fixture(scope="module")

@@ -396,3 +396,41 @@ def test_keys_that_name_no_image_are_refused_before_the_first_one(write_prompts,
     check_prompt_keys(write_prompts({"ISIC_1.jpg": point, "ISIC_2.jpg": point}), entries[:1])  # one of the folder
     check_prompt_keys(None, entries)
     check_prompt_keys("", entries)
+
+
+def test_prompts_of_several_classes_are_drawn_for_those_that_are_there():
+    one = item()
+    masks = torch.zeros(3, *one["label"].shape[1:])
+    masks[0] = one["label"][0]
+    masks[2, 40:44, 5:9] = 1
+    one["label"] = masks
+    drawn = prompts_of(SamplePromptsd("label", prompt="box")(one)["image"])
+    assert drawn.classes.tolist() == [0, 2]
+    assert drawn.boxes.tolist() == [[15, 10, 29, 19], [40, 5, 43, 8]]
+    assert prompts_of(SamplePromptsd("label", prompt="none")(one)["image"]) == Prompts()
+    one["label"] = 0 * masks
+    assert prompts_of(SamplePromptsd("label", prompt="point")(one)["image"]) == Prompts()
+
+
+def test_prompts_of_several_classes_are_read_by_their_names(write_prompts):
+    path = write_prompts({"a.jpg": {"cup": {"points": [[12, 30]]}, "disc": {"points": [[5, 6]]}}})
+    read = prompts_of(ReadPromptsd(path, classes=["disc", "cup"])(item("a.jpg"))["image"])
+    assert read.classes.tolist() == [0, 1]
+    assert read.points.tolist() == [[[5, 6]], [[12, 30]]]
+    for entry, found in (({"points": [[1, 1]]}, "points"), ({"liver": {}}, "liver"), ({}, "nothing"), ([], "\\[\\]")):
+        with pytest.raises(DataError, match=f"a.jpg: found {found}; expected classes out of disc, cup, each with"):
+            ReadPromptsd(write_prompts({"a.jpg": entry}), classes=["disc", "cup"])(item("a.jpg"))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_marked_pixel_holds_its_class_and_no_other_unless_they_overlap(write_prompts, overlap):
+    entry = {"disc": {"points": [[3, 4], [5, 6]], "labels": [1, 0]}, "cup": {"points": [[7, 8]]}}
+    data = ReadPromptsd(write_prompts({"a.jpg": entry}), classes=["disc", "cup"])(item("a.jpg"))
+    data["pred"] = MetaTensor(torch.zeros(2, *data["image"].shape[1:]))
+    data["pred"][0, 5:9, 6:10] = 1
+    data["pred"][1, 3, 4] = 1
+    out = EnforceUserPromptsd("pred", overlap=overlap)(data)["pred"]
+    assert out[:, 3, 4].tolist() == [1, float(overlap)]
+    assert out[:, 5, 6].tolist() == [0, 0]
+    assert out[:, 7, 8].tolist() == [float(overlap), 1]
+    assert out[:, 6, 7].tolist() == [1, 0]
