@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from monai.data import load_decathlon_datalist
 
+from medsa_nets.data.layouts import SPLITS, hash_of, read_layout, split_groups
 from medsa_nets.data.outputs import output_name
 from medsa_nets.data.photographs import read_mask, read_photograph
 from medsa_nets.data.slices import is_dicom
@@ -19,8 +19,7 @@ from medsa_nets.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("training", "validation", "testing")
-PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".dcm")
+PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".ppm.gz", ".pgm.gz", ".dcm")
 # folder prefixes of the ISIC challenges, per split: images in <prefix>_Data, masks in <prefix>…GroundTruth
 _ISIC_FOLDERS = (
     {
@@ -42,11 +41,17 @@ def image_id(item: dict[str, Any]) -> str:
     return output_name(str(item["image"]))
 
 
+def is_photograph(path: Path) -> bool:
+    """Whether a file's name is that of a photograph that this package reads."""
+    return path.name.lower().endswith(PHOTOGRAPH_SUFFIXES)
+
+
 def load_datalist(
     split: str,
     dataset_dir: str | Path,
     datalist: str | Path | None = None,
     *,
+    layout: Any = None,
     validation_fraction: float = 0.1,
     seed: int = 0,
     limit: int = 0,
@@ -64,6 +69,8 @@ def load_datalist(
             ``masks/``), nnU-Net (``imagesTr/``, ``labelsTr/``), or any folder together with ``datalist``.
         datalist: file in the Decathlon JSON form (keys ``training``, ``validation``, ``testing``; each entry has
             ``image`` and ``label``, paths relative to ``dataset_dir``).
+        layout: where a data set of another folder shape has its images and masks
+            (:func:`~medsa_nets.data.layouts.read_layout`); none looks for the shapes above.
         validation_fraction: share of the training images kept for validation where the data set has no such split.
         seed: seed of that choice.
         limit: if above 0, this many images of the split, chosen by the same hash.
@@ -81,7 +88,10 @@ def load_datalist(
     root = Path(dataset_dir).expanduser()
     if not root.is_dir():
         raise DataError(f"dataset_dir {root}: there is no such folder. Pass the data set's folder (--dataset_dir).")
-    splits = read_datalist(Path(datalist).expanduser(), root, _scan) if datalist else _scan(root)
+    if datalist:
+        splits = read_datalist(Path(datalist).expanduser(), root, _scan)
+    else:
+        splits = read_layout(root, layout, is_photograph) if layout else _scan(root)
     items = choose_split(splits, split, validation_fraction, seed, limit, str(datalist or root), image_id, required)
     return keep_readable(items) if skip_unreadable and items else items
 
@@ -99,7 +109,8 @@ def choose_split(
     """Entries of a split, sorted; where there is no validation split, a share of the training entries stands for it.
 
     Both that share and ``limit`` choose by a hash of ``name_of(entry)``; other arguments as in :func:`load_datalist`.
-    The share is one entry or more, where there are two or more and it is not 0.
+    The share is one entry or more, where there are two or more and it is not 0. Entries that name their ``group`` are
+    not parted from it (:func:`~medsa_nets.data.layouts.split_groups`).
 
     Raises:
         DataError: when the split is empty and ``required``; the message begins with ``source`` and counts what was
@@ -107,11 +118,14 @@ def choose_split(
     """
     if not splits.get("validation") and split != "testing":
         training = splits.get("training", [])
-        count = round(validation_fraction * len(training)) if len(training) > 1 else 0
-        if validation_fraction > 0 and len(training) > 1:
-            count = min(max(count, 1), len(training) - 1)
-        ranked = sorted(training, key=lambda item: _hash(name_of(item), seed))
-        splits["validation"], splits["training"] = ranked[:count], ranked[count:]
+        if training and all("group" in item for item in training):
+            splits["validation"], splits["training"] = split_groups(training, validation_fraction, seed)
+        else:
+            count = round(validation_fraction * len(training)) if len(training) > 1 else 0
+            if validation_fraction > 0 and len(training) > 1:
+                count = min(max(count, 1), len(training) - 1)
+            ranked = sorted(training, key=lambda item: hash_of(name_of(item), seed))
+            splits["validation"], splits["training"] = ranked[:count], ranked[count:]
     items = splits.get(split, [])
     if not items:
         counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in SPLITS)
@@ -129,8 +143,9 @@ def choose_split(
         }[split]
         raise DataError(f"{source}: the split {split!r} is empty (found: {counts}). {remedy}.")
     if limit > 0:
-        items = sorted(items, key=lambda item: _hash(name_of(item), seed))[:limit]
-    return sorted(items, key=lambda item: item["image"])
+        items = sorted(items, key=lambda item: hash_of(name_of(item), seed))[:limit]
+    items = sorted(items, key=lambda item: item["image"])
+    return [{key: value for key, value in item.items() if key != "group"} for item in items]
 
 
 def keep_readable(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
@@ -154,10 +169,6 @@ def keep_readable(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     if not kept:
         raise DataError(f"None of the {len(items)} entries can be read; the first: {skipped[0]}")
     return kept
-
-
-def _hash(text: str, seed: int) -> str:
-    return hashlib.sha256(f"{seed} {text}".encode()).hexdigest()
 
 
 def read_json(path: Path) -> Any:
@@ -278,7 +289,7 @@ def _scan(root: Path) -> dict[str, list[dict[str, str]]]:
 
 def _split_kvasir(items: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
     """Kvasir-SEG is published without splits: 80 % training, 10 % validation, 10 % testing by a hash of the name."""
-    ranked = sorted(items, key=lambda item: _hash(image_id(item), 0))
+    ranked = sorted(items, key=lambda item: hash_of(image_id(item), 0))
     tenth = round(len(ranked) / 10)
     return {"testing": ranked[:tenth], "validation": ranked[tenth : 2 * tenth], "training": ranked[2 * tenth :]}
 
@@ -317,7 +328,7 @@ def _mask_id(path: Path) -> str:
 
 
 def _photographs(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PHOTOGRAPH_SUFFIXES)
+    return sorted(path for path in folder.iterdir() if is_photograph(path))
 
 
 def _read_csv(table: Path, root: Path, image_folder: str, mask_folder: str) -> list[dict[str, str]]:
@@ -345,7 +356,7 @@ def list_photographs(folder: str | Path, *, skip_unreadable: bool = False) -> li
     """List the photographs of a folder for inference, by name, as entries with ``image``; no masks are needed.
 
     Args:
-        folder: folder of JPEG, PNG, BMP, TIFF or DICOM photographs, or one such file. DICOM files need no suffix.
+        folder: folder of JPEG, PNG, BMP, TIFF, PPM or DICOM photographs, or one such file. DICOM files need no suffix.
         skip_unreadable: read every file now, leave out those that can't be read, and name them in the log.
 
     Raises:
@@ -357,7 +368,7 @@ def list_photographs(folder: str | Path, *, skip_unreadable: bool = False) -> li
     if not root.is_dir():
         raise DataError(f"dataset_dir {root}: no such folder or file. Pass the images' folder (--dataset_dir).")
     files = sorted(path for path in root.iterdir() if path.is_file())
-    images = [path for path in files if path.suffix.lower() in PHOTOGRAPH_SUFFIXES or is_dicom(path)]
+    images = [path for path in files if is_photograph(path) or is_dicom(path)]
     if not images:
         found = ", ".join(path.name for path in sorted(root.iterdir())[:10]) or "nothing"
         raise DataError(f"dataset_dir {root}: no photographs ({', '.join(PHOTOGRAPH_SUFFIXES)}); found {found}.")

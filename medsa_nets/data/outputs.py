@@ -14,7 +14,7 @@ from medsa_nets.data.atomic import check_writable, make_folder
 from medsa_nets.errors import DataError
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff",
-            ".webp", ".gif", ".dcm", ".dicom", ".ima")  # fmt: skip
+            ".webp", ".gif", ".ppm.gz", ".pgm.gz", ".ppm", ".pgm", ".dcm", ".dicom", ".ima")  # fmt: skip
 
 
 def output_name(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""Reading and writing photographs: JPEG, PNG, TIFF and DICOM in, colour as RGB; files written whole or not at all.
+"""Reading and writing photographs: JPEG, PNG, TIFF, PPM and DICOM in, colour as RGB; files written whole or not at all.
 
 A photograph that states an orientation (EXIF) is turned upright as it is read. That is the one frame of this package:
 images, masks, prompts and every output are upright, of the size that viewers show.
@@ -6,6 +6,8 @@ images, masks, prompts and every output are upright, of the size that viewers sh
 
 from __future__ import annotations
 
+import gzip
+import io
 import logging
 import warnings
 from collections.abc import Mapping
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # a truncated file is an error here, never a half-grey image
 _ORIENTATION = 0x0112  # EXIF and TIFF tag
+_MOST_UNPACKED = 2**30  # bytes of a packed picture: a small file may hold endless zeros
 _LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
 
 
@@ -128,7 +131,7 @@ def read_mask(path: str | Path) -> Image.Image:
 def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(
         f"{path}: not readable as an image ({describe(error)}). Expected a whole JPEG, PNG, BMP, "
-        "TIFF or DICOM photograph; replace the file, or leave it out (--skip_unreadable true)."
+        "TIFF, PPM or DICOM photograph; replace the file, or leave it out (--skip_unreadable true)."
     )
 
 
@@ -147,7 +150,7 @@ def _open(path: Path, values: bool = False) -> Image.Image:
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of tags that are unusual
-                image = Image.open(path)
+                image = Image.open(_unpacked(path) if path.name.lower().endswith(".gz") else path)
                 lossy, frames = image.format in _LOSSY, getattr(image, "n_frames", 1)
                 tile = getattr(image, "tile", None) or [()]
                 deep = image.mode not in ("L", "1") and ";16" in str(tile[0][-1:]) and not image.mode.startswith("I")
@@ -169,6 +172,17 @@ def _open(path: Path, values: bool = False) -> Image.Image:
         raise _unreadable(path, error) from error
     image.info.update({"orientation": orientation, "lossy": lossy})
     return image
+
+
+def _unpacked(path: Path) -> io.BytesIO:
+    """What a file of gzip holds."""
+    with gzip.open(path) as file:
+        content = file.read(_MOST_UNPACKED + 1)
+    if len(content) > _MOST_UNPACKED:
+        raise DataError(
+            f"{path}: it holds more than {_MOST_UNPACKED >> 30} GiB; expected one packed picture. Unpack it."
+        )
+    return io.BytesIO(content)
 
 
 def _stated_orientation(image: Image.Image, path: Path) -> int:
