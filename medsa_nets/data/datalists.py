@@ -20,6 +20,7 @@ from medsa_nets.errors import DataError
 logger = logging.getLogger(__name__)
 
 PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".ppm.gz", ".pgm.gz", ".dcm")
+RATERS = ("each", "majority", "random")
 # folder prefixes of the ISIC challenges, per split: images in <prefix>_Data, masks in <prefix>…GroundTruth
 _ISIC_FOLDERS = (
     {
@@ -41,6 +42,11 @@ def image_id(item: dict[str, Any]) -> str:
     return output_name(str(item["image"]))
 
 
+def paths_of(value: str | Sequence[str]) -> list[str]:
+    """The files of an image or label: one, or several (channels, raters)."""
+    return [value] if isinstance(value, str) else list(value)
+
+
 def is_photograph(path: Path) -> bool:
     """Whether a file's name is that of a photograph that this package reads."""
     return path.name.lower().endswith(PHOTOGRAPH_SUFFIXES)
@@ -52,12 +58,13 @@ def load_datalist(
     datalist: str | Path | None = None,
     *,
     layout: Any = None,
+    raters: str | None = None,
     validation_fraction: float = 0.1,
     seed: int = 0,
     limit: int = 0,
     skip_unreadable: bool = False,
     required: bool = True,
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """List the images and masks of a split.
 
     Where the data set has no validation split, a share of the training images, chosen by a hash of their names, is kept
@@ -71,6 +78,9 @@ def load_datalist(
             ``image`` and ``label``, paths relative to ``dataset_dir``).
         layout: where a data set of another folder shape has its images and masks
             (:func:`~medsa_nets.data.layouts.read_layout`); none looks for the shapes above.
+        raters: what is learned from masks of several raters, a list under ``label``
+            (:class:`~medsa_nets.transforms.ChooseRaterd`): ``majority``, ``random``, or ``each``: then an image stands
+            in the list with each of its masks, in ``rater`` (0, 1, …). None expects one mask.
         validation_fraction: share of the training images kept for validation where the data set has no such split.
         seed: seed of that choice.
         limit: if above 0, this many images of the split, chosen by the same hash.
@@ -78,10 +88,11 @@ def load_datalist(
         required: whether an empty split is an error; a training goes on without validation.
 
     Returns:
-        Entries with ``image`` and ``label``, absolute paths, sorted by name.
+        Entries with ``image`` and ``label``, absolute paths (of several masks, lists of them), sorted by name.
 
     Raises:
-        DataError: when folder, file or split is missing, when the list is empty, or when files are not there.
+        DataError: when folder, file or split is missing, when ``raters`` is something else, when the list is empty, or
+            when files are not there.
     """
     if split not in SPLITS:
         raise DataError(f"split must be one of {', '.join(SPLITS)}; got {split!r}.")
@@ -89,11 +100,32 @@ def load_datalist(
     if not root.is_dir():
         raise DataError(f"dataset_dir {root}: there is no such folder. Pass the data set's folder (--dataset_dir).")
     if datalist:
-        splits = read_datalist(Path(datalist).expanduser(), root, _scan)
+        several = ("label",) if raters else ()
+        splits = read_datalist(Path(datalist).expanduser(), root, _scan, several)
     else:
         splits = read_layout(root, layout, is_photograph) if layout else _scan(root)
     items = choose_split(splits, split, validation_fraction, seed, limit, str(datalist or root), image_id, required)
-    return keep_readable(items) if skip_unreadable and items else items
+    items = keep_readable(items) if skip_unreadable and items else items
+    return list_raters(items, raters) if raters else items
+
+
+def list_raters(items: Sequence[dict[str, Any]], raters: str) -> list[dict[str, Any]]:
+    """Entries of images with masks of several raters, as :func:`load_datalist` says.
+
+    Raises:
+        DataError: when ``raters`` is no way to choose, or an image has one mask.
+    """
+    if raters not in RATERS:
+        raise DataError(f"raters must be one of {', '.join(RATERS)}; got {raters!r}.")
+    single = next((item for item in items if not isinstance(item["label"], list) or len(item["label"]) < 2), None)
+    if single is not None:
+        raise DataError(
+            f"{single['image']}: it has one mask; with raters ({raters}), several are expected, in a list under "
+            "'label' or by the layout of the task. Set raters to null (--raters None)."
+        )
+    if raters != "each":
+        return list(items)
+    return [{**item, "rater": rater} for item in items for rater in range(len(item["label"]))]
 
 
 def choose_split(
@@ -148,7 +180,7 @@ def choose_split(
     return [{key: value for key, value in item.items() if key != "group"} for item in items]
 
 
-def keep_readable(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+def keep_readable(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Entries whose image and mask can be read; the others are named in the log.
 
     Raises:
@@ -157,8 +189,9 @@ def keep_readable(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     kept, skipped = [], []
     for item in items:
         try:
-            for key, path in item.items():
-                (read_mask if key == "label" else read_photograph)(path)
+            for key, read in (("image", read_photograph), ("label", read_mask)):
+                for path in paths_of(item[key]) if key in item else ():
+                    read(path)
             kept.append(item)
         except DataError as error:
             skipped.append(str(error))
@@ -186,13 +219,17 @@ def read_json(path: Path) -> Any:
 
 
 def read_datalist(
-    path: Path, root: Path, scan: Callable[[Path], dict[str, list[dict[str, Any]]]] | None = None
+    path: Path,
+    root: Path,
+    scan: Callable[[Path], dict[str, list[dict[str, Any]]]] | None = None,
+    several: Sequence[str] = (),
 ) -> dict[str, list[dict[str, Any]]]:
     """Read the splits of a Decathlon JSON whose paths are relative to ``root``.
 
     Args:
         path: the file. That of nnU-Net may name ``case.nii.gz`` where the image is ``case_0000.nii.gz``.
         root: folder of the data set.
+        several: keys that may name several files: ``label`` (raters), ``image`` (channels).
         scan: finds the cases of a folder; used where the file names labels, as that of nnU-Net does, but no cases.
 
     Raises:
@@ -209,19 +246,21 @@ def read_datalist(
         if not isinstance(content[name], list):
             raise DataError(f"datalist {path}: {name} is {content[name]!r}; expected a list of entries.")
         for i, entry in enumerate(content[name]):
-            _check_entry(entry, f"datalist {path}: {name}[{i}]")
+            _check_entry(entry, f"datalist {path}: {name}[{i}]", several)
         splits[name] = load_decathlon_datalist(str(path), True, name, str(root))
         for item in splits[name]:
-            item["image"] = _first_channel(item["image"], f"datalist {path}")
-        require_files((item[key] for item in splits[name] for key in ("image", "label")), f"datalist {path}, {name}")
+            if isinstance(item["image"], str):
+                item["image"] = _first_channel(item["image"], f"datalist {path}")
+        named = (file for item in splits[name] for key in ("image", "label") for file in paths_of(item[key]))
+        require_files(named, f"datalist {path}, {name}")
     return splits
 
 
-def _check_entry(entry: Any, place: str) -> None:
+def _check_entry(entry: Any, place: str, several: Sequence[str] = ()) -> None:
     """Check an entry of a data list.
 
     Raises:
-        DataError: when it is none, or names several images or labels.
+        DataError: when it is none, or names several images or labels where that is not in ``several``.
     """
     if not isinstance(entry, dict) or "image" not in entry or "label" not in entry:
         raise DataError(f"{place} is {entry!r}; expected {{'image': …, 'label': …}}.")
@@ -229,6 +268,9 @@ def _check_entry(entry: Any, place: str) -> None:
         ("image", "Join them into one file, or keep the one to learn from"),
         ("label", "Join them into one file: a mask where they mean one class, else a label map of 1, 2, …"),
     ):
+        files = entry[key]
+        if key in several and isinstance(files, list) and files and all(isinstance(file, str) for file in files):
+            continue
         if isinstance(entry[key], (list, tuple)):
             raise DataError(
                 f"{place} has {len(entry[key])} files as its {key} ({', '.join(map(str, entry[key][:3]))}"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medsa_nets.data.pickles import unpack_pickles
 from medsa_nets.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ def read_layout(root: Path, layout: Any, is_image: Callable[[Path], bool]) -> di
             not be parted between splits (a patient); ``*`` is any text. Neither holds a slash. A list of patterns
             names alternatives. A dictionary of patterns names several files, as channels of an image or raters of a
             label, in their order. Further: ``testing_fraction``, the share of the training groups that is for testing
-            where there is no such split; ``labelled_only``, whether images without label are left out.
+            where there is no such split; ``labelled_only``, whether images without label are left out; ``pickles``, a
+            pattern of files that are unpacked first (:func:`~medsa_nets.data.pickles.unpack_pickles`).
         is_image: whether a file is one that the bundle reads.
 
     Returns:
@@ -81,13 +83,14 @@ def read_layout(root: Path, layout: Any, is_image: Callable[[Path], bool]) -> di
         DataError: when no image is found, or one has no label; the message says what was looked for and found.
     """
     check_layout(layout)
+    given, root = root, unpack_pickles(root, layout["pickles"]) if layout.get("pickles") else root
     labelled_only = bool(layout.get("labelled_only", False))
     splits: dict[str, list[dict[str, Any]]] = {}
     for name in SPLITS:
         if name in layout and (items := _list_split(root, layout[name], is_image, labelled_only)):
             splits[name] = items
     if not splits:
-        raise DataError(f"dataset_dir {root}: no images of this task. {expected_layout(layout)} {found_in(root)}")
+        raise DataError(f"dataset_dir {given}: no images of this task. {expected_layout(layout)} {found_in(given)}")
     share = layout.get("testing_fraction", 0)
     if share and "testing" not in splits and "training" in splits:
         splits["testing"], splits["training"] = split_groups(splits["training"], share, 0)
@@ -103,7 +106,8 @@ def expected_layout(layout: Mapping[str, Any]) -> str:
                 [" or ".join(own) for own in _files(layout[name][key]).values()] for key in ("image", "label")
             )
             parts.append(f"{', '.join(image)} with {', '.join(label)} ({name})")
-    return f"Expected {'; '.join(parts)}."
+    packed = f"{layout['pickles']} of crops, which are unpacked once, or " if layout.get("pickles") else ""
+    return f"Expected {packed}{'; '.join(parts)}."
 
 
 def found_in(root: Path) -> str:

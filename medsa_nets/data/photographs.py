@@ -53,17 +53,27 @@ class PhotographReader(PILReader):
         """Every file: what can't be read is told by :meth:`get_data`."""
         return True
 
-    def read(self, data: Any, **kwargs: Any) -> Path:
+    def read(self, data: Any, **kwargs: Any) -> Path | list[Path]:
         """The file's path; :meth:`get_data` decodes it, lest ``LoadImage`` tries its other readers."""
+        if isinstance(data, (list, tuple)) and len(data) > 1:
+            return [Path(path) for path in data]
         return Path(data[0] if isinstance(data, (list, tuple)) else data)
 
     def get_data(self, img: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """Decode one file to an array and its metadata.
+        """Decode one file to an array and its metadata; masks of several raters to an array (raters, W, H).
 
         Raises:
-            DataError: when the file is missing, unreadable or truncated.
+            DataError: when a file is missing, unreadable or truncated, or several are of different sizes.
         """
-        return super().get_data(read_mask(img) if self.mode == "L" else read_photograph(img, self.mode))
+        paths = list(img) if isinstance(img, (list, tuple)) else [img]
+        pictures = [read_mask(path) if self.mode == "L" else read_photograph(path, self.mode) for path in paths]
+        for path, picture in zip(paths, pictures):
+            if picture.size != pictures[0].size:
+                raise DataError(
+                    f"{path}: it is {picture.size[0]} x {picture.size[1]} pixels, {paths[0]} is "
+                    f"{pictures[0].size[0]} x {pictures[0].size[1]}. Masks of one image have one size."
+                )
+        return super().get_data(pictures if len(pictures) > 1 else pictures[0])
 
     def _get_meta_dict(self, img: Any) -> dict[str, Any]:
         orientation = int(img.info.get("orientation", 1))

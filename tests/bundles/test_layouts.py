@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import itertools
+import json
+import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,14 @@ from monai.bundle import ConfigParser
 from PIL import Image
 
 from medsa_nets.bundles import Bundle
+from medsa_nets.data import PhotographReader, load_datalist
+from medsa_nets.demo import read_metrics
 from medsa_nets.errors import DataError
+from medsa_nets.metrics import RaterAgreement, RaterDice
+from medsa_nets.transforms import ChooseRaterd
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+BUNDLE = BUNDLES / "medsa_isic"  # where commands run
 
 
 def picture(path: Path, number: int, mask: bool = False, size: tuple[int, int] = (40, 30)) -> None:
@@ -54,10 +63,27 @@ def pendal(root: Path) -> None:
             picture(root / folder / f"{i}.bmp", i, mask=True)
 
 
+def lidc_crop(number: int) -> dict[str, Any]:
+    """A crop as the pickle has it; raters mark a square, a row more each, and the last one nothing."""
+    masks = [np.zeros((64, 64), np.uint8) for _ in range(4)]
+    for rater in range(3):
+        masks[rater][20 : 30 + rater, 4 + number : 14 + number] = 1
+    image = np.random.default_rng(number).random((64, 64))
+    return {"image": image, "masks": masks, "series_uid": f"1.2.{number // 2}"}
+
+
+def lidc(root: Path) -> None:
+    root.mkdir(exist_ok=True)
+    for part in range(2):
+        crops = {f"nodule {i}": lidc_crop(i) for i in range(6 * part, 6 * part + 6)}
+        (root / f"data_{part}.pickle").write_bytes(pickle.dumps(crops))
+
+
 # task: what makes a tree of its shape, entries of training, validation and testing, what a wrong folder is told
 PHOTOGRAPHS: dict[str, tuple[Callable[[Path], None], tuple[int, int, int], str]] = {
     "ddti": (ddti, (5, 1, 2), "Training/images/{case}.* with Training/masks/{case}.* (training)"),
     "stare": (stare, (5, 1, 2), "images/{case}.ppm or images/{case}.ppm.gz with masks/{case}.ah.ppm or"),
+    "lidc": (lidc, (8, 2, 2), "*.pickle of crops, which are unpacked once, or images/{group}/{case}.png with"),
     "pendal": (pendal, (5, 1, 2), "Images/{case}.* with Segmentation1/{case}.*"),
 }
 TASKS = [("medsa_isic", name) for name in PHOTOGRAPHS]
@@ -94,7 +120,11 @@ def test_a_mask_lies_where_it_was_drawn(bundle: str, task: str, tmp_path: Path) 
     PHOTOGRAPHS[task][0](tmp_path)
     evaluated = open_task(bundle, task, tmp_path, "testing").value("validate#dataset")
     for i, entry in enumerate(evaluated.data):
-        number = int("".join(filter(str.isdigit, Path(entry["image"]).name.split("_")[0])))
+        number = int(re.findall(r"\d+", Path(entry["image"]).stem)[0])
+        if task == "lidc":
+            crop = np.stack(lidc_crop(number)["masks"])
+            assert torch.as_tensor(evaluated[i]["label"])[0].numpy().T.tolist() in crop.tolist()
+            continue
         expected = torch.zeros(40, 30)
         expected[4 + number : 12 + number, 10:18] = 1
         assert torch.equal(torch.as_tensor(evaluated[i]["label"])[0], expected)
@@ -116,6 +146,152 @@ def test_a_task_is_a_few_lines_and_names_where_its_layout_is_from(bundle: str, t
     path = BUNDLES / bundle / "configs" / "tasks" / f"{task}.yaml"
     assert len(ConfigParser.load_config_file(path)) <= 14
     assert "0add836" in path.read_text().split("like:")[0]
+
+
+@pytest.mark.parametrize(("raters", "count", "rows"), [("each", 4, [10, 11, 12, 0]), ("majority", 1, [11])])
+def test_masks_of_several_raters_become_one(raters: str, count: int, rows: list[int], tmp_path: Path) -> None:
+    lidc(tmp_path)
+    settings = {"task": "lidc", "dataset_dir": str(tmp_path), "raters": raters, "split": "testing"}
+    data = Bundle.open(BUNDLES / "medsa_isic", ["evaluate.yaml"], settings=settings, config="train.yaml").value(
+        "validate#dataset"
+    )
+    assert len(data) == 2 * count
+    # half of four is enough: two raters marked row 11, one row 12
+    assert [float(data[i]["label"].sum()) for i in range(count)] == [10.0 * row for row in rows]
+    assert data[0]["raters"].shape == (4, 64, 64)
+
+
+def test_a_random_rater_is_another_one_in_another_epoch(tmp_path: Path) -> None:
+    lidc(tmp_path)
+    data = open_task("medsa_isic", "lidc", tmp_path).value("train#dataset")
+    label = ChooseRaterd("label", raters="random").set_random_state(0)
+    masks = torch.stack([torch.full((4, 4), float(i)) for i in range(4)])
+    drawn = [float(label({"label": masks})["label"][0, 0, 0]) for _ in range(40)]
+    assert set(drawn) == {0.0, 1.0, 2.0, 3.0}
+    seen = set()
+    for epoch in range(1, 9):
+        data.set_epoch(epoch)
+        seen.add(float(torch.as_tensor(data[0]["label"]).sum()) > 0)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda crop: crop.pop("masks"), "is no crop: expected a dictionary with image, masks, series_uid"),
+        (lambda crop: crop.update(image=crop["image"] * 300), "values from 0 to 1"),
+        (lambda crop: crop["masks"].append(np.full((64, 64), 7)), "mask 5 is no"),
+    ],
+)
+def test_a_pickle_of_something_else_is_refused_and_leaves_nothing(
+    damage: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
+) -> None:
+    crops = {"a": lidc_crop(0), "b": lidc_crop(1)}
+    damage(crops["b"])
+    (tmp_path / "x.pickle").write_bytes(pickle.dumps(crops))
+    with pytest.raises(DataError, match=rf"x\.pickle: 'b'.*{message}"):
+        entries("medsa_isic", "lidc", tmp_path, "training")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pickle"]
+
+
+def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> Any:
+            return (exec, (f"open({str(tmp_path / 'harm')!r}, 'w')",))
+
+    (tmp_path / "x.pickle").write_bytes(pickle.dumps({"a": Harm()}))
+    with pytest.raises(DataError, match=r"x\.pickle: refused, it names builtins\.exec"):
+        entries("medsa_isic", "lidc", tmp_path, "training")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pickle"]
+    (tmp_path / "x.pickle").write_bytes(b"no pickle")
+    with pytest.raises(DataError, match="not readable as a pickle of arrays"):
+        entries("medsa_isic", "lidc", tmp_path, "training")
+
+
+def test_pickles_are_unpacked_once_and_anew_where_they_change(tmp_path: Path) -> None:
+    lidc(tmp_path)
+    before = entries("medsa_isic", "lidc", tmp_path, "training")
+    folder = next(tmp_path.glob("unpacked-*"))
+    made = folder.stat().st_mtime_ns
+    assert entries("medsa_isic", "lidc", tmp_path, "training") == before
+    assert folder.stat().st_mtime_ns == made
+    (tmp_path / "data_1.pickle").unlink()
+    assert len(entries("medsa_isic", "lidc", tmp_path, "training")) < len(before)
+
+
+def test_raters_and_masks_have_to_fit(tmp_path: Path) -> None:
+    pendal(tmp_path)
+    settings = {"task": "pendal", "dataset_dir": str(tmp_path), "raters": "majority"}
+    with pytest.raises(DataError, match="it has one mask; with raters"):
+        Bundle.open(BUNDLES / "medsa_isic", settings=settings, config="train.yaml").value("train#dataset#data")
+    with pytest.raises(DataError, match="raters must be one of each, majority, random; got 'most'"):
+        ChooseRaterd("label", raters="most")
+    with pytest.raises(DataError, match=r"2 mask\(s\) of one image, and raters is None"):
+        ChooseRaterd("label")({"label": torch.zeros(2, 4, 4)})
+
+
+def test_a_list_may_name_masks_of_several_raters(tmp_path: Path) -> None:
+    for i in range(2):
+        picture(tmp_path / f"{i}.png", i)
+        for rater in range(2):
+            picture(tmp_path / f"{i}_{rater}.png", i + rater, mask=True)
+    listed = [{"image": f"{i}.png", "label": [f"{i}_0.png", f"{i}_1.png"]} for i in range(2)]
+    (tmp_path / "list.json").write_text(json.dumps({"training": listed}))
+    items = load_datalist("training", tmp_path, tmp_path / "list.json", raters="each", validation_fraction=0.0)
+    assert [(Path(item["image"]).name, item["rater"]) for item in items] == [
+        ("0.png", 0), ("0.png", 1), ("1.png", 0), ("1.png", 1),
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="has 2 files as its label"):
+        load_datalist("training", tmp_path, tmp_path / "list.json")
+    picture(tmp_path / "1_1.png", 0, mask=True, size=(20, 20))
+    assert len(load_datalist("training", tmp_path, tmp_path / "list.json", raters="each", validation_fraction=0.0)) == 4
+    reader = PhotographReader(mode="L")
+    with pytest.raises(DataError, match=r"1_1\.png: it is 20 x 20 pixels, .*1_0\.png is 40 x 30"):
+        reader.get_data(reader.read([tmp_path / name for name in listed[1]["label"]]))
+
+
+def dice(one: np.ndarray, other: np.ndarray) -> float:
+    total = int(one.sum() + other.sum())
+    return 2.0 * int((one & other).sum()) / total if total else 1.0
+
+
+def test_agreement_of_raters_is_the_mean_dice_of_their_pairs() -> None:
+    masks = [np.stack(lidc_crop(i)["masks"]).astype(bool) for i in range(2)]
+    masks[1][2] = False
+    tensors = [torch.from_numpy(own).float() for own in masks]
+    expected = [np.mean([dice(a, b) for a, b in itertools.combinations(own, 2)]) for own in masks]
+    metric = RaterAgreement()
+    assert metric(tensors, tensors)[:, 0].tolist() == pytest.approx(expected)
+    assert float(metric.aggregate()) == pytest.approx(np.mean(expected))
+    drawn = torch.zeros(1, 64, 64)
+    drawn[:, 20:25, 4:14] = 1
+    expected = [np.mean([dice(drawn[0].numpy().astype(bool), rater) for rater in own]) for own in masks]
+    assert RaterDice()([drawn, drawn], tensors)[:, 0].tolist() == pytest.approx(expected)
+
+
+def test_an_evaluation_says_how_raters_agree_beside_the_dice_of_the_adapter(
+    small_base: str, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    lidc(tmp_path / "data")
+    root = BUNDLES / "medsa_isic"
+    options = {
+        "bundle_root": str(root), "task": "lidc", "dataset_dir": tmp_path / "data", "ckpt_dir": tmp_path / "models",
+        "base": small_base, "image_size": 64, "num_workers": 0, "amp": False, "output_dir": tmp_path / "out",
+    }  # fmt: skip
+    more = {"max_epochs": 1, "samples_per_epoch": 4, "batch_size": 2, "warmup_steps": 1, "samples_interval": 0}
+    train, evaluate = (str(root / "configs" / f"{name}.yaml") for name in ("train", "evaluate"))
+    done = cli("run", "training", config_file=train, **options, **more)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "models" / "lidc.pt").is_file()
+    done = cli("run", "evaluating", config_file=f"['{train}','{evaluate}']", split="testing", **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = read_metrics(tmp_path / "out")
+    tested = entries("medsa_isic", "lidc", tmp_path / "data", "testing")
+    masks = [np.stack(lidc_crop(int(Path(e["image"]).stem.split("_")[-1]))["masks"]).astype(bool) for e in tested]
+    pairs = [np.mean([dice(a, b) for a, b in itertools.combinations(own, 2)]) for own in masks]
+    assert metrics["val_rater_agreement"] == pytest.approx(np.mean(pairs), abs=1e-3)
+    assert 0.0 <= metrics["val_rater_dice"] <= 1.0
+    assert {"val_mean_dice", "val_mean_iou"} <= set(metrics)
 
 
 def test_a_packed_picture_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
