@@ -13,6 +13,7 @@ from medsa_nets.data.dataset import (
 from medsa_nets.data.outputs import (
     NamedOutputs,
     check_names,
+    image_path,
     output_name,
     prepare_folders,
     prepare_outputs,
@@ -31,6 +32,7 @@ __all__ = [
     "SeededPersistentDataset",
     "check_names",
     "image_id",
+    "image_path",
     "list_photographs",
     "list_volumes",
     "load_datalist",

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("training", "validation", "testing")
 _PLACE = re.compile(r"\{(case|group)\}|(\*)")
-_OPTIONS = {"testing_fraction": (int, float), "labelled_only": (bool,), "pickles": (str,)}
+_OPTIONS = {"testing_fraction": (int, float), "labelled_only": (bool,), "pickles": (str,), "list": (str, list)}
 
 
 def hash_of(text: str, seed: int) -> str:
@@ -31,11 +31,13 @@ def check_layout(layout: Any) -> None:
         DataError: when it has another; the message names the part.
     """
     form = "expected training, validation or testing, each with patterns of 'image' and 'label'"
-    if not isinstance(layout, Mapping) or not any(name in layout for name in SPLITS):
+    if not isinstance(layout, Mapping) or not any(name in layout for name in (*SPLITS, "list")):
         raise DataError(f"layout: {layout!r}; {form}.")
     for name, value in layout.items():
         if name in _OPTIONS:
-            known = isinstance(value, _OPTIONS[name]) and (name != "testing_fraction" or 0 <= float(value) < 1)
+            known = isinstance(value, _OPTIONS[name])
+            if isinstance(value, (int, float)) and name == "testing_fraction":
+                known = 0 <= value < 1
             if not known:
                 raise DataError(f"layout: {name} is {value!r}; expected {_describe(name)}.")
         elif name not in SPLITS or not isinstance(value, Mapping) or set(value) != {"image", "label"}:
@@ -52,6 +54,7 @@ def _describe(option: str) -> str:
         "testing_fraction": "a share from 0 to below 1",
         "labelled_only": "true or false",
         "pickles": "a pattern of files' names",
+        "list": "the path of a data list, or several",
     }[option]
 
 
@@ -60,6 +63,27 @@ def _files(patterns: Any) -> dict[str, list[str]]:
     if isinstance(patterns, Mapping):
         return {str(name): own for name, value in patterns.items() for own in _files(value).values()}
     return {"": [patterns] if isinstance(patterns, str) else list(patterns)}
+
+
+def find_list(root: Path, layout: Any) -> Path | None:
+    """The data list (Decathlon JSON) that a data set is published with, where its layout names one.
+
+    Args:
+        root: folder of the data set.
+        layout: ``list`` is its path, relative to ``root``, or several of which the first that is there is taken; the
+            paths in it are relative to its own folder. Further: as of :func:`read_layout`.
+
+    Raises:
+        DataError: when the layout has another form, or names lists of which none is there.
+    """
+    check_layout(layout)
+    named = layout.get("list", [])
+    paths = [root / name for name in ([named] if isinstance(named, str) else named)]
+    found = next((path for path in paths if path.is_file()), None)
+    if paths and found is None:
+        expected = " or ".join(path.relative_to(root).as_posix() for path in paths)
+        raise DataError(f"dataset_dir {root}: no data set of this task. Expected {expected}. {found_in(root)}")
+    return found
 
 
 def read_layout(root: Path, layout: Any, is_image: Callable[[Path], bool]) -> dict[str, list[dict[str, Any]]]:

@@ -11,18 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import itk
+import nibabel
 import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from monai.transforms import Compose
 from PIL import Image
 
 from medsa_nets.bundles import Bundle
-from medsa_nets.data import PhotographReader, load_datalist
+from medsa_nets.data import PhotographReader, load_datalist, read_volume
 from medsa_nets.demo import read_metrics
 from medsa_nets.errors import DataError
 from medsa_nets.metrics import RaterAgreement, RaterDice
-from medsa_nets.transforms import ChooseRaterd
+from medsa_nets.transforms import ChooseRaterd, check_prompt_keys
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 BUNDLE = BUNDLES / "medsa_isic"  # where commands run
@@ -86,7 +89,80 @@ PHOTOGRAPHS: dict[str, tuple[Callable[[Path], None], tuple[int, int, int], str]]
     "lidc": (lidc, (8, 2, 2), "*.pickle of crops, which are unpacked once, or images/{group}/{case}.png with"),
     "pendal": (pendal, (5, 1, 2), "Images/{case}.* with Segmentation1/{case}.*"),
 }
-TASKS = [("medsa_isic", name) for name in PHOTOGRAPHS]
+
+
+def label_map(number: int, classes: int) -> np.ndarray:
+    """Labels of a volume (20, 18, 12): a block of each class, above each other."""
+    values = np.zeros((20, 18, 12), np.uint8)
+    for k in range(classes):
+        values[4 + number : 12 + number, 4:12, 1 + 3 * k : 4 + 3 * k] = 1 + k
+    return values
+
+
+def volume(path: Path, number: int, classes: int = 0) -> None:
+    """A volume of noise, or its labels where there are classes, in the form that ``path`` says."""
+    values = label_map(number, classes) if classes else np.random.default_rng(number).normal(size=(20, 18, 12))
+    values = values.astype(np.uint8 if classes else np.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":  # stored from head to feet, front to back, right to left, as toothfairy.yaml says
+        np.save(path, np.transpose(values[::-1, ::-1, :], (2, 1, 0)))
+    elif path.suffix == ".nrrd":
+        image = itk.image_from_array(np.ascontiguousarray(np.transpose(values[::-1, ::-1], (2, 1, 0))))  # LPS
+        itk.imwrite(image, str(path), compression=True)
+    else:
+        nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
+
+
+def atlas(root: Path) -> None:
+    listed = []
+    for i in range(6):
+        volume(root / "train" / "imagesTr" / f"im{i}.nii.gz", i)
+        volume(root / "train" / "labelsTr" / f"lb{i}.nii.gz", i, 2)
+        listed.append({"image": f"./imagesTr/im{i}.nii.gz", "label": f"./labelsTr/lb{i}.nii.gz"})
+    names = {"0": "background", "1": "liver", "2": "tumor"}
+    (root / "train" / "dataset.json").write_text(json.dumps({"labels": names, "training": listed}))
+
+
+def kits(root: Path) -> None:
+    for i in range(7):
+        case = root / "kits21" / "data" / f"case_{i:05d}"
+        volume(case / "imaging.nii.gz", i)
+        for kind in ("AND", "OR", "MAJ") if i < 6 else ():
+            volume(case / f"aggregated_{kind}_seg.nii.gz", i, 3)
+
+
+def lnq(root: Path) -> None:
+    for i in range(6):
+        name = f"lnq2023-train-case-{i:04d}"
+        volume(root / "train" / f"{name}-ct.nrrd", i)
+        volume(root / "train" / f"{name}-seg.nrrd", i, 1)
+        picture(root / "train" / f"{name}-ct.png", i)
+
+
+def segrap(root: Path) -> None:
+    for i in range(6):
+        for name in ("image", "image_contrast"):
+            volume(root / "SegRap2023_Training_Set_120cases" / f"segrap_{i:04d}" / f"{name}.nii.gz", i)
+        labels = root / "SegRap2023_Training_Set_120cases_OneHot_Labels"
+        for task, classes in (("Task001", 3), ("Task002", 2)):
+            volume(labels / task / f"segrap_{i:04d}.nii.gz", i, classes)
+
+
+def toothfairy(root: Path) -> None:
+    for i in range(6):
+        volume(root / "Dataset" / f"P{i}" / "data.npy", i)
+        volume(root / "Dataset" / f"P{i}" / "gt_sparse.npy", i, 1)
+
+
+VOLUMES: dict[str, tuple[Callable[[Path], None], tuple[int, int], int, str]] = {
+    "atlas": (atlas, (5, 1), 2, "Expected train/dataset.json or dataset.json"),
+    "kits": (kits, (5, 1), 3, "kits21/data/{case}/imaging.nii.gz or data/{case}/imaging.nii.gz"),
+    "lnq": (lnq, (5, 1), 1, "train/{case}-ct.nrrd or {case}-ct.nrrd with train/{case}-seg.nrrd"),
+    "segrap": (segrap, (5, 1), 2, "SegRap2023_Training_Set_120cases/{case}/image.nii.gz with SegRap2023_Training_Set"),
+    "toothfairy": (toothfairy, (5, 1), 1, "Dataset/{case}/data.npy or {case}/data.npy with Dataset/{case}/gt_sparse"),
+}
+TASKS = [("medsa_isic", name) for name in PHOTOGRAPHS] + [("medsa_btcv", name) for name in VOLUMES]
+EXPECTED = {**{name: own[-1] for name, own in PHOTOGRAPHS.items()}, **{name: own[-1] for name, own in VOLUMES.items()}}
 
 
 def open_task(bundle: str, task: str, root: Path, split: str = "training") -> Bundle:
@@ -101,8 +177,9 @@ def entries(bundle: str, task: str, root: Path, split: str) -> list[dict[str, An
     return list(found)
 
 
-@pytest.mark.parametrize(("bundle", "task"), TASKS)
-def test_a_data_set_is_read_as_it_comes(bundle: str, task: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", PHOTOGRAPHS)
+def test_a_data_set_is_read_as_it_comes(task: str, tmp_path: Path) -> None:
+    bundle = "medsa_isic"
     make, counts, _ = PHOTOGRAPHS[task]
     make(tmp_path)
     found = {split: entries(bundle, task, tmp_path, split) for split in ("training", "validation", "testing")}
@@ -115,10 +192,10 @@ def test_a_data_set_is_read_as_it_comes(bundle: str, task: str, tmp_path: Path) 
     assert set(torch.unique(torch.as_tensor(item["label"])).tolist()) == {0.0, 1.0}
 
 
-@pytest.mark.parametrize(("bundle", "task"), TASKS)
-def test_a_mask_lies_where_it_was_drawn(bundle: str, task: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", PHOTOGRAPHS)
+def test_a_mask_lies_where_it_was_drawn(task: str, tmp_path: Path) -> None:
     PHOTOGRAPHS[task][0](tmp_path)
-    evaluated = open_task(bundle, task, tmp_path, "testing").value("validate#dataset")
+    evaluated = open_task("medsa_isic", task, tmp_path, "testing").value("validate#dataset")
     for i, entry in enumerate(evaluated.data):
         number = int(re.findall(r"\d+", Path(entry["image"]).stem)[0])
         if task == "lidc":
@@ -136,7 +213,7 @@ def test_a_wrong_folder_is_told_what_was_expected(bundle: str, task: str, tmp_pa
     with pytest.raises(DataError) as caught:
         entries(bundle, task, tmp_path, "training")
     message = str(caught.value)
-    assert PHOTOGRAPHS[task][2] in message
+    assert EXPECTED[task] in message
     assert "Found photos/." in message
     assert "--datalist" in message
 
@@ -146,6 +223,73 @@ def test_a_task_is_a_few_lines_and_names_where_its_layout_is_from(bundle: str, t
     path = BUNDLES / bundle / "configs" / "tasks" / f"{task}.yaml"
     assert len(ConfigParser.load_config_file(path)) <= 14
     assert "0add836" in path.read_text().split("like:")[0]
+
+
+@pytest.mark.parametrize("task", VOLUMES)
+def test_volumes_are_read_as_they_come(task: str, tmp_path: Path) -> None:
+    make, counts, classes, _ = VOLUMES[task]
+    make(tmp_path)
+    found = {split: entries("medsa_btcv", task, tmp_path, split) for split in ("training", "validation")}
+    assert tuple(map(len, found.values())) == counts
+    bundle = open_task("medsa_btcv", task, tmp_path)
+    assert len(bundle.classes) == classes
+    assert found["training"][0]["annotated"].all()
+    read = Compose(bundle.value("load_transforms"))
+    for entry in found["training"]:
+        item = read(dict(entry))
+        number = next(n for n in range(6) if (label_map(n, classes) == item["label"][0].numpy()).all())
+        # the image that belongs to the label, in the same directions
+        assert item["image"][0].numpy() == pytest.approx(
+            np.random.default_rng(number).normal(size=(20, 18, 12)), abs=1e-6
+        )
+        assert item["image"].pixdim.tolist() == pytest.approx([0.3] * 3 if task == "toothfairy" else [1.0] * 3)
+    settings = {"task": task, "dataset_dir": str(tmp_path), "cache": "none", "roi_size": [16, 16, 4]}
+    item = Bundle.open(BUNDLES / "medsa_btcv", settings=settings, config="train.yaml").value("train#dataset")[0][0]
+    assert item["image"].shape == item["label"].shape == (1, 16, 16, 4)
+    assert 0.0 <= float(item["image"].min()) <= float(item["image"].max())
+
+
+def test_cases_of_one_file_name_get_masks_of_their_own(
+    small_base: str, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    for i in range(2):
+        volume(tmp_path / "data" / "kits21" / "data" / f"case_{i:05d}" / "imaging.nii.gz", i)
+    root = BUNDLES / "medsa_btcv"
+    options = {
+        "bundle_root": str(root), "config_file": str(root / "configs" / "inference.yaml"), "task": "kits",
+        "dataset_dir": tmp_path / "data", "output_dir": tmp_path / "out", "checkpoint": "", "base": small_base,
+        "pixdim": "[1,1,1]", "amp": False,
+    }  # fmt: skip
+    done = cli("run", "inferring", **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = [f"case_0000{i}_imaging_segmentation.nii.gz" for i in range(2)]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == names
+
+
+def test_prompts_for_a_name_of_several_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "prompts.json").write_text(json.dumps({"imaging.nii.gz": {"kidney": {"points": [[1, 2, 3]]}}}))
+    data = [{"image": f"/data/case_{i}/imaging.nii.gz"} for i in range(2)]
+    with pytest.raises(DataError, match=r"'imaging\.nii\.gz' is the name of several images"):
+        check_prompt_keys(str(tmp_path / "prompts.json"), data)
+    check_prompt_keys(str(tmp_path / "prompts.json"), data[:1])
+
+
+def test_an_array_needs_its_geometry(tmp_path: Path) -> None:
+    volume(tmp_path / "a.npy", 0)
+    with pytest.raises(DataError, match=r"a\.npy: an array states neither spacing nor directions\. Set arrays"):
+        read_volume(tmp_path / "a.npy")
+    for arrays in ({"spacing": [1, 1], "axes": "SPL"}, {"spacing": [1, 1, 1], "axes": "SPS"}, {"spacing": [1, 1, 0]}):
+        with pytest.raises(DataError, match=r"arrays: .*expected {spacing"):
+            read_volume(tmp_path / "a.npy", arrays=arrays)
+    arrays = {"spacing": [3, 2, 1], "axes": "SPL"}
+    found = read_volume(tmp_path / "a.npy", arrays=arrays)
+    assert found.affine.tolist() == [[0, 0, -1, 0], [0, -2, 0, 0], [3, 0, 0, 0], [0, 0, 0, 1]]
+    content = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "cut.npy").write_bytes(content[:-100])
+    np.save(tmp_path / "object.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    for name in ("cut.npy", "object.npy"):
+        with pytest.raises(DataError, match=rf"{name}: not readable as a volume"):
+            read_volume(tmp_path / name, arrays=arrays)
 
 
 @pytest.mark.parametrize(("raters", "count", "rows"), [("each", 4, [10, 11, 12, 0]), ("majority", 1, [11])])
