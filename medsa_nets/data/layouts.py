@@ -16,7 +16,13 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("training", "validation", "testing")
 _PLACE = re.compile(r"\{(case|group)\}|(\*)")
-_OPTIONS = {"testing_fraction": (int, float), "labelled_only": (bool,), "pickles": (str,), "list": (str, list)}
+_OPTIONS = {
+    "testing_fraction": (int, float),
+    "labelled_only": (bool,),
+    "pickles": (str,),
+    "list": (str, list),
+    "label_ids": (list,),
+}
 
 
 def hash_of(text: str, seed: int) -> str:
@@ -55,6 +61,7 @@ def _describe(option: str) -> str:
         "labelled_only": "true or false",
         "pickles": "a pattern of files' names",
         "list": "the path of a data list, or several",
+        "label_ids": "a list of the new id of each old one",
     }[option]
 
 

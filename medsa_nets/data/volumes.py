@@ -179,7 +179,7 @@ def load_volume_datalist(
         classes: names of the classes, in the order of their ids; checks and translates ``annotated``.
         layout: where a data set of another folder shape has its volumes and labels, or its list
             (:func:`~medsa_nets.data.layouts.read_layout`, :func:`~medsa_nets.data.layouts.find_list`); none looks for
-            the shapes above.
+            the shapes above. Its ``label_ids`` is the new id of each old one.
         channels: of an image. With several, ``image`` may be a list of as many files.
         validation_fraction: share of the training volumes kept for validation where the data set has no such split.
         seed: seed of that choice.
@@ -189,7 +189,7 @@ def load_volume_datalist(
     Returns:
         Entries with ``image`` and ``label`` (absolute paths, sorted by name) and, with ``classes``, ``annotated``: an
         array of booleans, one for each class. Where the data list's ``labels`` give these names other ids than the
-        classes have, also ``label_ids``: the new id of each old one
+        classes have, or the layout does, also ``label_ids``: the new id of each old one
         (:class:`~medsa_nets.transforms.RenumberLabelsd`).
 
     Raises:
@@ -229,6 +229,8 @@ def load_volume_datalist(
             item["annotated"] = np.asarray(_annotated(item, list(classes), str(datalist), matched))
             if matched is not None and matched.needed:
                 item["label_ids"] = np.asarray(matched.ids)
+            elif layout and not datalist and layout.get("label_ids"):
+                item["label_ids"] = np.asarray(layout["label_ids"])
     return items
 
 
@@ -312,7 +314,7 @@ def read_volume(
         elif path.name.lower().endswith((".nii", ".nii.gz")):
             image = nibabel.load(path)
             _check_affine(image.affine, path)
-            unit, nifti = nifti_geometry(image, path)
+            unit, nifti = nifti_geometry(image, path, colours=channels > 1)
             needed = math.prod(image.shape) * image.get_data_dtype().itemsize
             check_size(needed, path, packed=path.name.lower().endswith(".gz"))
             # MONAI's reader replaces a sform by the qform where the header's spacing is not that of the sform
@@ -333,8 +335,9 @@ def read_volume(
                     f"{path}: its voxels have {components} components (colours, vectors or complex numbers); expected "
                     "grey values. Split channels into files of their own."
                 )
-            kind = {} if components > 1 else {"pixel_type": itk.F}  # whatever type the file has
-            array, meta = ITKReader().get_data(itk.imread(str(path), **kind))
+            # floating-point numbers, whatever type the file has
+            read = _read_vectors(path) if components > 1 else itk.imread(str(path), itk.F)
+            array, meta = ITKReader().get_data(read)
             volume = MetaTensor(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)), meta=meta)
         if unit != 1.0:
             scale = torch.diag(torch.tensor([unit, unit, unit, 1.0], dtype=torch.float64))
@@ -358,6 +361,14 @@ def read_volume(
         raise DataError(f"{path}: {bad} voxels are not finite (NaN or infinite). Replace them, for example by air.")
     meta = _plain_meta(volume.affine, values.shape[1:], path, nifti, nrrd_unit)
     return MetaTensor(values.float(), affine=volume.affine, meta=meta)
+
+
+def _read_vectors(path: Path) -> Any:
+    """An ITK image of three dimensions whose voxels have several components."""
+    reader = itk.ImageFileReader[itk.VectorImage[itk.F, 3]].New()
+    reader.SetFileName(str(path))
+    reader.Update()
+    return reader.GetOutput()
 
 
 def _channels_first(values: torch.Tensor, channels: int, path: Path) -> torch.Tensor:

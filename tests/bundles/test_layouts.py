@@ -7,6 +7,7 @@ import itertools
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ckpt_export
 from monai.transforms import Compose
 from PIL import Image
 
-from medsa_nets.bundles import Bundle
+from medsa_nets.bundles import Bundle, copy_bundle
 from medsa_nets.data import PhotographReader, load_datalist, read_volume
 from medsa_nets.demo import read_metrics
-from medsa_nets.errors import DataError
+from medsa_nets.errors import DataError, WeightsError
+from medsa_nets.interaction.segmenters import NetworkSegmenter
+from medsa_nets.interaction.session import InteractiveSession
 from medsa_nets.metrics import RaterAgreement, RaterDice
 from medsa_nets.transforms import ChooseRaterd, check_prompt_keys
 
@@ -141,11 +144,35 @@ def lnq(root: Path) -> None:
 
 def segrap(root: Path) -> None:
     for i in range(6):
-        for name in ("image", "image_contrast"):
-            volume(root / "SegRap2023_Training_Set_120cases" / f"segrap_{i:04d}" / f"{name}.nii.gz", i)
+        for channel, name in enumerate(("image", "image_contrast")):
+            volume(root / "SegRap2023_Training_Set_120cases" / f"segrap_{i:04d}" / f"{name}.nii.gz", i + 100 * channel)
         labels = root / "SegRap2023_Training_Set_120cases_OneHot_Labels"
         for task, classes in (("Task001", 3), ("Task002", 2)):
             volume(labels / task / f"segrap_{i:04d}.nii.gz", i, classes)
+
+
+def brats(root: Path) -> None:
+    for i in range(6):
+        case = f"BraTS2021_{i:05d}"
+        for channel, name in enumerate(("t1", "t1ce", "t2", "flair")):
+            volume(root / "Data" / case / f"{case}_{name}.nii.gz", i + 100 * channel)
+        labels = label_map(i, 3)
+        labels[labels == 3] = 4
+        nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), root / "Data" / case / f"{case}_seg.nii.gz")
+
+
+def brain_tumour(root: Path) -> None:
+    listed = []
+    for i in range(6):
+        channels = [np.random.default_rng(i + 100 * c).normal(size=(20, 18, 12)) for c in range(4)]
+        (root / "imagesTr").mkdir(parents=True, exist_ok=True)
+        stacked = nibabel.Nifti1Image(np.stack(channels, -1).astype(np.float32), np.eye(4))
+        nibabel.save(stacked, root / "imagesTr" / f"BRATS_{i:03d}.nii.gz")
+        volume(root / "labelsTr" / f"BRATS_{i:03d}.nii.gz", i, 3)
+        listed.append({kind[:5]: f"./{kind}sTr/BRATS_{i:03d}.nii.gz" for kind in ("image", "label")})
+    names = ["background", "edema", "non-enhancing tumor", "enhancing tumour"]
+    labels = {str(i): name for i, name in enumerate(names)}
+    (root / "dataset.json").write_text(json.dumps({"labels": labels, "training": listed}))
 
 
 def toothfairy(root: Path) -> None:
@@ -154,12 +181,28 @@ def toothfairy(root: Path) -> None:
         volume(root / "Dataset" / f"P{i}" / "gt_sparse.npy", i, 1)
 
 
-VOLUMES: dict[str, tuple[Callable[[Path], None], tuple[int, int], int, str]] = {
-    "atlas": (atlas, (5, 1), 2, "Expected train/dataset.json or dataset.json"),
-    "kits": (kits, (5, 1), 3, "kits21/data/{case}/imaging.nii.gz or data/{case}/imaging.nii.gz"),
-    "lnq": (lnq, (5, 1), 1, "train/{case}-ct.nrrd or {case}-ct.nrrd with train/{case}-seg.nrrd"),
-    "segrap": (segrap, (5, 1), 2, "SegRap2023_Training_Set_120cases/{case}/image.nii.gz with SegRap2023_Training_Set"),
-    "toothfairy": (toothfairy, (5, 1), 1, "Dataset/{case}/data.npy or {case}/data.npy with Dataset/{case}/gt_sparse"),
+# further: classes, channels
+VOLUMES: dict[str, tuple[Callable[[Path], None], tuple[int, int], int, int, str]] = {
+    "atlas": (atlas, (5, 1), 2, 1, "Expected train/dataset.json or dataset.json"),
+    "kits": (kits, (5, 1), 3, 1, "kits21/data/{case}/imaging.nii.gz or data/{case}/imaging.nii.gz"),
+    "lnq": (lnq, (5, 1), 1, 1, "train/{case}-ct.nrrd or {case}-ct.nrrd with train/{case}-seg.nrrd"),
+    "segrap": (
+        segrap,
+        (5, 1),
+        2,
+        1,
+        "SegRap2023_Training_Set_120cases/{case}/image.nii.gz with SegRap2023_Train",
+    ),
+    "brats": (brats, (5, 1), 3, 4, "Data/{case}/{case}_flair.nii.gz or"),
+    "brain_tumour": (brain_tumour, (5, 1), 3, 4, "dataset.json; imagesTr/ with labelsTr/"),
+    "segrap_phases": (segrap, (5, 1), 2, 2, "SegRap2023_Training_Set_120cases/{case}/image_contrast.nii.gz with"),
+    "toothfairy": (
+        toothfairy,
+        (5, 1),
+        1,
+        1,
+        "Dataset/{case}/data.npy or {case}/data.npy with Dataset/{case}/gt_",
+    ),
 }
 TASKS = [("medsa_isic", name) for name in PHOTOGRAPHS] + [("medsa_btcv", name) for name in VOLUMES]
 EXPECTED = {**{name: own[-1] for name, own in PHOTOGRAPHS.items()}, **{name: own[-1] for name, own in VOLUMES.items()}}
@@ -227,7 +270,7 @@ def test_a_task_is_a_few_lines_and_names_where_its_layout_is_from(bundle: str, t
 
 @pytest.mark.parametrize("task", VOLUMES)
 def test_volumes_are_read_as_they_come(task: str, tmp_path: Path) -> None:
-    make, counts, classes, _ = VOLUMES[task]
+    make, counts, classes, channels, _ = VOLUMES[task]
     make(tmp_path)
     found = {split: entries("medsa_btcv", task, tmp_path, split) for split in ("training", "validation")}
     assert tuple(map(len, found.values())) == counts
@@ -239,14 +282,14 @@ def test_volumes_are_read_as_they_come(task: str, tmp_path: Path) -> None:
         item = read(dict(entry))
         number = next(n for n in range(6) if (label_map(n, classes) == item["label"][0].numpy()).all())
         # the image that belongs to the label, in the same directions
-        assert item["image"][0].numpy() == pytest.approx(
-            np.random.default_rng(number).normal(size=(20, 18, 12)), abs=1e-6
-        )
+        drawn = [np.random.default_rng(number + 100 * c).normal(size=(20, 18, 12)) for c in range(channels)]
+        assert item["image"].numpy() == pytest.approx(np.stack(drawn), abs=1e-6)
         assert item["image"].pixdim.tolist() == pytest.approx([0.3] * 3 if task == "toothfairy" else [1.0] * 3)
     settings = {"task": task, "dataset_dir": str(tmp_path), "cache": "none", "roi_size": [16, 16, 4]}
     item = Bundle.open(BUNDLES / "medsa_btcv", settings=settings, config="train.yaml").value("train#dataset")[0][0]
-    assert item["image"].shape == item["label"].shape == (1, 16, 16, 4)
-    assert 0.0 <= float(item["image"].min()) <= float(item["image"].max())
+    assert (item["image"].shape, item["label"].shape) == ((channels, 16, 16, 4), (1, 16, 16, 4))
+    assert float(item["image"].min()) < float(item["image"].max())
+    assert bundle.value("network_def#in_channels") == channels
 
 
 def test_cases_of_one_file_name_get_masks_of_their_own(
@@ -264,6 +307,87 @@ def test_cases_of_one_file_name_get_masks_of_their_own(
     assert done.returncode == 0, done.stderr[-2000:]
     names = [f"case_0000{i}_imaging_segmentation.nii.gz" for i in range(2)]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == names
+
+
+def test_volumes_of_four_channels_train_and_are_segmented_and_exported(
+    small_base: str, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    brats(tmp_path / "data")
+    root = BUNDLES / "medsa_btcv"
+    options = {
+        "bundle_root": str(root), "task": "brats", "dataset_dir": tmp_path / "data", "ckpt_dir": tmp_path / "models",
+        "base": small_base, "output_dir": tmp_path / "out", "amp": False, "pixdim": "[1,1,1]", "num_workers": 0,
+    }  # fmt: skip
+    more = {"max_epochs": 1, "samples_per_epoch": 2, "roi_size": "[16,16,4]", "warmup_steps": 1, "val_interval": 1}
+    train, inference = (str(root / "configs" / f"{name}.yaml") for name in ("train", "inference"))
+    done = cli("run", "training", config_file=train, samples_interval=1, **options, **more)
+    assert done.returncode == 0, done.stderr[-2000:]
+    state = torch.load(tmp_path / "models" / "brats.pt", weights_only=True)
+    assert state["channel_projection.weight"].shape == (3, 4, 1, 1)
+    assert not torch.equal(state["channel_projection.weight"], torch.full((3, 4, 1, 1), 0.25)), "it trains"
+    done = cli("run", "inferring", config_file=inference, **{**options, "save_overlays": True})
+    assert done.returncode == 0, done.stderr[-2000:]
+    written = nibabel.load(tmp_path / "out" / "BraTS2021_00000_t1_segmentation.nii.gz")
+    assert written.shape == (20, 18, 12)
+    settings = {"task": "brats", "base": small_base, "ckpt_dir": str(tmp_path / "models"), "pixdim": [1, 1, 1]}
+    with pytest.raises(WeightsError, match=r"in_channels=4 \(here 1\)"):
+        NetworkSegmenter.from_bundle(root, settings={**settings, "in_channels": 1, "amp": False})
+    session = InteractiveSession(NetworkSegmenter.from_bundle(root, settings={**settings, "amp": False}))
+    session.open(entries("medsa_btcv", "brats", tmp_path / "data", "training")[0]["image"])
+    session.point([8, 8, 5], 1, 0)
+    assert session.mask(0)[8, 8, 5]
+    file = tmp_path / "brats.ts"
+    ckpt_export(net_id="network_def", filepath=str(file), ckpt_file=str(tmp_path / "models" / "brats.pt"),
+                meta_file=str(root / "configs" / "metadata.json"), config_file=inference, task="brats",
+                base=small_base, bundle_root=str(root), pixdim=[1, 1, 1])  # fmt: skip
+    network = session.segmenter.network.eval()
+    image = torch.rand(1, 4, 64, 64, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load(file)(image), network(image), atol=1e-4, rtol=1e-4)
+
+
+def test_a_copy_for_a_server_says_how_many_channels_an_image_has(tmp_path: Path) -> None:
+    root = shutil.copytree(BUNDLES / "medsa_btcv", tmp_path / "b", ignore=shutil.ignore_patterns("*.pt", "docs"))
+    (root / "docs").mkdir()
+    (root / "configs" / "own.yaml").write_text("task: brats\n")
+    copy_bundle(root, tmp_path / "copy", ["own.yaml"])
+    image = Bundle.open(tmp_path / "copy").metadata["network_data_format"]["inputs"]["image"]
+    assert image["num_channels"] == len(image["channel_def"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("channels", "files", "message"),
+    [
+        (3, ["a", "b"], "has 2 files .* expected 3"),
+        (2, ["a", "shifted"], r"shifted\.nii\.gz: its grid is .*that of a\.nii\.gz, another channel"),
+        (2, "four", r"four\.nii\.gz: it has 4 channel\(s\); expected 2 \(in_channels\)"),
+        (2, "a", r"a\.nii\.gz: it has 1 channel\(s\); expected 2"),
+        (1, "four", r"its shape is \(20, 18, 12, 4\); expected one volume of three dimensions"),
+    ],
+)
+def test_another_number_of_channels_is_refused(channels: int, files: Any, message: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        volume(tmp_path / f"{name}.nii.gz", 0)
+    moved = np.eye(4)
+    moved[0, 3] = 5.0
+    nibabel.save(nibabel.Nifti1Image(np.zeros((20, 18, 12), np.float32), moved), tmp_path / "shifted.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((20, 18, 12, 4), np.float32), np.eye(4)), tmp_path / "four.nii.gz")
+    paths = [tmp_path / f"{name}.nii.gz" for name in ([files] if isinstance(files, str) else files)]
+    with pytest.raises(DataError, match=message):
+        read_volume(paths[0] if isinstance(files, str) else paths, channels=channels)
+
+
+def test_colours_are_channels_of_a_volume(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 255, (12, 10, 6, 3), dtype=np.uint8)
+    packed = np.zeros((12, 10, 6), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    for i, name in enumerate("RGB"):
+        packed[name] = values[..., i]
+    nibabel.save(nibabel.Nifti1Image(packed, np.eye(4)), tmp_path / "rgb.nii.gz")
+    image = itk.image_from_array(np.ascontiguousarray(values.transpose(2, 1, 0, 3)), is_vector=True)
+    for name in ("rgb.nrrd", "rgb.mha"):
+        itk.imwrite(image, str(tmp_path / name))
+    for name in ("rgb.nii.gz", "rgb.nrrd", "rgb.mha"):
+        assert read_volume(tmp_path / name, channels=3).numpy().tolist() == values.transpose(3, 0, 1, 2).tolist(), name
 
 
 def test_prompts_for_a_name_of_several_images_are_refused(tmp_path: Path) -> None:
