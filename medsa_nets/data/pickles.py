@@ -41,11 +41,10 @@ class _ArrayUnpickler(pickle.Unpickler):
         """What a file names, where arrays need it."""
         if (module, name) not in _ALLOWED:
             raise DataError(f"it names {module}.{name}; only numbers, texts and numpy arrays are read.")
-        if module.startswith("numpy.") and not hasattr(np, "_core"):
-            module = module.replace("numpy._core", "numpy.core")  # numpy 1
-        elif module.startswith("numpy."):
-            module = module.replace("numpy.core", "numpy._core")
-        return super().find_class(module, name)
+        parts = module.split(".")
+        if len(parts) > 2:
+            parts[1] = "core" if int(np.__version__.split(".")[0]) < 2 else "_core"  # whichever numpy wrote the file
+        return super().find_class(".".join(parts), name)
 
 
 def unpack_pickles(root: Path, pattern: str) -> Path:
