@@ -25,6 +25,7 @@ def build_medsa(
     num_classes: int = 1,
     classes_per_pass: int = 1,
     click_feedback: bool = False,
+    in_channels: int | None = None,
     adapter_ratio: float = 0.25,
     adapter_dim: int | None = None,
     scale: float = 0.5,
@@ -58,6 +59,9 @@ def build_medsa(
         click_feedback: whether clicks and the mask before them reach the decoder as maps too
             (:class:`~medsa_nets.layers.ClickFeedback`); part of the adapter's identity. An adapter that was made
             without it is taken, and gives the masks that it gave.
+        in_channels: channels of an image: sequences of MRI, phases of CT. None, 3 and, of volumes, 1 are what bases
+            take as it is; any other number has a learned projection to three before the base
+            (:class:`~medsa_nets.layers.ChannelProjection`), which is part of the adapter and of its identity.
         adapter_ratio: bottleneck width of every adapter as a share of its block's width.
         adapter_dim: bottleneck width of every adapter; takes precedence over ``adapter_ratio``.
         scale: weight of the adapters beside the MLPs.
@@ -83,8 +87,8 @@ def build_medsa(
         The network, base frozen, adapters at the identity.
 
     Raises:
-        ValueError: when ``spatial_dims`` is neither 2 nor 3, ``dropout`` is no probability, or ``task`` has
-            another fact.
+        ValueError: when ``spatial_dims`` is neither 2 nor 3, ``in_channels`` is below 1, ``dropout`` is no probability,
+            or ``task`` has another fact.
         WeightsError: when the weights are missing, damaged or of another network.
     """
     if spatial_dims not in (2, 3):
@@ -116,6 +120,7 @@ def build_medsa(
         "num_classes": num_classes,
         "classes_per_pass": classes_per_pass,
         "click_feedback": ClickFeedback(spatial_dims=spatial_dims) if click_feedback else None,
+        "in_channels": in_channels,
         "pixel_mean": spec.pixel_mean,
         "pixel_std": spec.pixel_std,
         "train_norms": train_norms,
@@ -136,6 +141,7 @@ def build_medsa(
                 **({"spatial_dims": 3} if spatial_dims == 3 else {}),
                 **({"classes_per_pass": classes_per_pass} if classes_per_pass > 1 else {}),
                 **({"click_feedback": True} if click_feedback else {}),
+                **({"in_channels": in_channels} if network.channel_projection is not None else {}),
             },
         }
     )

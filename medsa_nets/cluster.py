@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 from medsa_nets.backends import expect_images
 from medsa_nets.bundles import Bundle, read
-from medsa_nets.data import check_names
+from medsa_nets.data import check_names, image_path
 from medsa_nets.data.atomic import make_writable, temporary_name
-from medsa_nets.errors import ClusterError, MedSAError, OutputError, describe, find_cause
+from medsa_nets.errors import ClusterError, DataError, MedSAError, OutputError, describe, find_cause
 from medsa_nets.transforms import check_prompt_keys
 
 SHARE = "studies_of_a_worker"  # beside the bundle's own settings: how many a worker is going to segment
@@ -155,6 +155,11 @@ def _list_studies(parser: ConfigParser) -> list[dict[str, Any]]:
     """The bundle's own list of data, each study with a name of its own."""
     entries = [dict(entry) for entry in read(parser, "dataset#data")]
     for entry in entries:
+        if not isinstance(entry["image"], (str, os.PathLike)):
+            raise DataError(
+                f"{image_path(entry)}: a study whose channels are files of their own; expected one file each. Join "
+                "them into a file with the channels last, or segment by monai.bundle run inferring."
+            )
         entry["image"] = os.path.abspath(entry["image"])  # a link keeps its own name
     check_names(entry["image"] for entry in entries)
     return entries

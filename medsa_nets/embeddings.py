@@ -19,6 +19,20 @@ from medsa_nets.runtime import plain
 logger = logging.getLogger(__name__)
 
 
+def encoder_parameters(network: MedSA) -> dict[str, nn.Parameter]:
+    """What embeddings depend on: the encoder with its adapters, and a projection of channels before it."""
+    own = dict(network.image_encoder.named_parameters())
+    if network.channel_projection is not None:
+        own.update({f"channel_projection.{name}": p for name, p in network.channel_projection.named_parameters()})
+    return own
+
+
+def freeze_encoder(network: MedSA) -> None:
+    """Let nothing train that embeddings depend on."""
+    for parameter in encoder_parameters(network).values():
+        parameter.requires_grad_(False)
+
+
 class StoredEmbeddings:
     """Embeddings of a network's images: each is computed once, and read from disk from then on.
 
@@ -35,7 +49,7 @@ class StoredEmbeddings:
     """
 
     def __init__(self, network: MedSA, folder: str | Path) -> None:
-        trained = [name for name, p in network.image_encoder.named_parameters() if p.requires_grad]
+        trained = [name for name, p in encoder_parameters(network).items() if p.requires_grad]
         if trained:
             raise ValueError(f"Embeddings are kept for frozen encoders only, but {trained[0]} trains.")
         self.network = network
@@ -69,7 +83,7 @@ class StoredEmbeddings:
         return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self.network.image_encoder.modules())
 
     def _fingerprint(self) -> str:
-        tensors = {**dict(self.network.image_encoder.named_parameters()), "mean": self.network.pixel_mean,
+        tensors = {**encoder_parameters(self.network), "mean": self.network.pixel_mean,
                    "std": self.network.pixel_std}  # fmt: skip
         return self._encoder.get(tensors.values(), lambda: state_sha256(tensors))
 
@@ -102,7 +116,7 @@ def train_decoder_alone(network: MedSA, folder: str | Path) -> MedSA:
     Returns:
         ``network``.
     """
-    network.image_encoder.requires_grad_(False)
+    freeze_encoder(network)
     network.kept_embeddings = StoredEmbeddings(network, folder)
     return network
 
@@ -117,7 +131,7 @@ class PrecomputedEmbeddings(StoredEmbeddings):
     """
 
     def __init__(self, network: MedSA, folder: str | Path, writes: bool = False) -> None:
-        network.image_encoder.requires_grad_(False)
+        freeze_encoder(network)
         super().__init__(network, folder)
         self.writes = writes
 

@@ -1,4 +1,4 @@
-"""Surface metrics in millimetres: MONAI's, with the spacing of each volume."""
+"""Surface metrics in millimetres (MONAI's, with the spacing of each volume), and agreement with several raters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.metrics import HausdorffDistanceMetric, SurfaceDiceMetric
+from monai.metrics import CumulativeIterationMetric, HausdorffDistanceMetric, SurfaceDiceMetric, compute_dice
 from torch import Tensor
 
 
@@ -43,6 +43,39 @@ class SurfaceDiceMM(SurfaceDiceMetric):
     def __call__(self, y_pred: Any, y: Any = None, **kwargs: Any) -> Any:
         """Compare lists of one-hot volumes (classes, X, Y, Z)."""
         return _one_by_one(super().__call__, y_pred, y, **kwargs)
+
+
+def _dice(one: Tensor, other: Tensor) -> Tensor:
+    """Dice of two masks (spatial…); 1 where both are empty."""
+    return compute_dice(one[None, None], other[None, None], ignore_empty=False)[0, 0]
+
+
+class RaterDice(CumulativeIterationMetric):
+    """Mean Dice of a mask with those of several raters; where both are empty, it is 1.
+
+    It is comparable with :class:`RaterAgreement`: a mask that agrees with the raters as they do among each other has
+    about that Dice.
+    """
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Compare masks (B, 1, spatial…) with those of raters (B, raters, spatial…): (B, 1)."""
+        assert y is not None
+        return torch.stack([torch.stack([_dice(p[0], rater) for rater in own]).mean() for p, own in zip(y_pred, y)])[
+            :, None
+        ]
+
+    def aggregate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Mean over all images so far."""
+        return torch.as_tensor(self.get_buffer()).mean()
+
+
+class RaterAgreement(RaterDice):
+    """Mean Dice of the raters of an image with each other, over all pairs; where two masks are empty, it is 1."""
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Compare the masks of raters (B, raters, spatial…), two or more, with each other: (B, 1)."""
+        pairs = [[_dice(own[i], own[j]) for j in range(len(own)) for i in range(j)] for own in y_pred]
+        return torch.stack([torch.stack(own).mean() for own in pairs])[:, None]
 
 
 def _one_by_one(metric: Any, y_pred: Any, y: Any, **kwargs: Any) -> Tensor:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,8 @@ from monai.bundle import run
 from PIL import Image
 
 from medsa_nets import build_medsa
-from medsa_nets.cluster import COLUMNS, PARTS, RECORDS, segment_all
+from medsa_nets.bundles import Bundle
+from medsa_nets.cluster import COLUMNS, PARTS, RECORDS, _list_studies, segment_all
 from medsa_nets.data.phantoms import phantom
 from medsa_nets.errors import ClusterError, DataError
 
@@ -173,6 +175,17 @@ def test_studies_of_one_name_are_refused(tmp_path):
     Image.fromarray(phantom(1, 96)[0]).save(studies / "study_0.jpg")
     with pytest.raises(DataError, match=r"study_0\.jpg and .*study_0\.png: their results would have one name"):
         segment_all(config_file=str(CONFIG), dataset_dir=str(studies), output_dir=str(tmp_path / "out"))
+
+
+def test_studies_of_several_files_are_refused(tmp_path):
+    for name in ("c_t1.nii.gz", "c_t2.nii.gz"):
+        nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 2), np.float32), np.eye(4)), tmp_path / name)
+    layout = {"training": {"image": {"t1": "{case}_t1.nii.gz", "t2": "{case}_t2.nii.gz"}, "label": "{case}.nii.gz"}}
+    parser = Bundle.open(
+        BUNDLE.parent / "medsa_btcv", settings={"dataset_dir": str(tmp_path), "layout": layout, "in_channels": 2}
+    ).parser()
+    with pytest.raises(DataError, match=r"c_t1\.nii\.gz: a study whose channels are files of their own"):
+        _list_studies(parser)
 
 
 def test_what_stands_in_the_way_is_said(tmp_path, monkeypatch):

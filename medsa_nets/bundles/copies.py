@@ -68,9 +68,14 @@ def copy_bundle(
 
 
 def _describe(target: Path, bundle: Bundle) -> None:
-    """Name the classes of a configuration in the copy's metadata, from which servers take their labels."""
+    """Name classes and channels of a configuration in the copy's metadata, from which servers take their labels."""
     path = target / "configs" / METADATA
     metadata = json.loads(path.read_text(encoding="utf-8"))
+    channels = int(bundle.value("in_channels", 1) or 1) if "in_channels" in bundle.config else 1
+    if channels > 1:
+        image = metadata["network_data_format"]["inputs"]["image"]
+        image["num_channels"] = channels
+        image["channel_def"] = {str(i): f"channel {i + 1}" for i in range(channels)}
     if "classes" in bundle.config:
         classes = ["background", *bundle.classes]
         pred = metadata["network_data_format"]["outputs"]["pred"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from monai.data import load_decathlon_datalist
 
+from medsa_nets.data.layouts import SPLITS, hash_of, read_layout, split_groups
 from medsa_nets.data.outputs import output_name
 from medsa_nets.data.photographs import read_mask, read_photograph
 from medsa_nets.data.slices import is_dicom
@@ -19,8 +19,8 @@ from medsa_nets.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("training", "validation", "testing")
-PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".dcm")
+PHOTOGRAPH_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".ppm.gz", ".pgm.gz", ".dcm")
+RATERS = ("each", "majority", "random")
 # folder prefixes of the ISIC challenges, per split: images in <prefix>_Data, masks in <prefix>…GroundTruth
 _ISIC_FOLDERS = (
     {
@@ -42,17 +42,29 @@ def image_id(item: dict[str, Any]) -> str:
     return output_name(str(item["image"]))
 
 
+def paths_of(value: str | Sequence[str]) -> list[str]:
+    """The files of an image or label: one, or several (channels, raters)."""
+    return [value] if isinstance(value, str) else list(value)
+
+
+def is_photograph(path: Path) -> bool:
+    """Whether a file's name is that of a photograph that this package reads."""
+    return path.name.lower().endswith(PHOTOGRAPH_SUFFIXES)
+
+
 def load_datalist(
     split: str,
     dataset_dir: str | Path,
     datalist: str | Path | None = None,
     *,
+    layout: Any = None,
+    raters: str | None = None,
     validation_fraction: float = 0.1,
     seed: int = 0,
     limit: int = 0,
     skip_unreadable: bool = False,
     required: bool = True,
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """List the images and masks of a split.
 
     Where the data set has no validation split, a share of the training images, chosen by a hash of their names, is kept
@@ -64,6 +76,11 @@ def load_datalist(
             ``masks/``), nnU-Net (``imagesTr/``, ``labelsTr/``), or any folder together with ``datalist``.
         datalist: file in the Decathlon JSON form (keys ``training``, ``validation``, ``testing``; each entry has
             ``image`` and ``label``, paths relative to ``dataset_dir``).
+        layout: where a data set of another folder shape has its images and masks
+            (:func:`~medsa_nets.data.layouts.read_layout`); none looks for the shapes above.
+        raters: what is learned from masks of several raters, a list under ``label``
+            (:class:`~medsa_nets.transforms.ChooseRaterd`): ``majority``, ``random``, or ``each``: then an image stands
+            in the list with each of its masks, in ``rater`` (0, 1, …). None expects one mask.
         validation_fraction: share of the training images kept for validation where the data set has no such split.
         seed: seed of that choice.
         limit: if above 0, this many images of the split, chosen by the same hash.
@@ -71,19 +88,44 @@ def load_datalist(
         required: whether an empty split is an error; a training goes on without validation.
 
     Returns:
-        Entries with ``image`` and ``label``, absolute paths, sorted by name.
+        Entries with ``image`` and ``label``, absolute paths (of several masks, lists of them), sorted by name.
 
     Raises:
-        DataError: when folder, file or split is missing, when the list is empty, or when files are not there.
+        DataError: when folder, file or split is missing, when ``raters`` is something else, when the list is empty, or
+            when files are not there.
     """
     if split not in SPLITS:
         raise DataError(f"split must be one of {', '.join(SPLITS)}; got {split!r}.")
     root = Path(dataset_dir).expanduser()
     if not root.is_dir():
         raise DataError(f"dataset_dir {root}: there is no such folder. Pass the data set's folder (--dataset_dir).")
-    splits = read_datalist(Path(datalist).expanduser(), root, _scan) if datalist else _scan(root)
+    if datalist:
+        several = ("label",) if raters else ()
+        splits = read_datalist(Path(datalist).expanduser(), root, _scan, several)
+    else:
+        splits = read_layout(root, layout, is_photograph) if layout else _scan(root)
     items = choose_split(splits, split, validation_fraction, seed, limit, str(datalist or root), image_id, required)
-    return keep_readable(items) if skip_unreadable and items else items
+    items = keep_readable(items) if skip_unreadable and items else items
+    return list_raters(items, raters) if raters else items
+
+
+def list_raters(items: Sequence[dict[str, Any]], raters: str) -> list[dict[str, Any]]:
+    """Entries of images with masks of several raters, as :func:`load_datalist` says.
+
+    Raises:
+        DataError: when ``raters`` is no way to choose, or an image has one mask.
+    """
+    if raters not in RATERS:
+        raise DataError(f"raters must be one of {', '.join(RATERS)}; got {raters!r}.")
+    single = next((item for item in items if not isinstance(item["label"], list) or len(item["label"]) < 2), None)
+    if single is not None:
+        raise DataError(
+            f"{single['image']}: it has one mask; with raters ({raters}), several are expected, in a list under "
+            "'label' or by the layout of the task. Set raters to null (--raters None)."
+        )
+    if raters != "each":
+        return list(items)
+    return [{**item, "rater": rater} for item in items for rater in range(len(item["label"]))]
 
 
 def choose_split(
@@ -99,7 +141,8 @@ def choose_split(
     """Entries of a split, sorted; where there is no validation split, a share of the training entries stands for it.
 
     Both that share and ``limit`` choose by a hash of ``name_of(entry)``; other arguments as in :func:`load_datalist`.
-    The share is one entry or more, where there are two or more and it is not 0.
+    The share is one entry or more, where there are two or more and it is not 0. Entries that name their ``group`` are
+    not parted from it (:func:`~medsa_nets.data.layouts.split_groups`).
 
     Raises:
         DataError: when the split is empty and ``required``; the message begins with ``source`` and counts what was
@@ -107,11 +150,14 @@ def choose_split(
     """
     if not splits.get("validation") and split != "testing":
         training = splits.get("training", [])
-        count = round(validation_fraction * len(training)) if len(training) > 1 else 0
-        if validation_fraction > 0 and len(training) > 1:
-            count = min(max(count, 1), len(training) - 1)
-        ranked = sorted(training, key=lambda item: _hash(name_of(item), seed))
-        splits["validation"], splits["training"] = ranked[:count], ranked[count:]
+        if training and all("group" in item for item in training):
+            splits["validation"], splits["training"] = split_groups(training, validation_fraction, seed)
+        else:
+            count = round(validation_fraction * len(training)) if len(training) > 1 else 0
+            if validation_fraction > 0 and len(training) > 1:
+                count = min(max(count, 1), len(training) - 1)
+            ranked = sorted(training, key=lambda item: hash_of(name_of(item), seed))
+            splits["validation"], splits["training"] = ranked[:count], ranked[count:]
     items = splits.get(split, [])
     if not items:
         counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in SPLITS)
@@ -129,11 +175,12 @@ def choose_split(
         }[split]
         raise DataError(f"{source}: the split {split!r} is empty (found: {counts}). {remedy}.")
     if limit > 0:
-        items = sorted(items, key=lambda item: _hash(name_of(item), seed))[:limit]
-    return sorted(items, key=lambda item: item["image"])
+        items = sorted(items, key=lambda item: hash_of(name_of(item), seed))[:limit]
+    items = sorted(items, key=lambda item: item["image"])
+    return [{key: value for key, value in item.items() if key != "group"} for item in items]
 
 
-def keep_readable(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+def keep_readable(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Entries whose image and mask can be read; the others are named in the log.
 
     Raises:
@@ -142,8 +189,9 @@ def keep_readable(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     kept, skipped = [], []
     for item in items:
         try:
-            for key, path in item.items():
-                (read_mask if key == "label" else read_photograph)(path)
+            for key, read in (("image", read_photograph), ("label", read_mask)):
+                for path in paths_of(item[key]) if key in item else ():
+                    read(path)
             kept.append(item)
         except DataError as error:
             skipped.append(str(error))
@@ -154,10 +202,6 @@ def keep_readable(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     if not kept:
         raise DataError(f"None of the {len(items)} entries can be read; the first: {skipped[0]}")
     return kept
-
-
-def _hash(text: str, seed: int) -> str:
-    return hashlib.sha256(f"{seed} {text}".encode()).hexdigest()
 
 
 def read_json(path: Path) -> Any:
@@ -175,13 +219,17 @@ def read_json(path: Path) -> Any:
 
 
 def read_datalist(
-    path: Path, root: Path, scan: Callable[[Path], dict[str, list[dict[str, Any]]]] | None = None
+    path: Path,
+    root: Path,
+    scan: Callable[[Path], dict[str, list[dict[str, Any]]]] | None = None,
+    several: Sequence[str] = (),
 ) -> dict[str, list[dict[str, Any]]]:
     """Read the splits of a Decathlon JSON whose paths are relative to ``root``.
 
     Args:
         path: the file. That of nnU-Net may name ``case.nii.gz`` where the image is ``case_0000.nii.gz``.
         root: folder of the data set.
+        several: keys that may name several files: ``label`` (raters), ``image`` (channels).
         scan: finds the cases of a folder; used where the file names labels, as that of nnU-Net does, but no cases.
 
     Raises:
@@ -198,19 +246,21 @@ def read_datalist(
         if not isinstance(content[name], list):
             raise DataError(f"datalist {path}: {name} is {content[name]!r}; expected a list of entries.")
         for i, entry in enumerate(content[name]):
-            _check_entry(entry, f"datalist {path}: {name}[{i}]")
+            _check_entry(entry, f"datalist {path}: {name}[{i}]", several)
         splits[name] = load_decathlon_datalist(str(path), True, name, str(root))
         for item in splits[name]:
-            item["image"] = _first_channel(item["image"], f"datalist {path}")
-        require_files((item[key] for item in splits[name] for key in ("image", "label")), f"datalist {path}, {name}")
+            if isinstance(item["image"], str):
+                item["image"] = _first_channel(item["image"], f"datalist {path}")
+        named = (file for item in splits[name] for key in ("image", "label") for file in paths_of(item[key]))
+        require_files(named, f"datalist {path}, {name}")
     return splits
 
 
-def _check_entry(entry: Any, place: str) -> None:
+def _check_entry(entry: Any, place: str, several: Sequence[str] = ()) -> None:
     """Check an entry of a data list.
 
     Raises:
-        DataError: when it is none, or names several images or labels.
+        DataError: when it is none, or names several images or labels where that is not in ``several``.
     """
     if not isinstance(entry, dict) or "image" not in entry or "label" not in entry:
         raise DataError(f"{place} is {entry!r}; expected {{'image': …, 'label': …}}.")
@@ -218,6 +268,9 @@ def _check_entry(entry: Any, place: str) -> None:
         ("image", "Join them into one file, or keep the one to learn from"),
         ("label", "Join them into one file: a mask where they mean one class, else a label map of 1, 2, …"),
     ):
+        files = entry[key]
+        if key in several and isinstance(files, list) and files and all(isinstance(file, str) for file in files):
+            continue
         if isinstance(entry[key], (list, tuple)):
             raise DataError(
                 f"{place} has {len(entry[key])} files as its {key} ({', '.join(map(str, entry[key][:3]))}"
@@ -278,7 +331,7 @@ def _scan(root: Path) -> dict[str, list[dict[str, str]]]:
 
 def _split_kvasir(items: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
     """Kvasir-SEG is published without splits: 80 % training, 10 % validation, 10 % testing by a hash of the name."""
-    ranked = sorted(items, key=lambda item: _hash(image_id(item), 0))
+    ranked = sorted(items, key=lambda item: hash_of(image_id(item), 0))
     tenth = round(len(ranked) / 10)
     return {"testing": ranked[:tenth], "validation": ranked[tenth : 2 * tenth], "training": ranked[2 * tenth :]}
 
@@ -317,7 +370,7 @@ def _mask_id(path: Path) -> str:
 
 
 def _photographs(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PHOTOGRAPH_SUFFIXES)
+    return sorted(path for path in folder.iterdir() if is_photograph(path))
 
 
 def _read_csv(table: Path, root: Path, image_folder: str, mask_folder: str) -> list[dict[str, str]]:
@@ -345,7 +398,7 @@ def list_photographs(folder: str | Path, *, skip_unreadable: bool = False) -> li
     """List the photographs of a folder for inference, by name, as entries with ``image``; no masks are needed.
 
     Args:
-        folder: folder of JPEG, PNG, BMP, TIFF or DICOM photographs, or one such file. DICOM files need no suffix.
+        folder: folder of JPEG, PNG, BMP, TIFF, PPM or DICOM photographs, or one such file. DICOM files need no suffix.
         skip_unreadable: read every file now, leave out those that can't be read, and name them in the log.
 
     Raises:
@@ -357,7 +410,7 @@ def list_photographs(folder: str | Path, *, skip_unreadable: bool = False) -> li
     if not root.is_dir():
         raise DataError(f"dataset_dir {root}: no such folder or file. Pass the images' folder (--dataset_dir).")
     files = sorted(path for path in root.iterdir() if path.is_file())
-    images = [path for path in files if path.suffix.lower() in PHOTOGRAPH_SUFFIXES or is_dicom(path)]
+    images = [path for path in files if is_photograph(path) or is_dicom(path)]
     if not images:
         found = ", ".join(path.name for path in sorted(root.iterdir())[:10]) or "nothing"
         raise DataError(f"dataset_dir {root}: no photographs ({', '.join(PHOTOGRAPH_SUFFIXES)}); found {found}.")

@@ -15,6 +15,7 @@ from monai.transforms import Compose, RandomizableTrait, Transform
 from monai.utils import get_seed
 from torch.utils.data import Sampler
 
+from medsa_nets.data.outputs import image_path
 from medsa_nets.errors import DataError, find_cause
 from medsa_nets.machine import usable_cpus, usable_memory
 
@@ -180,13 +181,15 @@ def repeat_volumes(data: Sequence[dict[str, Any]], repeats: int) -> list[dict[st
         raise ValueError(f"repeats must be 1 or more, got {repeats}.")
     if repeats == 1:
         return list(data)
-    return [entry for entry in data for _ in range(repeats if _slices(entry["image"]) > 1 else 1)]
+    return [entry for entry in data for _ in range(repeats if _slices(image_path(entry)) > 1 else 1)]
 
 
 def _slices(path: str) -> int:
     """Slices of a volume, by the header of its file or the number of files in its folder."""
     if Path(path).is_dir():
         return sum(1 for file in Path(path).iterdir() if file.is_file())
+    if path.lower().endswith(".npy"):
+        return min(np.load(path, mmap_mode="r", allow_pickle=False).shape)
     import itk  # takes a second, and few need it
 
     reader = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)

@@ -33,17 +33,22 @@ NIFTI_FIELDS = ("qform_code", "sform_code", "xyzt_units", "quatern_b", "quatern_
 _DISAGREEMENT = 0.1  # mm that corners may lie apart
 
 
-def nifti_geometry(image: Any, path: Path) -> tuple[float, np.ndarray]:
+def nifti_geometry(image: Any, path: Path, colours: bool = False) -> tuple[float, np.ndarray]:
     """Unit (mm) and transforms of a NIfTI image of a file: the values of :data:`NIFTI_FIELDS`, one after the other.
 
+    Args:
+        image: as nibabel opens it.
+        path: of its file.
+        colours: whether voxels may be colours.
+
     Raises:
-        DataError: when voxels are complex or of several channels, or no orientation is stated.
+        DataError: when voxels are complex, or colours where these are not expected, or no orientation is stated.
     """
     header = image.header
     kind = np.dtype(header.get_data_dtype())
     if kind.kind == "c":
         raise DataError(f"{path}: its voxels are complex numbers ({kind}). Write the magnitude as a file of its own.")
-    if kind.kind == "V":
+    if kind.kind == "V" and not colours:
         raise DataError(f"{path}: its voxels are colours ({kind}); expected grey values.")
     if not (int(header["qform_code"]) > 0 or int(header["sform_code"]) > 0):
         raise DataError(

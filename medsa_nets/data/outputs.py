@@ -15,7 +15,7 @@ from medsa_nets.data.atomic import check_writable, make_folder
 from medsa_nets.errors import DataError
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff",
-            ".webp", ".gif", ".dcm", ".dicom", ".ima")  # fmt: skip
+            ".webp", ".gif", ".ppm.gz", ".pgm.gz", ".ppm", ".pgm", ".dcm", ".dicom", ".ima")  # fmt: skip
 
 
 def output_name(path: str | Path) -> str:
@@ -26,6 +26,12 @@ def output_name(path: str | Path) -> str:
     name = Path(path).name
     suffix = next((s for s in SUFFIXES if name.lower().endswith(s) and len(name) > len(s)), "")
     return name[: len(name) - len(suffix)]
+
+
+def image_path(entry: Mapping[str, Any]) -> str:
+    """Path of the image of an entry; of several files (channels), the first one's."""
+    image = entry["image"]
+    return str(image[0] if isinstance(image, (list, tuple)) and image else image)
 
 
 def unique_names(paths: Iterable[str | Path]) -> dict[str, str]:
@@ -106,35 +112,46 @@ class NamedOutputs(FolderLayoutBase):
         output_dir: folder of the files; it is made with the first one.
         postfix: what stands behind the image's name (:func:`output_name`).
         extension: suffix of the files.
+        data: entries of all images, with ``image``, where those of one name are told apart by their folders
+            (:func:`unique_names`), as a layout of a task has them; none names each by its file alone.
     """
 
-    def __init__(self, output_dir: str | Path, postfix: str, extension: str) -> None:
+    def __init__(
+        self, output_dir: str | Path, postfix: str, extension: str, data: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
         self.output_dir = Path(output_dir)
         self.ending = f"_{postfix}{extension}"
+        self.names = unique_names(image_path(entry) for entry in data)
 
     def filename(self, subject: str | Path = "image", idx: Any = None, **kwargs: Any) -> Path:
         """Path of the file of an image (``subject``, its path)."""
-        return make_folder(self.output_dir) / (output_name(subject) + ("" if idx is None else f"_{idx}") + self.ending)
+        name = self.names.get(str(subject)) or output_name(subject)
+        return make_folder(self.output_dir) / (name + ("" if idx is None else f"_{idx}") + self.ending)
 
 
-def prepare_outputs(entries: Iterable[Mapping[str, Any]], output_dir: str | Path, *endings: str) -> None:
+def prepare_outputs(
+    entries: Iterable[Mapping[str, Any]], output_dir: str | Path, *endings: str, by_folder: bool = False
+) -> None:
     """Refuse an inference whose results would be lost, before its first image.
 
     Args:
         entries: the data list, with ``image``.
         output_dir: folder of the results.
         endings: of the files that each image gives behind its name, as ``_segmentation.png``.
+        by_folder: whether images of one name are told apart by their folders (:class:`NamedOutputs`).
 
     Raises:
         DataError: when the results of two images would have one name, or would replace an image.
         OutputError: when the folder can't be made or written to.
     """
-    paths = [str(entry["image"]) for entry in entries]
-    check_names(paths)
+    paths = [image_path(entry) for entry in entries]
+    names = unique_names(paths) if by_folder else {}
+    if not by_folder:
+        check_names(paths)
     there = {os.path.realpath(path) for path in paths}
     for path in paths:
         for ending in endings:
-            target = Path(output_dir) / (output_name(path) + ending)
+            target = Path(output_dir) / (names.get(path, output_name(path)) + ending)
             if os.path.realpath(target) in there:
                 raise DataError(
                     f"{target}: the result of {path} would replace this image. Name another folder (--output_dir)."

@@ -1,4 +1,4 @@
-"""Reading and writing photographs: JPEG, PNG, TIFF and DICOM in, colour as RGB; files written whole or not at all.
+"""Reading and writing photographs: JPEG, PNG, TIFF, PPM and DICOM in, colour as RGB; files written whole or not at all.
 
 A photograph that states an orientation (EXIF) is turned upright as it is read. That is the one frame of this package:
 images, masks, prompts and every output are upright, of the size that viewers show.
@@ -6,6 +6,8 @@ images, masks, prompts and every output are upright, of the size that viewers sh
 
 from __future__ import annotations
 
+import gzip
+import io
 import logging
 import warnings
 from collections.abc import Mapping
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # a truncated file is an error here, never a half-grey image
 _ORIENTATION = 0x0112  # EXIF and TIFF tag
+_MOST_UNPACKED = 2**30  # bytes of a packed picture: a small file may hold endless zeros
 _LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
 
 
@@ -50,17 +53,27 @@ class PhotographReader(PILReader):
         """Every file: what can't be read is told by :meth:`get_data`."""
         return True
 
-    def read(self, data: Any, **kwargs: Any) -> Path:
+    def read(self, data: Any, **kwargs: Any) -> Path | list[Path]:
         """The file's path; :meth:`get_data` decodes it, lest ``LoadImage`` tries its other readers."""
+        if isinstance(data, (list, tuple)) and len(data) > 1:
+            return [Path(path) for path in data]
         return Path(data[0] if isinstance(data, (list, tuple)) else data)
 
     def get_data(self, img: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """Decode one file to an array and its metadata.
+        """Decode one file to an array and its metadata; masks of several raters to an array (raters, W, H).
 
         Raises:
-            DataError: when the file is missing, unreadable or truncated.
+            DataError: when a file is missing, unreadable or truncated, or several are of different sizes.
         """
-        return super().get_data(read_mask(img) if self.mode == "L" else read_photograph(img, self.mode))
+        paths = list(img) if isinstance(img, (list, tuple)) else [img]
+        pictures = [read_mask(path) if self.mode == "L" else read_photograph(path, self.mode) for path in paths]
+        for path, picture in zip(paths, pictures):
+            if picture.size != pictures[0].size:
+                raise DataError(
+                    f"{path}: it is {picture.size[0]} x {picture.size[1]} pixels, {paths[0]} is "
+                    f"{pictures[0].size[0]} x {pictures[0].size[1]}. Masks of one image have one size."
+                )
+        return super().get_data(pictures if len(pictures) > 1 else pictures[0])
 
     def _get_meta_dict(self, img: Any) -> dict[str, Any]:
         orientation = int(img.info.get("orientation", 1))
@@ -128,7 +141,7 @@ def read_mask(path: str | Path) -> Image.Image:
 def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(
         f"{path}: not readable as an image ({describe(error)}). Expected a whole JPEG, PNG, BMP, "
-        "TIFF or DICOM photograph; replace the file, or leave it out (--skip_unreadable true)."
+        "TIFF, PPM or DICOM photograph; replace the file, or leave it out (--skip_unreadable true)."
     )
 
 
@@ -147,7 +160,7 @@ def _open(path: Path, values: bool = False) -> Image.Image:
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of tags that are unusual
-                image = Image.open(path)
+                image = Image.open(_unpacked(path) if path.name.lower().endswith(".gz") else path)
                 lossy, frames = image.format in _LOSSY, getattr(image, "n_frames", 1)
                 tile = getattr(image, "tile", None) or [()]
                 deep = image.mode not in ("L", "1") and ";16" in str(tile[0][-1:]) and not image.mode.startswith("I")
@@ -169,6 +182,17 @@ def _open(path: Path, values: bool = False) -> Image.Image:
         raise _unreadable(path, error) from error
     image.info.update({"orientation": orientation, "lossy": lossy})
     return image
+
+
+def _unpacked(path: Path) -> io.BytesIO:
+    """What a file of gzip holds."""
+    with gzip.open(path) as file:
+        content = file.read(_MOST_UNPACKED + 1)
+    if len(content) > _MOST_UNPACKED:
+        raise DataError(
+            f"{path}: it holds more than {_MOST_UNPACKED >> 30} GiB; expected one packed picture. Unpack it."
+        )
+    return io.BytesIO(content)
 
 
 def _stated_orientation(image: Image.Image, path: Path) -> int:

@@ -28,6 +28,8 @@ from medsa_nets.data.geometry import (
     written_geometry,
 )
 from medsa_nets.data.labels import Renumbering, match_labels, read_labels
+from medsa_nets.data.layouts import find_list, list_images, read_layout
+from medsa_nets.data.outputs import image_path
 from medsa_nets.data.slices import (
     Slice,
     count_frames,
@@ -46,6 +48,8 @@ from medsa_nets.errors import DataError, describe
 logger = logging.getLogger(__name__)
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
+ARRAY_SUFFIX = ".npy"  # an array without geometry, which a setting has to state
+GRID_TOLERANCE = 0.1  # mm that corners of two grids may lie apart
 _DATALIST_NAMES = ("dataset_0.json", "dataset.json")
 _FOLDERS = (("imagesTr", "labelsTr"), ("images", "labels"))
 
@@ -80,7 +84,12 @@ def _is_dicom_image(path: Path) -> bool:
     return is_dicom(path) and path.name.upper() != "DICOMDIR"
 
 
-def list_volumes(folder: str | Path) -> list[dict[str, str]]:
+def is_case(path: Path) -> bool:
+    """Whether a path that a layout names is a volume: as :func:`is_volume`, or an array."""
+    return (path.is_file() and path.name.lower().endswith(ARRAY_SUFFIX)) or is_volume(path)
+
+
+def list_volumes(folder: str | Path, layout: Any = None) -> list[dict[str, Any]]:
     """List the volumes of a folder for inference, by name, as entries with ``image``; the log names what is left out.
 
     Args:
@@ -96,7 +105,9 @@ def list_volumes(folder: str | Path) -> list[dict[str, str]]:
         raise DataError(f"dataset_dir {root}: no such folder or file. Pass the volumes' folder (--dataset_dir).")
     if root.name.upper() == "DICOMDIR" and root.is_file():
         root = root.parent
-    if root.is_file() and is_volume(root):
+    if layout and root.is_dir() and (found_cases := list_images(root, layout, is_case)):
+        return found_cases
+    if root.is_file() and is_case(root):
         return [{"image": str(root)}]
     inside = sorted(root.iterdir()) if root.is_dir() else []
     if any(path.name.upper() == "DICOMDIR" for path in inside):
@@ -147,6 +158,8 @@ def load_volume_datalist(
     datalist: str | Path | None = None,
     *,
     classes: Sequence[str] = (),
+    layout: Any = None,
+    channels: int = 1,
     validation_fraction: float = 0.2,
     seed: int = 0,
     limit: int = 0,
@@ -164,6 +177,10 @@ def load_volume_datalist(
         datalist: file in the Decathlon JSON form, paths relative to ``dataset_dir``. An entry may name the classes
             that are annotated in it: ``"annotated": ["liver", "spleen"]``.
         classes: names of the classes, in the order of their ids; checks and translates ``annotated``.
+        layout: where a data set of another folder shape has its volumes and labels, or its list
+            (:func:`~medsa_nets.data.layouts.read_layout`, :func:`~medsa_nets.data.layouts.find_list`); none looks for
+            the shapes above. Its ``label_ids`` is the new id of each old one.
+        channels: of an image. With several, ``image`` may be a list of as many files.
         validation_fraction: share of the training volumes kept for validation where the data set has no such split.
         seed: seed of that choice.
         limit: if above 0, this many volumes of the split, chosen by the same hash.
@@ -172,7 +189,7 @@ def load_volume_datalist(
     Returns:
         Entries with ``image`` and ``label`` (absolute paths, sorted by name) and, with ``classes``, ``annotated``: an
         array of booleans, one for each class. Where the data list's ``labels`` give these names other ids than the
-        classes have, also ``label_ids``: the new id of each old one
+        classes have, or the layout does, also ``label_ids``: the new id of each old one
         (:class:`~medsa_nets.transforms.RenumberLabelsd`).
 
     Raises:
@@ -185,9 +202,16 @@ def load_volume_datalist(
     root = Path(dataset_dir).expanduser()
     if not root.is_dir():
         raise DataError(f"dataset_dir {root}: there is no such folder. Pass the data set's folder (--dataset_dir).")
-    if datalist is None:
+    if datalist is None and layout:
+        datalist = find_list(root, layout)
+        root = datalist.parent if datalist else root
+    elif datalist is None:
         datalist = next((root / name for name in _DATALIST_NAMES if (root / name).is_file()), None)
-    splits = read_datalist(Path(datalist).expanduser(), root, _scan) if datalist else _scan(root)
+    if datalist:
+        several = ("image",) if channels > 1 else ()
+        splits = read_datalist(Path(datalist).expanduser(), root, _scan, several)
+    else:
+        splits = read_layout(root, layout, is_case) if layout else _scan(root)
     items = choose_split(
         splits,
         split,
@@ -195,7 +219,7 @@ def load_volume_datalist(
         seed,
         limit,
         str(datalist or root),
-        lambda i: volume_id(i["image"]),
+        lambda i: volume_id(image_path(i)),
         required,
     )
     if classes:
@@ -205,6 +229,8 @@ def load_volume_datalist(
             item["annotated"] = np.asarray(_annotated(item, list(classes), str(datalist), matched))
             if matched is not None and matched.needed:
                 item["label_ids"] = np.asarray(matched.ids)
+            elif layout and not datalist and layout.get("label_ids"):
+                item["label_ids"] = np.asarray(layout["label_ids"])
     return items
 
 
@@ -249,50 +275,69 @@ def _case(path: Path) -> str:
     return name.removesuffix("_0000")
 
 
-def read_volume(path: str | Path, files: Sequence[Path] = ()) -> MetaTensor:
-    """Read a volume: NIfTI, NRRD, MetaImage, or the folder of a DICOM series.
+def read_volume(
+    path: str | Path | Sequence[str | Path],
+    files: Sequence[Path] = (),
+    *,
+    channels: int = 1,
+    arrays: Mapping[str, Any] | None = None,
+) -> MetaTensor:
+    """Read a volume: NIfTI, NRRD, MetaImage, the folder of a DICOM series, or an array (``.npy``).
 
     A folder with several DICOM series gives the one with most slices; the log names the others.
 
     Args:
-        path: file or folder.
+        path: file or folder; of several channels, a file that holds them all, or a list of files, one each.
         files: the slices of a series in the folder, as :func:`order_slices` gives them; none finds them.
+        channels: number of channels (sequences, phases, colours).
+        arrays: what an array does not state: ``spacing`` of its axes in mm, and ``axes``, the directions in which they
+            run, as ``SPL`` (up, back, left); none refuses arrays.
 
     Returns:
-        (1, X, Y, Z) with its affine (RAS, in mm).
+        (channels, X, Y, Z) with its affine (RAS, in mm).
 
     Raises:
-        DataError: when the file is missing, unreadable or truncated, has no usable affine, is a time series, holds
-            values that are not finite, or when DICOM slices are missing, tilted or unevenly spaced.
+        DataError: when the file is missing, unreadable or truncated, has no usable affine, is a time series, has
+            another number of channels, holds values that are not finite, when files of channels lie on different grids,
+            or when DICOM slices are missing, tilted or unevenly spaced.
     """
-    path = Path(path)
+    if isinstance(path, (list, tuple)):
+        return _read_channels([Path(own) for own in path], channels, arrays)
+    path = Path(str(path))
     if not path.exists():
         raise DataError(f"{path}: there is no such volume.")
     try:
         # MONAI's LoadImage tries other readers where one fails, and ITK takes a cut NIfTI file for a whole one.
         unit, nifti, nrrd_unit = 1.0, np.zeros(0), 1.0
-        if path.is_dir() or files or is_dicom(path):
+        if path.is_dir() or files or (path.suffix.lower() != ARRAY_SUFFIX and is_dicom(path)):
             volume = _read_dicom(path, files)
         elif path.name.lower().endswith((".nii", ".nii.gz")):
             image = nibabel.load(path)
             _check_affine(image.affine, path)
-            unit, nifti = nifti_geometry(image, path)
+            unit, nifti = nifti_geometry(image, path, colours=channels > 1)
             needed = math.prod(image.shape) * image.get_data_dtype().itemsize
             check_size(needed, path, packed=path.name.lower().endswith(".gz"))
             # MONAI's reader replaces a sform by the qform where the header's spacing is not that of the sform
-            array = np.ascontiguousarray(np.asanyarray(image.dataobj), dtype=np.float32)
+            stored = np.asanyarray(image.dataobj)
+            if channels > 1 and stored.dtype.fields:  # colours
+                stored = np.stack([stored[name] for name in stored.dtype.names or ()], axis=-1)
+            array = np.ascontiguousarray(stored, dtype=np.float32)
             volume = MetaTensor(torch.from_numpy(array), affine=torch.from_numpy(image.affine.astype(np.float64)))
+        elif path.suffix.lower() == ARRAY_SUFFIX:
+            volume = _read_array(path, arrays)
         else:
             unit = stated_unit(path)
             nrrd_unit = unit if path.suffix.lower() == ".nrrd" else 1.0
             components, needed = _components_and_bytes(path)
             check_size(needed, data_file(path), packed=is_packed(path))
-            if components > 1:
+            if components > 1 and channels == 1:
                 raise DataError(
                     f"{path}: its voxels have {components} components (colours, vectors or complex numbers); expected "
                     "grey values. Split channels into files of their own."
                 )
-            array, meta = ITKReader().get_data(itk.imread(str(path), itk.F))  # whatever type the file has
+            # floating-point numbers, whatever type the file has
+            read = _read_vectors(path) if components > 1 else itk.imread(str(path), itk.F)
+            array, meta = ITKReader().get_data(read)
             volume = MetaTensor(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)), meta=meta)
         if unit != 1.0:
             scale = torch.diag(torch.tensor([unit, unit, unit, 1.0], dtype=torch.float64))
@@ -309,23 +354,101 @@ def read_volume(path: str | Path, files: Sequence[Path] = ()) -> MetaTensor:
             "the folder of a DICOM series; replace it."
         ) from error
     volume.meta["filename_or_obj"] = str(path)
-    shape = tuple(volume.shape)
-    if volume.dim() == 2:
-        volume = volume.unsqueeze(-1)
-    while volume.dim() > 3 and volume.shape[-1] == 1:
-        volume = volume.squeeze(-1)
-    if volume.dim() != 3:
-        raise DataError(
-            f"{path}: its shape is {shape}; expected one volume of three dimensions. Split time series and channels "
-            "into files of their own."
-        )
+    values = _channels_first(volume.as_tensor(), channels, path)
     _check_affine(np.asarray(volume.affine, dtype=np.float64), path)
-    bad = int((~torch.isfinite(volume.as_tensor())).sum())
+    bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise DataError(f"{path}: {bad} voxels are not finite (NaN or infinite). Replace them, for example by air.")
-    return MetaTensor(
-        volume.as_tensor().unsqueeze(0).float(), affine=volume.affine, meta=_plain_meta(volume, path, nifti, nrrd_unit)
-    )
+    meta = _plain_meta(volume.affine, values.shape[1:], path, nifti, nrrd_unit)
+    return MetaTensor(values.float(), affine=volume.affine, meta=meta)
+
+
+def _read_vectors(path: Path) -> Any:
+    """An ITK image of three dimensions whose voxels have several components."""
+    reader = itk.ImageFileReader[itk.VectorImage[itk.F, 3]].New()
+    reader.SetFileName(str(path))
+    reader.Update()
+    return reader.GetOutput()
+
+
+def _channels_first(values: torch.Tensor, channels: int, path: Path) -> torch.Tensor:
+    """Voxels (X, Y, Z), or (X, Y, Z, channels), of a file as (channels, X, Y, Z)."""
+    shape = tuple(values.shape)
+    if channels == 1:
+        if values.dim() == 2:
+            values = values.unsqueeze(-1)
+        while values.dim() > 3 and values.shape[-1] == 1:
+            values = values.squeeze(-1)
+        if values.dim() != 3:
+            raise DataError(
+                f"{path}: its shape is {shape}; expected one volume of three dimensions. Split time series and "
+                "channels into files of their own."
+            )
+        return values.unsqueeze(0)
+    if values.dim() == 5 and values.shape[3] == 1:  # vectors of NIfTI
+        values = values[:, :, :, 0]
+    if values.dim() != 4 or values.shape[3] != channels:
+        found = values.shape[3] if values.dim() == 4 else 1 if values.dim() == 3 else None
+        stated = f"{found} channel(s)" if found else f"the shape {shape}"
+        raise DataError(
+            f"{path}: it has {stated}; expected {channels} (in_channels). Give {channels} files as a list, one file of "
+            "all channels, or the number that there is (--in_channels)."
+        )
+    return values.movedim(3, 0).contiguous()
+
+
+def _read_channels(paths: Sequence[Path], channels: int, arrays: Mapping[str, Any] | None) -> MetaTensor:
+    """A volume whose channels are files of their own, on one grid."""
+    if len(paths) != channels:
+        listed = ", ".join(path.name for path in paths[:4])
+        raise DataError(
+            f"{paths[0] if paths else 'image'}: the case has {len(paths)} files ({listed}); expected {channels} "
+            "(in_channels)."
+        )
+    read = [read_volume(path, arrays=arrays) for path in paths]
+    for path, volume in zip(paths[1:], read[1:]):
+        if volume.shape != read[0].shape or grid_distance(volume, read[0]) > GRID_TOLERANCE:
+            raise DataError(
+                f"{path}: its grid is {describe_grid(volume)}; that of {paths[0].name}, another channel of the case, "
+                f"is {describe_grid(read[0])}. Register and resample the channels to one grid."
+            )
+    meta = {key: value for key, value in read[0].meta.items() if key != "affine"}
+    return MetaTensor(torch.cat([volume.as_tensor() for volume in read]), affine=read[0].affine, meta=meta)
+
+
+def describe_grid(volume: MetaTensor) -> str:
+    """Size, spacing and origin of a volume (C, X, Y, Z), for errors."""
+    affine = np.round(np.asarray(volume.affine), 3)
+    spacing = np.round(np.linalg.norm(np.asarray(volume.affine)[:3, :3], axis=0), 3)
+    size = " x ".join(str(n) for n in volume.shape[1:])
+    return f"{size} voxels of {' x '.join(f'{s:g}' for s in spacing)} mm from {affine[:3, 3].tolist()}"
+
+
+def grid_distance(a: MetaTensor, b: MetaTensor) -> float:
+    """How far the corners of two grids of one shape lie apart, in mm."""
+    corners = np.array([[x, y, z, 1.0] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
+    corners[:, :3] *= np.array(a.shape[1:]) - 1
+    moved = corners @ (np.asarray(a.affine, dtype=float) - np.asarray(b.affine, dtype=float)).T
+    return float(np.linalg.norm(moved[:, :3], axis=1).max())
+
+
+def _read_array(path: Path, arrays: Mapping[str, Any] | None) -> MetaTensor:
+    """An array with the geometry that a setting states."""
+    advice = "expected {spacing: [mm of each axis], axes: three letters of R or L, A or P, S or I}"
+    if arrays is None:
+        raise DataError(f"{path}: an array states neither spacing nor directions. Set arrays; {advice}.")
+    axes, spacing = str(arrays.get("axes", "")), arrays.get("spacing")
+    numbers = [float(mm) for mm in spacing] if isinstance(spacing, (list, tuple)) else []
+    pairs = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+    places = [pairs[axis] for axis in axes if axis in pairs]
+    if len(numbers) != 3 or min(numbers) <= 0 or len(axes) != 3 or sorted(place for place, _ in places) != [0, 1, 2]:
+        raise DataError(f"arrays: {dict(arrays)!r}; {advice}.")
+    array = np.load(path, mmap_mode="r", allow_pickle=False)  # a header that states too much takes no memory
+    affine = np.eye(4)
+    affine[:3, :3] = 0.0
+    for column, ((row, sign), mm) in enumerate(zip(places, numbers)):
+        affine[row, column] = sign * mm
+    return MetaTensor(torch.from_numpy(np.array(array, dtype=np.float32)), affine=torch.from_numpy(affine))
 
 
 def _check_affine(affine: np.ndarray, path: Path) -> None:
@@ -342,12 +465,14 @@ def _components_and_bytes(path: Path) -> tuple[int, int]:
     return int(header.GetNumberOfComponents()), int(header.GetImageSizeInBytes())
 
 
-def _plain_meta(volume: MetaTensor, path: Path, nifti: np.ndarray, nrrd_unit: float) -> dict[str, Any]:
+def _plain_meta(
+    affine: torch.Tensor, shape: Sequence[int], path: Path, nifti: np.ndarray, nrrd_unit: float
+) -> dict[str, Any]:
     return {
         "filename_or_obj": str(path),
-        "original_affine": np.asarray(volume.affine, dtype=np.float64),
+        "original_affine": np.asarray(affine, dtype=np.float64),
         "original_channel_dim": 0,
-        "spatial_shape": np.asarray(volume.shape),
+        "spatial_shape": np.asarray(shape),
         "space": "RAS",
         "nifti_geometry": nifti if nifti.size else np.zeros(28),  # as geometry.py says; zeros: the file is no NIfTI
         "nrrd_unit": nrrd_unit,

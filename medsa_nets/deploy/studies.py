@@ -19,7 +19,7 @@ from pydicom.uid import CTImageStorage, MRImageStorage, generate_uid
 from pydicom.valuerep import PersonName
 
 from medsa_nets.data import PhotographReader, read_volume
-from medsa_nets.data.datalists import PHOTOGRAPH_SUFFIXES
+from medsa_nets.data.datalists import is_photograph
 from medsa_nets.data.slices import (
     MEDIA_DIRECTORY,
     SLICE_FIELDS,
@@ -150,7 +150,7 @@ def find_sources(folder: str | Path, rules: Rules, make_uids: bool = False) -> F
             found.damaged.append(f"{file}: it can't be read ({error.strerror}).")
             continue
         if not marked:
-            if not rules.volumes and file.suffix.lower() in PHOTOGRAPH_SUFFIXES:
+            if not rules.volumes and is_photograph(file):
                 found.sources.append(Source(str(file), (file,), volume=False))
             else:
                 left_out.setdefault((str(file.parent), "no DICOM file"), []).append(file)

@@ -18,7 +18,7 @@ from monai.data import MetaTensor
 from PIL import Image
 from tqdm import tqdm
 
-from medsa_nets.data import output_name, save_png, stable_seed, unique_names
+from medsa_nets.data import image_path, output_name, save_png, stable_seed, unique_names
 from medsa_nets.data.atomic import make_folder, temporary_name
 from medsa_nets.errors import DataError
 from medsa_nets.inferers import PromptInferer, VolumeInferer
@@ -140,7 +140,7 @@ class SessionEvaluation:
         self.network = network
         self.inferer = inferer
         self.dataset = dataset
-        self.names = unique_names(entry["image"] for entry in getattr(dataset, "data", ()))
+        self.names = unique_names(image_path(entry) for entry in getattr(dataset, "data", ()))
         self.classes = list(classes)
         self.output_dir = Path(output_dir)
         self.checkpoint = checkpoint

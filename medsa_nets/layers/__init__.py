@@ -3,6 +3,7 @@
 from medsa_nets.layers import fast
 from medsa_nets.layers.adapters import HYPER_PROMPTING_FORMS, Adaptation, Adapter, Bottlenecks, HyperPromptingAdapter
 from medsa_nets.layers.attention import attend, attend_map
+from medsa_nets.layers.channels import ChannelProjection
 from medsa_nets.layers.convolution import ConvBN
 from medsa_nets.layers.depth import DepthBranch, DistantPrompt
 from medsa_nets.layers.feedback import ClickFeedback
@@ -17,6 +18,7 @@ __all__ = [
     "Adaptation",
     "Adapter",
     "Bottlenecks",
+    "ChannelProjection",
     "ClickFeedback",
     "ConvBN",
     "DepthBranch",

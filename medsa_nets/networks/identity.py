@@ -13,11 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from medsa_nets.errors import SettingError, WeightsError
-from medsa_nets.layers import Adapter, ClickFeedback, DepthBranch, DistantPrompt, HyperPromptingAdapter, LowRank
+from medsa_nets.layers import (
+    Adapter,
+    ChannelProjection,
+    ClickFeedback,
+    DepthBranch,
+    DistantPrompt,
+    HyperPromptingAdapter,
+    LowRank,
+)
 
 logger = logging.getLogger(__name__)
 
-TRAINED_MODULES = (Adapter, HyperPromptingAdapter, DepthBranch, DistantPrompt, ClickFeedback, LowRank)
+TRAINED_MODULES = (
+    Adapter,
+    HyperPromptingAdapter,
+    DepthBranch,
+    DistantPrompt,
+    ClickFeedback,
+    ChannelProjection,
+    LowRank,
+)
 # One size for every identity and every task, so that tools that compare shapes let them through to our check.
 IDENTITY_BYTES = 512
 TASK_BYTES = 8192
@@ -111,7 +127,7 @@ class Adapted(nn.Module):
     for another task raises :class:`WeightsError`; entries of the base that an adapter file lacks stay as they are.
     """
 
-    __jit_unused_properties__ = ("trained_names",)  # TorchScript has no frozenset
+    __jit_unused_properties__: tuple[str, ...] = ("trained_names",)  # TorchScript has no frozenset
 
     if TYPE_CHECKING:  # TorchScript cannot read a class's postponed annotations
         identity: Tensor
@@ -217,6 +233,9 @@ class Adapted(nn.Module):
                 "(base, sam_checkpoint), or train an adapter for this one."
             )
         there, here = ({"adaptation": "adapters", **side["adapter"]} for side in (theirs, ours))
+        for side, other, known in ((here, there, self._channels()), (there, here, "")):
+            if "in_channels" in other:
+                side.setdefault("in_channels", known or ("1 or 3" if side.get("spatial_dims") == 3 else 3))
         without_feedback = "click_feedback" in here and "click_feedback" not in there
         if without_feedback:  # the branch stays as it is
             there = {**there, "click_feedback": here["click_feedback"]}
@@ -226,6 +245,10 @@ class Adapted(nn.Module):
             listed = ", ".join(f"{k}={there.get(k)!r} (here {here.get(k)!r})" for k in different)
             raise WeightsError(f"This adapter was made with other settings: {listed}. Build the network with those.")
         return without_feedback
+
+    def _channels(self) -> Any:
+        """Channels of an image, where the network was told; for errors."""
+        return getattr(self, "in_channels", 0)
 
     def _check_task(self, state_dict: dict[str, Any], key: str) -> None:
         """Refuse what was made for another task; the network then knows what it knew, and the rest from the file."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medsa_nets.layers import ClickFeedback
+from medsa_nets.layers import ChannelProjection, ClickFeedback
 from medsa_nets.networks.identity import Adapted
 from medsa_nets.networks.mask_decoder import MaskDecoder
 from medsa_nets.networks.prompt_encoder import PromptEncoder, count_prompt_sets
@@ -42,6 +42,9 @@ class MedSA(Adapted):
             tokens see each other, so that what a class gets depends on which ones share its pass: always those with
             neighbouring ids, whether all are asked for or one. With 1, a fresh network equals the frozen base.
         click_feedback: draws clicks and the mask before them for the decoder; none leaves them to SAM's tokens.
+        in_channels: channels of an image. None takes what the base takes as it is: 3, of volumes also 1, which becomes
+            three; so do these numbers. Any other one has a :class:`~medsa_nets.layers.ChannelProjection` before the
+            base, which trains with the adapter.
         pixel_mean: the base's pixel mean, for intensities in [0, 1].
         pixel_std: the base's pixel standard deviation, for intensities in [0, 1].
         train_norms: whether the layer norms of the adapted blocks train too.
@@ -55,6 +58,7 @@ class MedSA(Adapted):
     Source: arXiv 2304.12620, figure 2.
     """
 
+    __jit_unused_properties__: tuple[str, ...] = (*Adapted.__jit_unused_properties__, "base_channels")
     if TYPE_CHECKING:  # TorchScript cannot read a class's postponed annotations
         pixel_mean: Tensor
         pixel_std: Tensor
@@ -68,6 +72,7 @@ class MedSA(Adapted):
         num_classes: int = 1,
         classes_per_pass: int = 1,
         click_feedback: ClickFeedback | None = None,
+        in_channels: int | None = None,
         pixel_mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
         pixel_std: tuple[float, float, float] = (1.0, 1.0, 1.0),
         train_norms: bool = False,
@@ -91,6 +96,9 @@ class MedSA(Adapted):
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
         self.click_feedback = click_feedback
+        self.in_channels = in_channels or 0  # 0: what the base takes as it is
+        own = in_channels is None or in_channels in self.base_channels
+        self.channel_projection = None if own or in_channels is None else ChannelProjection(in_channels)
         self.class_embeddings = nn.Parameter(torch.zeros(num_classes, prompt_encoder.embed_dim))
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).reshape(1, 3, 1, 1), persistent=False)
@@ -100,13 +108,18 @@ class MedSA(Adapted):
         self.kept_embeddings: Callable[[Tensor], Tensor] | None = None
         self.freeze(train_norms)
 
+    @property
+    def base_channels(self) -> tuple[int, ...]:
+        """Numbers of channels that an image may have without a projection."""
+        return (3,)
+
     def encode_image(self, image: Tensor) -> Tensor:
         """Encode images, or volumes or slabs of them, for any number of :meth:`decode` calls.
 
         Args:
             image: intensities in [0, 1]; the base's own normalisation is applied here. Images (B, 3, H, W), volumes
-                (B, C, H, W, D) with C of 1 (CT, MRI) or 3. H and W are multiples of the encoder's ``stride`` (and, for
-                a ViT base, those that it was built for); D is any.
+                (B, C, H, W, D) with C of 1 (CT, MRI) or 3; with ``in_channels``, of as many. H and W are multiples of
+                the encoder's ``stride`` (and, for a ViT base, those that it was built for); D is any.
 
         Returns:
             Image embedding (B, 256, H / stride, W / stride), of volumes with D behind.
@@ -121,7 +134,11 @@ class MedSA(Adapted):
 
     def compute_embedding(self, image: Tensor) -> Tensor:
         """:meth:`encode_image`, computed whether or not it was kept."""
-        if self.spatial_dims == 3:
+        if self.channel_projection is not None:
+            if image.dim() != self.spatial_dims + 2 or image.shape[1] != self.in_channels:
+                axes = "H, W, D" if self.spatial_dims == 3 else "H, W"
+                raise ValueError(f"image must have shape (B, {self.in_channels}, {axes}), got {image.shape}.")
+        elif self.spatial_dims == 3:
             if image.dim() != 5 or (image.shape[1] != 1 and image.shape[1] != 3):
                 raise ValueError(f"image must have shape (B, 1 or 3, H, W, D), got {image.shape}.")
         elif image.dim() != 4 or image.shape[1] != 3:
@@ -130,6 +147,8 @@ class MedSA(Adapted):
             raise ValueError(f"image height and width must be multiples of {self.stride}, got {image.shape}.")
         slices = self.to_slices(image)
         depth = slices.shape[0] // image.shape[0]
+        if self.channel_projection is not None:
+            slices = self.channel_projection(slices)
         normalised = (slices - self.pixel_mean) / self.pixel_std  # one channel becomes three
         embedding = self.run_encoder(normalised.contiguous(memory_format=torch.channels_last), depth)
         return self.to_images(embedding, depth)

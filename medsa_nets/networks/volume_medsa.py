@@ -32,6 +32,11 @@ class VolumeMedSA(MedSA):
         self.distant_prompt = DistantPrompt(self.prompt_encoder.embed_dim)
         self.freeze(train_norms)
 
+    @property
+    def base_channels(self) -> tuple[int, ...]:
+        """Numbers of channels that a volume may have without a projection: one becomes three."""
+        return (1, 3)
+
     def to_slices(self, images: Tensor, sets: int = 1) -> Tensor:
         """Volumes (B * K, C, H, W, D), K for each of B, in the decoder's order of slices: (B * D * K, C, H, W)."""
         channels, height, width, depth = images.shape[1], images.shape[2], images.shape[3], images.shape[4]

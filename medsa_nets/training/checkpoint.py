@@ -52,11 +52,14 @@ def _as_text(value: Any) -> str:
 def data_files(data: Sequence[Any]) -> list[str]:
     """A data list by names and sizes: ``<bytes> <image>, <label>`` for each entry, as seen from their common folder.
 
+    Images and labels of several files (channels, raters) stand with all of them.
+
     Folders count the files in them; what is no path has none.
     """
     entries = []
     for entry in data:
         values = [entry.get(key) for key in ("image", "label")] if isinstance(entry, Mapping) else []
+        values = [own for value in values for own in (value if isinstance(value, (list, tuple)) else [value])]
         entries.append([os.path.abspath(v) for v in values if isinstance(v, (str, os.PathLike))])
     paths = [path for entry in entries for path in entry]
     try:

@@ -15,7 +15,7 @@ from monai.handlers import from_engine
 from monai.utils import CommonKeys as Keys
 from torch import nn
 
-from medsa_nets.data import output_name, save_png, unique_names
+from medsa_nets.data import image_path, output_name, save_png, unique_names
 from medsa_nets.data.atomic import make_folder
 from medsa_nets.errors import OutputError
 from medsa_nets.prompts import prompts_of
@@ -150,7 +150,7 @@ class SampleOverlays:
         self.device = device
         self.interval = interval
         self.count = count
-        self.names = unique_names(entry["image"] for entry in getattr(dataset, "data", ()))
+        self.names = unique_names(image_path(entry) for entry in getattr(dataset, "data", ()))
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer."""

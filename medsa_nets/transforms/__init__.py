@@ -3,7 +3,7 @@
 from medsa_nets.transforms.anatomy import CheckAnatomyd, SaveImageWarningsd
 from medsa_nets.transforms.clicks import ReadClicksd
 from medsa_nets.transforms.facts import describe_transform, enabled, make_transform
-from medsa_nets.transforms.masks import BinarizeMaskd, ClassMapd, ClassMasksd, SeparateClassesd
+from medsa_nets.transforms.masks import BinarizeMaskd, ChooseRaterd, ClassMapd, ClassMasksd, SeparateClassesd
 from medsa_nets.transforms.overlays import SaveImageClassesd, SaveOverlayd, SaveVolumeOverlayd
 from medsa_nets.transforms.prompts import (
     EnforceUserPromptsd,
@@ -34,6 +34,7 @@ __all__ = [
     "BinarizeMaskd",
     "CheckAnatomyd",
     "CheckLabelsd",
+    "ChooseRaterd",
     "ClassMapd",
     "ClassMasksd",
     "EnforceUserPromptsd",

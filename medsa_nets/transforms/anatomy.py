@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from monai.transforms import MapTransform
 
 from medsa_nets.anatomy import check_anatomy
 from medsa_nets.data.atomic import make_folder, temporary_name
-from medsa_nets.data.outputs import output_name
+from medsa_nets.data.outputs import image_path, output_name, unique_names
 from medsa_nets.prompts import prompts_of, user_prompts_of
 
 logger = logging.getLogger(__name__)
@@ -74,18 +74,20 @@ class SaveImageWarningsd(MapTransform):
     Args:
         keys: key of the image, whose metadata name the file.
         output_dir: folder of the files.
+        data: see :class:`~medsa_nets.data.NamedOutputs`.
     """
 
-    def __init__(self, keys: KeysCollection, output_dir: str) -> None:
+    def __init__(self, keys: KeysCollection, output_dir: str, data: Iterable[Mapping[str, Any]] = ()) -> None:
         super().__init__(keys)
         self.folder = Path(output_dir)
+        self.names = unique_names(image_path(entry) for entry in data)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write the file, or remove that of an earlier run."""
         out = dict(data)
         for key in self.key_iterator(out):
             name = str(out[key].meta["filename_or_obj"])
-            path = self.folder / f"{output_name(name)}_warnings.json"
+            path = self.folder / f"{self.names.get(name) or output_name(name)}_warnings.json"
             if out.get(WARNINGS):
                 make_folder(self.folder)
                 with temporary_name(path) as part:

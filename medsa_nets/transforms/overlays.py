@@ -13,7 +13,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, SaveImage
 from PIL import Image
 
-from medsa_nets.data.outputs import NamedOutputs, class_postfix, output_name, unique_names
+from medsa_nets.data.outputs import NamedOutputs, class_postfix, image_path, output_name, unique_names
 from medsa_nets.data.photographs import AtomicPILWriter, PhotographReader, save_png
 from medsa_nets.prompts import prompts_of
 from medsa_nets.transforms.prompts import tensor_to_source
@@ -47,7 +47,7 @@ class SaveOverlayd(MapTransform):
         self.label_key = label_key
         self.image_key = image_key
         self.limit = limit
-        self.names = unique_names(entry["image"] for entry in data)
+        self.names = unique_names(image_path(entry) for entry in data)
         self.written = 0
         self.reader = PhotographReader(mode="RGB")
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from medsa_nets.data.dataset import stable_seed
 from medsa_nets.data.masks import binarize_mask
+from medsa_nets.data.outputs import image_path
 from medsa_nets.data.photographs import PhotographReader
 from medsa_nets.errors import DataError
 from medsa_nets.prompts import (
@@ -232,9 +233,14 @@ def check_prompt_keys(path: str | Path | None, entries: Iterable[Mapping[str, An
     table = read_prompt_table(path)
     if not table:
         return
-    images = [Path(str(entry["image"])) for entry in entries]
+    images = [Path(image_path(entry)) for entry in entries]
     names = {image.name for image in images}
     folders = {image.parent for image in images}
+    for key in table:
+        if sum(image.name == key for image in images) > 1:
+            raise DataError(
+                f"prompts {path}: {key!r} is the name of several images. Segment them one by one (--dataset_dir FILE)."
+            )
     stray = [key for key in table if key not in names and not _lies_in(key, folders)]
     if stray:
         near = difflib.get_close_matches(stray[0], sorted(names), n=1, cutoff=0.5)

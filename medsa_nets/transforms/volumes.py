@@ -18,37 +18,48 @@ from torch import Tensor
 
 from medsa_nets.data.labels import renumber
 from medsa_nets.data.masks import binarize_mask
-from medsa_nets.data.volumes import read_volume
+from medsa_nets.data.volumes import GRID_TOLERANCE, describe_grid, grid_distance, read_volume
 from medsa_nets.errors import DataError
 from medsa_nets.prompts import Prompts, class_protocol_prompts
 from medsa_nets.transforms.prompts import ReadPromptsd, SamplePromptsd, file_affine, tensor_to_source
 
 ABSENT = -20.0  # logit of a class that is not there
 ROUNDING = 0.01  # by which ids that a file stores with a scale may miss whole numbers
-GRID_TOLERANCE = 0.1  # mm that corners of two grids may lie apart
 
 
 class LoadImageVolumed(MapTransform):
-    """Read volumes (see :func:`medsa_nets.data.read_volume`) into (1, X, Y, Z) tensors with affine.
+    """Read volumes (see :func:`medsa_nets.data.read_volume`) into (channels, X, Y, Z) tensors with affine.
 
     Tools that hand over volumes in memory (MONAI Deploy) leave out transforms whose name starts with ``LoadImage``.
 
     Args:
         keys: keys of the paths: files, or folders of DICOM series.
         allow_missing_keys: whether entries without a key pass.
+        channels: of the image; other keys have one.
+        arrays: spacing and directions of arrays (``.npy``), which do not state them; none refuses these.
+        image_key: key of the image.
 
     Raises:
         DataError: when a volume can't be read.
     """
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        allow_missing_keys: bool = False,
+        channels: int = 1,
+        arrays: Mapping[str, Any] | None = None,
+        image_key: str = "image",
+    ) -> None:
         super().__init__(keys, allow_missing_keys)
+        self.channels, self.arrays, self.image_key = channels, arrays, image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Read."""
         out = dict(data)
         for key in self.key_iterator(out):
-            out[key] = read_volume(out[key])
+            channels = self.channels if key == self.image_key else 1
+            out[key] = read_volume(out[key], channels=channels, arrays=self.arrays)
         return out
 
 
@@ -165,10 +176,10 @@ class CheckLabelsd(MapTransform):
         for key in self.key_iterator(out):
             label, image = out[key], out[self.image_key]
             names = [str(x.meta.get("filename_or_obj", k)) for x, k in ((label, key), (image, self.image_key))]
-            if label.shape != image.shape or _distance(label, image) > self.tolerance:
+            if label.shape[1:] != image.shape[1:] or grid_distance(label, image) > self.tolerance:
                 raise DataError(
-                    f"{names[0]}: the label's grid is {_grid(label)}; its image {names[1]} has {_grid(image)}. "
-                    "Expected one grid; resample the label to the image."
+                    f"{names[0]}: the label's grid is {describe_grid(label)}; its image {names[1]} has "
+                    f"{describe_grid(image)}. Expected one grid; resample the label to the image."
                 )
             out[key] = label = near_integers(label)
             values = torch.unique(torch.as_tensor(label))
@@ -187,21 +198,6 @@ def near_integers(label: MetaTensor) -> MetaTensor:
     """A label whose ids were stored with a scale, as 1.00002, as whole numbers; any other as it is."""
     whole = label.round()
     return whole if float((label - whole).abs().max()) <= ROUNDING else label
-
-
-def _grid(volume: MetaTensor) -> str:
-    affine = np.round(np.asarray(volume.affine), 3)
-    spacing = np.round(np.linalg.norm(np.asarray(volume.affine)[:3, :3], axis=0), 3)
-    size = " x ".join(str(n) for n in volume.shape[1:])
-    return f"{size} voxels of {' x '.join(f'{s:g}' for s in spacing)} mm from {affine[:3, 3].tolist()}"
-
-
-def _distance(a: MetaTensor, b: MetaTensor) -> float:
-    """How far the corners of two grids of one shape lie apart, in mm."""
-    corners = np.array([[x, y, z, 1.0] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
-    corners[:, :3] *= np.array(a.shape[1:]) - 1
-    moved = corners @ (np.asarray(a.affine, dtype=float) - np.asarray(b.affine, dtype=float)).T
-    return float(np.linalg.norm(moved[:, :3], axis=1).max())
 
 
 class SampleClassPromptsd(SamplePromptsd):
@@ -260,9 +256,10 @@ class ReadClassPromptsd(ReadPromptsd):
         """A mask of a volume, boolean on the volume's own grid."""
         pair: dict[Hashable, Any] = {self.image_key: image, "mask": read_volume(path)}
         mask = MatchOrientationd("mask", self.image_key)(pair)["mask"]
-        if mask.shape[1:] != image.shape[1:] or _distance(mask, image) > GRID_TOLERANCE:
+        if mask.shape[1:] != image.shape[1:] or grid_distance(mask, image) > GRID_TOLERANCE:
             raise DataError(
-                f"mask {path}: its grid is {_grid(mask)}; that of the volume {_grid(image)}. Resample the mask."
+                f"mask {path}: its grid is {describe_grid(mask)}; that of the volume {describe_grid(image)}. "
+                "Resample the mask."
             )
         return binarize_mask(near_integers(mask).as_tensor()[0].numpy(), f"mask {path}")
 

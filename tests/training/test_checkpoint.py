@@ -33,6 +33,7 @@ from medsa_nets.training import (
     save_atomically,
     trainable_parameters,
 )
+from medsa_nets.training.checkpoint import data_files
 
 pytestmark = pytest.mark.usefixtures("small_base")
 
@@ -304,7 +305,18 @@ def test_other_settings_are_refused_by_name_with_the_way_out(stand_in, items, tm
     same = {"learning_rate": "0.001", "base": "small", "roi_size": (8, 8), "amp": "True", "start_from": None}
     assert Run(stand_in, items, tmp_path, settings=same).run().epochs == [2, 3]
     Run(stand_in, items, tmp_path, interrupt_at=3, settings=before).run()
+    new = {**before, "raters": None}  # a setting that the run knew nothing of, as it was then
+    assert Run(stand_in, items, tmp_path, settings=new).run().epochs == [2, 3]
+    Run(stand_in, items, tmp_path, interrupt_at=3, settings=before).run()
     assert Run(stand_in, items, tmp_path, settings=other, resume=False).run().epochs == [1, 2, 3]
+
+
+def test_files_of_channels_and_raters_are_part_of_the_data(tmp_path):
+    for i, name in enumerate("abcd"):
+        (tmp_path / name).write_bytes(b"x" * (1 + i))
+    paths = [str(tmp_path / name) for name in "abcd"]
+    assert data_files([{"image": paths[:2], "label": paths[2:]}]) == ["1+2+3+4 a, b, c, d"]
+    assert data_files([{"image": paths[0], "label": paths[2]}]) == ["1+3 a, c"]
 
 
 @pytest.mark.parametrize("change", ["another image", "another label", "the data moved"])
