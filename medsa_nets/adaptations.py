@@ -71,7 +71,10 @@ def plan_adaptation(
         SettingError: when a name is unknown, or nothing could train.
     """
     if isinstance(adaptation, str) and adaptation not in ADAPTATIONS + PUBLISHED:
-        raise SettingError(f"adaptation must be one of {', '.join(ADAPTATIONS + PUBLISHED)}, got {adaptation!r}.")
+        raise SettingError(
+            f"adaptation must be one of {', '.join(ADAPTATIONS)}, got {adaptation!r} (imported checkpoints have "
+            f"{', '.join(PUBLISHED)})."
+        )
     if train_decoder is not None and train_decoder not in DECODERS:
         raise SettingError(f"train_decoder must be one of {', '.join(DECODERS)}, or null, got {train_decoder!r}.")
     if isinstance(adaptation, str) and adaptation in PUBLISHED:

@@ -19,12 +19,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import published_code  # noqa: E402
-from conftest import randomise_weights  # noqa: E402
+import published_code
+from conftest import randomise_weights
 
-from medsa_nets import build_medsa  # noqa: E402
-from medsa_nets.exchange import read_published  # noqa: E402
-from medsa_nets.measurements import machine  # noqa: E402
+from medsa_nets import build_medsa
+from medsa_nets.exchange import read_published
+from medsa_nets.measurements import machine
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.bundle import ConfigParser
 from torch import nn
 
 from medsa_nets import WeightsError, build_medsa
@@ -384,6 +385,26 @@ def test_the_command_writes_an_adapter_that_is_read_back(bases, kind, target, ca
         merge_adapter(network)
     with pytest.raises(WeightsError):
         write_peft(network, tmp_path / "peft")
+
+
+@pytest.mark.parametrize("config", ["train", "inference"])
+def test_the_overlay_takes_an_imported_adapter(bases, config, tmp_path):
+    settings, base = bases["tiny"]
+    torch.save(checkpoint(base, "published_adapters", 64), tmp_path / "found.pth")
+    imported, _ = read_published(tmp_path / "found.pth", **settings)
+    bundle = Path(__file__).resolve().parents[2] / "bundles" / "medsa_isic"
+    parser = ConfigParser(ConfigParser.load_config_files([bundle / "configs" / f"{config}.yaml",
+                                                          bundle / "configs" / "published.yaml"]))  # fmt: skip
+    parser.update({"bundle_root": str(bundle), "image_size": 64, **settings})
+    network = parser.get_parsed_content("network_def").eval()
+    network.load_state_dict(imported.state_dict())
+    with torch.no_grad():
+        assert torch.equal(network(photograph(64), **CLICKS), imported.eval()(photograph(64), **CLICKS))
+    white = parser.get_parsed_content("intensity_transform")({"image": torch.tensor([0.0, 51.0, 255.0])})["image"]
+    torch.testing.assert_close(torch.as_tensor(white), torch.tensor([0.0, 0.2, 1.0]))
+    imported, _ = read_published(tmp_path / "found.pth", **settings, intensity_maximum=1.0)
+    with pytest.raises(WeightsError, match="made for another task: intensity b_max"):
+        network.load_state_dict(imported.state_dict())
 
 
 def test_the_command_is_listed(capsys):
