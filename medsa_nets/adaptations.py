@@ -8,11 +8,22 @@ from typing import Any
 
 from medsa_nets.checksums import state_sha256
 from medsa_nets.errors import SettingError
-from medsa_nets.layers import Adaptation, Bottlenecks, Frozen, LoRA, merge_low_rank
+from medsa_nets.layers import (
+    Adaptation,
+    Bottlenecks,
+    Frozen,
+    LoRA,
+    PublishedAdapters,
+    PublishedDecoder,
+    PublishedLoRA,
+    merge_low_rank,
+)
 from medsa_nets.networks import MedSA
 from medsa_nets.networks.identity import decode_identity
 
 ADAPTATIONS = ("adapters", "lora", "adalora", "none")
+# of checkpoints of the published code (python -m medsa_nets weights import), by its -net sam or mobile_sam
+PUBLISHED = ("published_adapters", "published_lora", "published_mobile_adapters", "published_mobile_lora")
 DECODERS = ("adapted", "frozen", "whole")
 
 
@@ -46,7 +57,8 @@ def plan_adaptation(
     """Say what trains, by the names that configurations use.
 
     Args:
-        adaptation: ``adapters`` (the paper's), ``lora``, ``adalora``, ``none``, or a factory of somebody else's.
+        adaptation: ``adapters`` (the paper's), ``lora``, ``adalora``, ``none``, one of :data:`PUBLISHED`, or a factory
+            of somebody else's. Of those published, only a rank can be chosen.
         train_decoder: ``adapted`` as the encoder is, ``frozen``, or ``whole``: its own parameters train, without
             adapters beside them. None takes ``adapted`` with adapters, and ``frozen`` with the others.
         bottlenecks: the paper's adapters, where they are asked for.
@@ -58,10 +70,17 @@ def plan_adaptation(
     Raises:
         SettingError: when a name is unknown, or nothing could train.
     """
-    if isinstance(adaptation, str) and adaptation not in ADAPTATIONS:
-        raise SettingError(f"adaptation must be one of {', '.join(ADAPTATIONS)}, got {adaptation!r}.")
+    if isinstance(adaptation, str) and adaptation not in ADAPTATIONS + PUBLISHED:
+        raise SettingError(
+            f"adaptation must be one of {', '.join(ADAPTATIONS)}, got {adaptation!r} (imported checkpoints have "
+            f"{', '.join(PUBLISHED)})."
+        )
     if train_decoder is not None and train_decoder not in DECODERS:
         raise SettingError(f"train_decoder must be one of {', '.join(DECODERS)}, or null, got {train_decoder!r}.")
+    if isinstance(adaptation, str) and adaptation in PUBLISHED:
+        if train_decoder not in (None, "whole"):
+            raise SettingError(f"train_decoder must be whole, or null, with {adaptation}, got {train_decoder!r}.")
+        return _plan_published(adaptation, lora_rank, dropout)
     encoder: Adaptation
     if not isinstance(adaptation, str):
         encoder = adaptation
@@ -86,6 +105,14 @@ def plan_adaptation(
     return Plan(encoder, encoder if chosen == "adapted" else Frozen(), chosen == "whole", facts)
 
 
+def _plan_published(adaptation: str, rank: int, dropout: float) -> Plan:
+    mobile = "mobile" in adaptation
+    encoder: Adaptation = PublishedAdapters(dropout=dropout, mobile=mobile)
+    if adaptation.endswith("lora"):
+        encoder = PublishedLoRA(rank=rank, alpha=1.0, targets=("q", "v", "mlp"), dropout=dropout, mobile=mobile)
+    return Plan(encoder, Frozen() if mobile else PublishedDecoder(), True, encoder.describe())
+
+
 def settings_of(adapter: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of :func:`~medsa_nets.build_medsa` by what an adapter's identity says of it.
 
@@ -96,8 +123,9 @@ def settings_of(adapter: Mapping[str, Any]) -> dict[str, Any]:
         SettingError: when the adaptation is none that is known here.
     """
     settings = dict(adapter)
-    if (name := settings.setdefault("adaptation", "adapters")) not in ADAPTATIONS:
-        raise SettingError(f"The adapter's adaptation is {name!r}; known here are {', '.join(ADAPTATIONS)}.")
+    if (name := settings.setdefault("adaptation", "adapters")) not in ADAPTATIONS + PUBLISHED:
+        known = ", ".join(ADAPTATIONS + PUBLISHED)
+        raise SettingError(f"The adapter's adaptation is {name!r}; known here are {known}.")
     renamed = {"rank": "lora_rank", "alpha": "lora_alpha", "targets": "lora_targets"}
     return {renamed.get(name, name): value for name, value in settings.items()}
 
@@ -115,11 +143,12 @@ def merge_adapter(network: MedSA) -> MedSA:
         ``network``, with an identity that names the merged base.
 
     Raises:
-        SettingError: when it holds none: the paper's adapters are not linear and can't be merged.
+        SettingError: when it holds none: the paper's adapters are not linear and can't be merged; or when it is of the
+            published code, whose decoder is another one than a base's.
     """
     identity = decode_identity(network.identity)
-    if not merge_low_rank(network):
-        name = identity["adapter"].get("adaptation", "adapters")
+    name = identity["adapter"].get("adaptation", "adapters")
+    if name in PUBLISHED or not merge_low_rank(network):
         raise SettingError(
             f"Only changes of low rank (adaptation: lora or adalora) can be merged into a base; this is {name!r}."
         )

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from medsa_nets.adaptations import plan_adaptation
+from medsa_nets.adaptations import PUBLISHED, plan_adaptation
 from medsa_nets.checksums import state_sha256
+from medsa_nets.errors import SettingError
 from medsa_nets.layers import Adaptation, Bottlenecks, ClickFeedback
-from medsa_nets.networks import MaskDecoder, MedSA, PromptEncoder, TwoWayTransformer, VolumeMedSA
-from medsa_nets.weights.bases import BASES, get_base
+from medsa_nets.networks import MaskDecoder, MedSA, PromptEncoder, TinyViTEncoder, TwoWayTransformer, VolumeMedSA
+from medsa_nets.weights.bases import BASES, SAM_MEAN, Base, get_base
 from medsa_nets.weights.loading import load_base
 
 
@@ -72,7 +73,8 @@ def build_medsa(
         dropout: probability with which an activation in an adapter's bottleneck is left out in training; active
             learning by epistemic uncertainty samples it too. It is no part of what an adapter file belongs to.
         adaptation: what adapts the base: ``adapters`` (the paper's, of ``adapter_ratio``, ``adapter_dim``, ``scale``
-            and ``hyper_prompting``), ``lora``, ``adalora``, ``none``, or a factory of adapters.
+            and ``hyper_prompting``), ``lora``, ``adalora``, ``none``, one of
+            :data:`~medsa_nets.adaptations.PUBLISHED` (images only), or a factory of adapters.
         train_decoder: ``adapted`` as the encoder is, ``frozen``, or ``whole``: its own parameters train. None takes
             ``adapted`` with adapters, and ``frozen`` with the others.
         lora_rank: rank of the changes of LoRA; of AdaLoRA, on average at the end of training.
@@ -89,6 +91,7 @@ def build_medsa(
     Raises:
         ValueError: when ``spatial_dims`` is neither 2 nor 3, ``in_channels`` is below 1, ``dropout`` is no probability,
             or ``task`` has another fact.
+        SettingError: when ``adaptation`` is one of the published code, and does not go with the base or with volumes.
         WeightsError: when the weights are missing, damaged or of another network.
     """
     if spatial_dims not in (2, 3):
@@ -96,6 +99,8 @@ def build_medsa(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}.")
     spec = get_base(base)
+    if isinstance(adaptation, str) and adaptation in PUBLISHED:
+        _check_published(adaptation, spec, spatial_dims)
     size = spec.img_size if img_size is None else img_size
     size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     plan = plan_adaptation(
@@ -149,6 +154,18 @@ def build_medsa(
     network.set_task({"image_size": known, **(task or {})})
     network.same_task = same_task
     return network
+
+
+def _check_published(adaptation: str, base: Base, spatial_dims: int) -> None:
+    with torch.device("meta"):
+        mobile = isinstance(base.encoder(img_size=(base.img_size, base.img_size)), TinyViTEncoder)
+    if ("mobile" in adaptation) != mobile or base.pixel_mean != SAM_MEAN:
+        kind = "a TinyViT" if "mobile" in adaptation else "a ViT"
+        raise SettingError(
+            f"adaptation {adaptation} goes with {kind} base that reads SAM's pixel statistics, not with {base.name!r}."
+        )
+    if spatial_dims != 2:
+        raise SettingError(f"adaptation {adaptation} is for images; spatial_dims is {spatial_dims}, expected 2.")
 
 
 def parameter_table(**settings: Any) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from medsa_nets.commands import command
-from medsa_nets.exchange import folders, merge, peft
+from medsa_nets.exchange import folders, merge, peft, published
+from medsa_nets.networks import MedSA
 from medsa_nets.training import save_atomically
 
 
@@ -55,7 +56,35 @@ def from_peft(folder: str, target: str, base: str, sam_checkpoint: str | None = 
         base: name of the base that they were trained on.
         sam_checkpoint: file of the base's weights; without it, they are looked for.
     """
-    network = peft.read_peft(folder, base, sam_checkpoint=sam_checkpoint)
+    _write(peft.read_peft(folder, base, sam_checkpoint=sam_checkpoint), target)
+
+
+def import_published(
+    source: str,
+    target: str,
+    base: str | None = None,
+    sam_checkpoint: str | None = None,
+    image_size: int | None = None,
+    intensity_maximum: float = 255.0,
+) -> None:
+    """Read a checkpoint of the published Medical SAM Adapter code into an adapter.
+
+    Args:
+        source: the checkpoint, best_dice_checkpoint.pth.
+        target: the adapter's file (.pt) or folder.
+        base: name of the base that it was trained on; without it, by the checkpoint's widths.
+        sam_checkpoint: file of the base's weights (-sam_ckpt there); without it, they are looked for.
+        image_size: side of its images in pixels (-image_size there), where the checkpoint does not say it.
+        intensity_maximum: white in training: 255, or 1 before that code's commit ddecab9 of April 2025.
+    """
+    network, notes = published.read_published(
+        source, base, sam_checkpoint=sam_checkpoint, image_size=image_size, intensity_maximum=intensity_maximum
+    )
+    _write(network, target)
+    print("\n".join(f"  {note}" for note in notes))
+
+
+def _write(network: MedSA, target: str) -> None:
     if Path(target).suffix == ".pt":
         print(save_atomically(network.state_dict(), target))
     else:
@@ -90,6 +119,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "merge": merge_into_base,
     "to_peft": to_peft,
     "from_peft": from_peft,
+    "import": import_published,
     "push": push,
     "pull": pull,
 }

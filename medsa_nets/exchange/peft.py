@@ -18,6 +18,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from medsa_nets.adaptations import PUBLISHED
 from medsa_nets.build import build_medsa
 from medsa_nets.data.atomic import make_folder, temporary_name
 from medsa_nets.errors import WeightsError, describe
@@ -54,7 +55,7 @@ def write_peft(network: MedSA, folder: str | Path) -> list[str]:
         WeightsError: when the network has no changes of low rank.
     """
     changes = changes_of(network)
-    if not changes:
+    if not changes or decode_identity(network.identity)["adapter"].get("adaptation") in PUBLISHED:
         raise WeightsError("PEFT's files hold changes of low rank only (adaptation: lora or adalora); this has none.")
     tensors: dict[str, Tensor] = {}
     ranks, alphas = {}, {}

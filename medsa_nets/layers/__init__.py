@@ -11,6 +11,7 @@ from medsa_nets.layers.linear import Linear, multiply_linear
 from medsa_nets.layers.lora import Frozen, LoRA, LowRank, LowRankLinear, merge_low_rank
 from medsa_nets.layers.mlp import MLPBlock
 from medsa_nets.layers.norm import LayerNorm2d
+from medsa_nets.layers.published import PublishedAdapters, PublishedDecoder, PublishedLoRA
 from medsa_nets.layers.windows import cut_windows, join_windows, split_windows
 
 __all__ = [
@@ -31,6 +32,9 @@ __all__ = [
     "LowRank",
     "LowRankLinear",
     "MLPBlock",
+    "PublishedAdapters",
+    "PublishedDecoder",
+    "PublishedLoRA",
     "attend",
     "attend_map",
     "cut_windows",

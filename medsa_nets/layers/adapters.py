@@ -35,7 +35,7 @@ def zero_linear(in_features: int, out_features: int) -> Linear:
 
 
 class Adapter(nn.Module):
-    """Bottleneck adapter: down-projection, ReLU, up-projection (zero at the start).
+    """Bottleneck adapter: down-projection, activation, up-projection (zero at the start).
 
     Args:
         features: size of the last axis of the input.
@@ -43,6 +43,7 @@ class Adapter(nn.Module):
         adapter_dim: bottleneck width itself; takes precedence over ``adapter_ratio``.
         skip: whether the input is added to the output.
         dropout: probability with which an activation in the bottleneck is left out in training.
+        activation: none takes the paper's, ReLU.
 
     Source: arXiv 2304.12620, section "SAM Adapter" (first adapter with, second without its own skip path).
     """
@@ -55,12 +56,13 @@ class Adapter(nn.Module):
         adapter_dim: int | None = None,
         skip: bool = False,
         dropout: float = 0.0,
+        activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
         hidden = bottleneck_features(features, adapter_ratio, adapter_dim)
         self.skip = skip
         self.down = Linear(features, hidden)
-        self.activation = nn.ReLU()
+        self.activation = nn.ReLU() if activation is None else activation
         self.dropout = nn.Dropout(dropout)
         self.up = zero_linear(hidden, features)
 

@@ -14,6 +14,9 @@ class ConvBN(nn.Module):
 
     The base is frozen, its running statistics too, so batch normalisation is an affine map in training as in
     inference: it can be folded into the convolution's weights, once, and is so in exports.
+
+    Attributes:
+        own_statistics: whether the statistics are an adapter's own, and stand in its file.
     """
 
     def __init__(
@@ -24,6 +27,7 @@ class ConvBN(nn.Module):
             in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False
         )
         self.bn = nn.BatchNorm2d(out_channels)
+        self.own_statistics = False
         self.stride = stride
         self.padding = kernel_size // 2
         self.groups = groups

@@ -148,6 +148,9 @@ class Adapted(nn.Module):
             train_decoder: whether the whole mask decoder trains too.
         """
         self._trained_names = self._find_trained_names(train_norms, train_decoder)
+        for prefix, module in self.named_modules():
+            if getattr(module, "own_statistics", False):
+                self._trained_names |= {f"{prefix}.bn.running_mean", f"{prefix}.bn.running_var"}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self._trained_names)
 
@@ -184,7 +187,10 @@ class Adapted(nn.Module):
 
     @property
     def trained_names(self) -> frozenset[str]:
-        """Names of the parameters that train, and that ``state_dict`` holds beside identity and task."""
+        """Names of the parameters that train, and that ``state_dict`` holds beside identity and task.
+
+        Statistics of batch normalisation are among them where they are the adapter's own.
+        """
         return self._trained_names
 
     def base_state_dict(self) -> dict[str, Tensor]:

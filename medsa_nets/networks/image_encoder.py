@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,9 @@ class Attention(nn.Module):
         features: token width.
         num_heads: number of heads.
         input_size: height and width of the token map (or window); the tables have ``2 * size - 1`` rows.
+
+    Attributes:
+        relative: whether the base's tables are used; false takes zeros in their place.
     """
 
     if TYPE_CHECKING:  # TorchScript cannot read a class's postponed annotations
@@ -52,6 +55,7 @@ class Attention(nn.Module):
     def __init__(self, features: int, *, num_heads: int, input_size: tuple[int, int]) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.relative = True
         head_dim = features // num_heads
         self.qkv = Linear(features, 3 * features)
         self.proj = Linear(features, features)
@@ -78,13 +82,15 @@ class Attention(nn.Module):
 
     def row_table(self) -> Tensor:
         """Vectors of each pair of rows."""
-        return self.rel_pos_h[self.index_h]
+        table = self.rel_pos_h[self.index_h]
+        return table if self.relative else torch.zeros_like(table)
 
     def column_table(self) -> Tensor:
         """Vectors of each pair of columns."""
-        return self.rel_pos_w[self.index_w]
+        table = self.rel_pos_w[self.index_w]
+        return table if self.relative else torch.zeros_like(table)
 
-    def forward(self, qkv: Tensor) -> Tensor:
+    def forward(self, qkv: Tensor, padding: Optional[Tensor] = None) -> Tensor:
         """Attend within maps or windows, before the output projection.
 
         Rows and columns that a window lacks are what segment-anything pads with zeros. A padded token asks nothing
@@ -93,6 +99,7 @@ class Attention(nn.Module):
 
         Args:
             qkv: queries, keys and values (B, h, w, 3 C), h and w the size given at construction or less.
+            padding: those of a padded token (1, 3 C); none takes a token of zeros.
 
         Returns:
             (B, h, w, C).
@@ -109,7 +116,8 @@ class Attention(nn.Module):
         padded: torch.Tensor | None = None
         if height < rows.shape[0] or width < columns.shape[0]:
             padded = self.log_sum(bias_h.float(), bias_w.float(), height, width).to(q.dtype)
-            nothing = self.qkv.bias.to(q.dtype).reshape(3, self.num_heads, 1, channels)  # of a token of zeros
+            nothing = self.qkv.bias if padding is None else padding
+            nothing = nothing.to(q.dtype).reshape(3, self.num_heads, 1, channels)
             k = torch.cat([k, nothing[1].expand(batch, -1, -1, -1)], dim=2)
             v = torch.cat([v, nothing[2].expand(batch, -1, -1, -1)], dim=2)
         x = attend_map(q, k, v, bias_h[..., :height], bias_w[..., :width], padded, channels**-0.5)
@@ -142,6 +150,9 @@ class Block(nn.Module):
 
     The first adapter follows the attention, before the residual and with its own skip path; the second stands
     beside the MLP and is scaled (arXiv 2304.12620, section "SAM Adapter").
+
+    Attributes:
+        norm_padding: whether a window is padded before the norm, so that a padded token is the norm's bias.
     """
 
     def __init__(
@@ -156,6 +167,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.window_size = window_size
+        self.norm_padding = False
         self.scale = adaptation.scale
         self.norm1 = nn.LayerNorm(features, eps=1e-6)
         self.attn = Attention(
@@ -174,7 +186,10 @@ class Block(nn.Module):
         qkv = self.attn.qkv(self.norm1(x))
         if self.window_size > 0:
             parts = split_windows(x.shape[1], x.shape[2], self.window_size)
-            windows = [self.attn(cut_windows(qkv, part, self.window_size)) for part in parts]
+            padding: Optional[Tensor] = None
+            if self.norm_padding:
+                padding = self.attn.qkv(self.norm1.bias.unsqueeze(0))
+            windows = [self.attn(cut_windows(qkv, part, self.window_size), padding) for part in parts]
             attended = join_windows(windows, parts, x.shape[0])
         else:
             attended = self.attn(qkv)

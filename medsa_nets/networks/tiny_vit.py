@@ -194,6 +194,9 @@ class TinyViTBlock(nn.Module):
     """Window attention, depthwise convolution and MLP, with the two adapters of an encoder block.
 
     The first adapter follows the attention, before the residual; the second stands beside the MLP, scaled.
+
+    Attributes:
+        norm_mlp_adapter: whether the second adapter sees tokens after the MLP's norm, as the MLP does.
     """
 
     def __init__(
@@ -207,6 +210,7 @@ class TinyViTBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.window_size = window_size
+        self.norm_mlp_adapter = True
         self.scale = adaptation.scale
         self.attn = TinyViTAttention(features, num_heads=num_heads, window_size=window_size)
         self.local_conv = ConvBN(features, features, kernel_size=3, groups=features)
@@ -233,7 +237,8 @@ class TinyViTBlock(nn.Module):
         tokens = tokens + attended
         tokens = self.local_conv(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         normed = self.mlp.norm(tokens)
-        tokens = tokens + self.mlp(normed) + self.scale * self.mlp_adapter(normed)
+        seen = normed if self.norm_mlp_adapter else tokens
+        tokens = tokens + self.mlp(normed) + self.scale * self.mlp_adapter(seen)
         return tokens.permute(0, 3, 1, 2)
 
 

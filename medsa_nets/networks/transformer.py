@@ -35,6 +35,10 @@ class TwoWayAttentionBlock(nn.Module):
     (1) a hyper-prompting adapter after the prompt-to-image cross-attention, (2) an adapter beside the MLP, scaled,
     (3) an adapter after the residual of the image-to-prompt cross-attention, with a residual of its own before the
     layer norm (arXiv 2304.12620, section "Hyper-Prompting Adapter").
+
+    Attributes:
+        embed_values: whether the self-attention's values and residual hold the prompt embeddings too, and the first
+            block has a residual (:class:`~medsa_nets.layers.PublishedDecoder`).
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class TwoWayAttentionBlock(nn.Module):
         self.norm4 = nn.LayerNorm(features)
         self.cross_attn_image_to_token = Attention(features, num_heads=num_heads, downsample_rate=2)
         self.skip_first_layer_pe = skip_first_layer_pe
+        self.embed_values = False
         self.scale = adaptation.scale
         self.hyper_prompt_adapter = adaptation.prompted_adapter(features, features)
         self.mlp_adapter = adaptation.adapter(features)
@@ -73,7 +78,11 @@ class TwoWayAttentionBlock(nn.Module):
         Returns:
             Tokens and image embedding, of the same shapes.
         """
-        if self.skip_first_layer_pe:
+        if self.embed_values:
+            if not self.skip_first_layer_pe:
+                queries = queries + query_pe
+            queries = queries + self.self_attn(queries, queries, queries)
+        elif self.skip_first_layer_pe:
             queries = self.self_attn(queries, queries, queries)
         else:
             q = queries + query_pe

@@ -499,6 +499,10 @@ def test_raters_and_masks_have_to_fit(tmp_path: Path) -> None:
         ChooseRaterd("label", raters="most")
     with pytest.raises(DataError, match=r"2 mask\(s\) of one image, and raters is None"):
         ChooseRaterd("label")({"label": torch.zeros(2, 4, 4)})
+    with pytest.raises(DataError, match="raters is 'majority', but there are 2 classes"):
+        ChooseRaterd("label", raters="majority", classes=2)
+    several = {"label": torch.zeros(2, 4, 4)}
+    assert ChooseRaterd("label", classes=2)(several)["label"] is several["label"]
 
 
 def test_a_list_may_name_masks_of_several_raters(tmp_path: Path) -> None:
