@@ -112,6 +112,8 @@ class MetricsSaver(monai.handlers.MetricsSaver):
             return
         with table.open("a", encoding="utf-8") as file:
             for metric in self.metric_details or ():
+                if metric not in engine.state.metric_details:  # switched off, as MONAI takes it
+                    continue
                 values = torch.as_tensor(engine.state.metric_details[metric])
                 for name, mean in zip(self.classes, values.nanmean(dim=0).tolist()):
                     file.write(f"{_one_field(f'{metric}_{name}')}{self.deli}{mean}\n")

@@ -51,7 +51,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     task, out = request.param, tmp_path_factory.mktemp(request.param)
     data = write_pictures(out / "data", task)
     run("training", config_file=TRAIN, task=task, dataset_dir=str(data), ckpt_dir=str(out), output_dir=str(out),
-        batch_size=2, warmup_steps=1, samples_interval=4, max_epochs=4, learning_rate=0.005,
+        batch_size=2, warmup_steps=1, samples_interval=4, max_epochs=8, learning_rate=0.005,
         validation_fraction=0.3, **COMMON)  # fmt: skip
     return task, data, out
 
