@@ -85,7 +85,7 @@ def unpack_pickles(root: Path, pattern: str) -> Path:
             for name, crop in _read(path).items():
                 _write(part, name, crop, f"{path}: {name!r}", names)
         try:
-            part.rename(folder)
+            part.replace(folder)
         except OSError:
             if not folder.is_dir():  # another process was first
                 raise

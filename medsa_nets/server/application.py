@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 META, LEASE, CODEC = "x-meta", "x-lease-token", "x-array-codec"
 MAX_JSON = 2**16  # bytes
 MAX_WAITING = 16  # requests of one lease that wait for each other
+WARM_UP = 128  # voxels along the rows of the volume that is segmented first
 PROTOCOL = "2.6.0"  # of the client that this server was written for
 Result = TypeVar("Result")
 
@@ -165,16 +166,25 @@ class Server:
         return self.logs.open(key, properties.session)
 
     def warm_up(self) -> None:
-        """Segment a blank image: precision, fast paths and kernels are chosen before the first image comes."""
-        if self.segmenter.volumes:
-            blank, properties = np.zeros((1, 128, 128, 48), np.int16), Properties(np.eye(4))
+        """Segment an image of shades: precision, fast paths and kernels are chosen before the first image comes."""
+        if not self.segmenter.volumes:
+            study = self._shades((3, 64, 64, 1))
         else:
-            blank, properties = np.zeros((3, 64, 64, 1), np.uint8), Properties(np.eye(4))
-        study = Study(self.segmenter, self.queue, self.store, next(self._numbers), blank, properties)
+            study = self._shades((1, WARM_UP, WARM_UP, 48))  # mm
+            widest = max(study.image.shape[1:3])
+            if widest > WARM_UP:  # a fine grid: everybody would wait for so many voxels
+                study.close()
+                narrow = max(1, WARM_UP * WARM_UP // widest)
+                study = self._shades((1, narrow, narrow, 48))
         try:
             study.automatic_logits(np.array(study.grids.file_shape) / 2.0)
         finally:
             study.close()
+
+    def _shades(self, shape: tuple[int, ...]) -> Study:
+        values = np.arange(int(np.prod(shape))).reshape(shape) % 251
+        array = values.astype(np.int16 if self.segmenter.volumes else np.uint8)
+        return Study(self.segmenter, self.queue, self.store, next(self._numbers), array, Properties(np.eye(4)))
 
     def capabilities(self) -> dict[str, Any]:
         """What clients may do, in the protocol's terms and beyond."""

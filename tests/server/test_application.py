@@ -13,6 +13,8 @@ import torch
 
 from medsa_nets.interaction.segmenters import NetworkSegmenter
 from medsa_nets.interaction.session import InteractiveSession
+from medsa_nets.server import application
+from medsa_nets.server.settings import ServerSettings
 from medsa_nets.server.studies import Properties, Study, affine_of
 
 from .scenes import SPACING, make_photograph, make_volume, write_volume
@@ -236,3 +238,22 @@ def test_other_names_of_the_host_are_refused(photographs: NetworkSegmenter, serv
     address, _ = serve(photographs, hosts=("127.0.0.1",))
     assert httpx.get(f"{address}/healthz").status_code == 200
     assert httpx.get(f"{address}/healthz", headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_what_is_segmented_first_is_small_on_a_fine_grid(
+    volumes: NetworkSegmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Study] = []
+
+    class Seen(Study):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            opened.append(self)
+
+    monkeypatch.setattr(application, "Study", Seen)
+    server = application.Server(volumes, ServerSettings(memory=2**28))
+    server.warm_up()
+    sizes = [max(study.image.shape[1:3]) for study in opened]
+    assert sizes[0] > application.WARM_UP >= sizes[-1] > 0
+    assert all(study.closed for study in opened)
+    assert server.store.bytes == 0
