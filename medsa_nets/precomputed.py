@@ -38,7 +38,8 @@ def encode_study(segmenter: Any, image: MetaTensor) -> None:
     network, inputs = segmenter.network, segmenter._input(image)
     if not isinstance(segmenter.inferer, VolumeInferer):
         with autocast(segmenter.inferer.amp, inputs.device):
-            network.encode_image(inputs)
+            for _, view in segmenter.inferer.views(inputs):
+                network.encode_image(view)
         return
     assert isinstance(network, VolumeMedSA)
     inferer = rebuilt(segmenter.inferer, lambda own: own)

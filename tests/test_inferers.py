@@ -649,3 +649,37 @@ def test_one_class_of_a_picture_is_answered_as_ever(session_network):
         assert torch.equal(ours, theirs)
     with pytest.raises(ValueError, match="others must be absent or automatic"):
         ClassesInferer(others="none")
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("size", [(64, 64), (64, 96)])
+def test_an_answer_is_the_mean_over_the_turned_image(session_network, size, cache):
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    inferer = PromptInferer(turns=[0, 1, 3], cache=EmbeddingCache() if cache else None)
+    for prompts in (Prompts(), _clicks(1, 0)):
+        expected = torch.zeros(1, 1, *size)
+        for turn in (0, 1, 3):
+            view = torch.rot90(image, turn, (2, 3))
+            own = PromptInferer()(view, session_network, prompts=prompts.turn(turn, size))
+            expected += torch.rot90(own, -turn, (2, 3)) / 3
+        for _ in range(2):  # from the cache, the second time
+            torch.testing.assert_close(inferer(image, session_network, prompts=prompts), expected)
+    assert torch.equal(
+        PromptInferer(turns=[0]).decode(image, session_network, [_clicks(1)]),
+        session_network.decode(session_network.encode_image(image), **_clicks(1).arguments()),
+    )
+    assert inferer.cache is None or inferer.cache.hits == 9
+
+
+def test_an_image_of_two_like_halves_is_answered_alike_in_both(session_network):
+    half = torch.rand(1, 3, 64, 32, generator=torch.Generator().manual_seed(0))
+    image = torch.cat([half, torch.rot90(half, 2, (2, 3))], 3)
+    found = PromptInferer(turns=[0, 2])(image, session_network)
+    torch.testing.assert_close(found, torch.rot90(found, 2, (2, 3)))
+    assert not torch.allclose(*(PromptInferer()(image, session_network).rot90(k, (2, 3)) for k in (0, 2)))
+
+
+@pytest.mark.parametrize("turns", [[], [0, 0], [4], [0.5]])
+def test_turns_are_quarter_turns(turns):
+    with pytest.raises(ValueError, match="turns must be quarter turns"):
+        PromptInferer(turns=turns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,27 @@ class PromptInferer(SimpleInferer):
         amp: precision, ``auto``, true or false (:func:`~medsa_nets.precision.choose_amp`).
         cache: keeps embeddings of images that are asked for again; none computes them anew.
         precomputed: folder of embeddings from ``python -m medsa_nets precompute``; none computes them.
+        turns: in which positions images are seen, in quarter turns: the logits are the mean over them, turned back.
+            Each costs what the image costs. For tasks that train on turned images.
+
+    Raises:
+        ValueError: when a turn is none of 0, 1, 2, 3, or comes twice, or there is none.
     """
 
     def __init__(
-        self, amp: Amp = False, cache: EmbeddingCache | None = None, precomputed: str | Path | None = None
+        self,
+        amp: Amp = False,
+        cache: EmbeddingCache | None = None,
+        precomputed: str | Path | None = None,
+        turns: Sequence[int] = (0,),
     ) -> None:
         super().__init__()
         self.amp = read_amp(amp)
         self.cache = cache
         self.precomputed = precomputed
+        if not turns or len(set(turns)) < len(turns) or not set(turns) <= {0, 1, 2, 3}:
+            raise ValueError(f"turns must be quarter turns, some of 0, 1, 2, 3, each once at most, got {list(turns)}.")
+        self.turns = tuple(turns)
 
     def __call__(
         self,
@@ -64,28 +76,54 @@ class PromptInferer(SimpleInferer):
         Raises:
             ValueError: when there are prompts for another number of images, or images differ in the kinds of theirs.
         """
-        asked = prompts_of_batch(inputs, prompts)
-        inputs = plain(inputs)
-        with autocast(self.amp, inputs.device):
-            medsa = unwrap(network)
+        medsa = unwrap(network)
+
+        def answer(view: Tensor, asked: Sequence[Prompts], turn: int) -> Tensor:
             if not isinstance(medsa, MedSA) or medsa.training:  # dropout answers anew each time
-                return network(inputs, *args, **Prompts.batched(asked)).float()
+                return network(view, *args, **Prompts.batched(asked)).float()
             take_precomputed(medsa, self.precomputed)
             in_order = medsa.click_feedback is not None and medsa.click_feedback.trained
             if self.cache is None and not in_order:
-                return network(inputs, *args, **Prompts.batched(asked)).float()
+                return network(view, *args, **Prompts.batched(asked)).float()
+            embedding = self._embed(view, medsa, turn)
             if in_order:
-                return answer_in_order(medsa, self._embed(inputs, medsa), inputs, asked)
-        return self.decode(inputs, medsa, asked)
+                return answer_in_order(medsa, embedding, view, asked)
+            return medsa.decode(embedding, **Prompts.batched(asked)).float()
+
+        asked = prompts_of_batch(inputs, prompts)
+        return self._mean_over_turns(plain(inputs), asked, answer)
 
     def decode(self, inputs: Tensor, network: MedSA, prompts: Sequence[Prompts]) -> Tensor:
         """Answer all prompts of each image at once, in one pass through the decoder: logits (B, K, H, W)."""
-        inputs = plain(inputs)
-        with autocast(self.amp, inputs.device):
-            return network.decode(self._embed(inputs, network), **Prompts.batched(prompts)).float()
 
-    def _embed(self, inputs: Tensor, medsa: MedSA) -> Tensor:
-        """Embedding of images, from the cache where it is there."""
+        def answer(view: Tensor, asked: Sequence[Prompts], turn: int) -> Tensor:
+            return network.decode(self._embed(view, network, turn), **Prompts.batched(asked)).float()
+
+        return self._mean_over_turns(plain(inputs), prompts, answer)
+
+    def views(self, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Images (B, C, H, W) in each position that they are seen in, with its number of quarter turns."""
+        for turn in self.turns:
+            yield turn, inputs if turn == 0 else torch.rot90(inputs, turn, (2, 3)).contiguous()
+
+    def _mean_over_turns(
+        self,
+        inputs: Tensor,
+        prompts: Sequence[Prompts],
+        answer: Callable[[Tensor, Sequence[Prompts], int], Tensor],
+    ) -> Tensor:
+        """Mean of the answers (B, K, H, W) to the images in all positions."""
+        size, total = inputs.shape[2:], None
+        with autocast(self.amp, inputs.device):
+            for turn, view in self.views(inputs):
+                logits = answer(view, [one.turn(turn, size) for one in prompts], turn)
+                logits = logits if turn == 0 else torch.rot90(logits, -turn, (2, 3))
+                total = logits if total is None else total + logits
+        assert total is not None
+        return total / len(self.turns) if len(self.turns) > 1 else total
+
+    def _embed(self, inputs: Tensor, medsa: MedSA, turn: int) -> Tensor:
+        """Embedding of images in one of their positions, from the cache where it is there."""
         if self.cache is None:
             return medsa.encode_image(inputs)
         name, version = network_name(medsa), adapter_key(medsa)

@@ -192,6 +192,7 @@ class SessionEvaluation:
         answers = dataclasses.asdict(self.settings.of(3 if segmenter.volumes else 2))
         settings = {
             "network": answer_identity(self.settings, segmenter), "inferer": str(segmenter.inferer.amp),
+            "turns": getattr(segmenter.inferer, "turns", None),
             "user": user, "seed": self.seed,
             "answers": answers, "clicks": self.clicks, "tolerance": self.tolerance,
             "classes": self.classes,

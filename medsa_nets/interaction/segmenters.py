@@ -229,7 +229,8 @@ class NetworkSegmenter:
         """Logits of every class (K, spatial…) without prompts."""
         inputs, cache = self._input(image), self.inferer.cache
         version = adapter_key(self.network)
-        key = f"session {self.inferer.amp} {tensor_sha256(inputs)} {version}"
+        turns = self.inferer.turns if isinstance(self.inferer, PromptInferer) else ()
+        key = f"session {self.inferer.amp} {turns} {tensor_sha256(inputs)} {version}"
         known = cache.get(key) if cache is not None else None
         if known is not None:
             return known[0]

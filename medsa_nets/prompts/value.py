@@ -203,6 +203,28 @@ class Prompts:
             masks = None if masks is None else masks.flip(1 + axis)
         return self._moved(points=points, boxes=boxes, masks=masks)
 
+    def turn(self, quarters: int, size: Sequence[int]) -> Prompts:
+        """Prompts of an image as the turned image has them.
+
+        Args:
+            quarters: quarter turns, from the first spatial axis to the second one, as ``torch.rot90`` turns.
+            size: the image's spatial size, dims numbers.
+        """
+        turned, (rows, columns, *depth) = self, size
+        for _ in range(quarters % 4):
+            turned = turned._transpose().mirror([0], (columns, rows, *depth))
+            rows, columns = columns, rows
+        return turned
+
+    def _transpose(self) -> Prompts:
+        """With the first two spatial axes exchanged."""
+        points, boxes, masks = self.points, self.boxes, self.masks
+        if points is not None:
+            points = points[..., [1, 0, 2][: points.shape[-1]]]
+        if boxes is not None:
+            boxes = boxes[:, [1, 0, 3, 2] if boxes.shape[1] == 4 else [1, 0, 2, 4, 3, 5]]
+        return self._moved(points=points, boxes=boxes, masks=None if masks is None else masks.transpose(1, 2))
+
     def through(self, affine: Tensor) -> Prompts:
         """Prompts of an image as they lie on another grid.
 

@@ -202,16 +202,21 @@ class _StudyPromptInferer(PromptInferer):
         return self.study.queue.run(lambda: super(_StudyPromptInferer, self).decode(inputs, network, prompts))
 
     def prepare(self, inputs: Tensor, network: MedSA, priority: int = ENCODE) -> None:
-        """Wait until the image is encoded."""
+        """Wait until the image is encoded, in all positions that it is seen in."""
 
-        def encode() -> None:
+        def encode(view: Tensor, turn: int) -> None:
             with autocast(self.amp, inputs.device):
-                self._embed(inputs, network)
+                self._embed(view, network, turn)
 
-        self.study.prepare((self.study.number, 0, 0), encode, priority)
+        for turn, view in self.views(inputs):
+            self.study.prepare((self.study.number, 0, turn), partial(encode, view, turn), priority)
 
-    def _embed(self, inputs: Tensor, medsa: MedSA) -> Tensor:
-        key = (self.study.number, 0, 0)
+    def encoded(self) -> bool:
+        """Whether the image is encoded."""
+        return all(self.study.store.get((self.study.number, 0, turn)) is not None for turn in self.turns)
+
+    def _embed(self, inputs: Tensor, medsa: MedSA, turn: int) -> Tensor:
+        key = (self.study.number, 0, turn)
         found = self.study.store.get(key)
         if found is None:
             found = medsa.encode_image(inputs)
@@ -495,7 +500,8 @@ class Study:
     def encoded(self) -> bool:
         """Whether all is encoded."""
         if not self.slabs:
-            return self.store.get((self.number, 0, 0)) is not None
+            assert isinstance(self.segmenter.inferer, _StudyPromptInferer)
+            return self.segmenter.inferer.encoded()
         return all(all(slabs.encoded_groups()) for slabs in self.slabs.values())
 
     def close(self) -> None:

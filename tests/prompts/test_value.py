@@ -201,3 +201,23 @@ def test_tensors_with_metadata_become_plain_ones() -> None:
     boxes = MetaTensor(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
     assert type(Prompts(boxes=boxes).boxes) is torch.Tensor
     assert type(Prompts.batched([Prompts(boxes=boxes)])["boxes"]) is torch.Tensor
+
+
+@pytest.mark.parametrize("quarters", range(5))
+@pytest.mark.parametrize("size", [(5, 8), SIZE])
+def test_prompts_of_a_turned_image_lie_where_the_turned_image_has_them(quarters, size):
+    mark = torch.zeros(1, *size)
+    mark[0, 1:3, 2:6] = 1
+    corner = [1.0, 2.0, 0.0][: len(size)]
+    prompts = Prompts(
+        points=torch.tensor([[corner]]), labels=torch.ones(1, 1), boxes=bounding_box(mark[0])[None],
+        masks=mark, classes=torch.tensor([2]),
+    )  # fmt: skip
+    number = torch.arange(mark.numel()).reshape(mark.shape)
+    found, there = prompts.turn(quarters, size), torch.rot90(mark, quarters, (1, 2))
+    place = tuple(found.points.long().flatten().tolist())
+    assert torch.equal(found.masks, there)
+    assert torch.equal(found.boxes[0], bounding_box(there[0]))
+    assert torch.rot90(number, quarters, (1, 2))[0][place] == number[0][tuple(int(c) for c in corner)]
+    assert found.turn(-quarters, there.shape[1:]) == prompts
+    assert Prompts(classes=torch.tensor([2])).turn(quarters, size) == Prompts(classes=torch.tensor([2]))
