@@ -6,8 +6,9 @@ Checks the named revision out into a temporary worktree, and starts a process fo
 each round both compute the same contender of ``speed.py`` (MedSA's own; each revision by its own ``speed.py``), one
 after the other, and the order changes from round to round. A row's figure is the median over rounds of
 time(working tree) / time(revision), in process time of one thread, so that other work on the machine counts little;
-beside it stands half the distance of the quartiles. Rows above ``--bound`` are named at the end; so are rows that one
-of both lacks. Sections that OUTPUT.json holds are kept. Writes OUTPUT.md and OUTPUT.json.
+beside it stands half the distance of the quartiles. ``--apart`` starts both anew for each call, one at a time, where
+memory is short for two. Rows above ``--bound`` are named at the end; so are rows that one of both lacks. Sections that
+OUTPUT.json holds are kept. Writes OUTPUT.md and OUTPUT.json.
 """
 
 from __future__ import annotations
@@ -66,26 +67,56 @@ def work() -> None:
 
 
 class Worker:
-    """A process that computes what ``speed.py`` of the project at ``tree`` lists."""
+    """A process that computes a section of ``speed.py`` of the project at ``tree``; it starts when it is asked."""
 
-    def __init__(self, tree: Path) -> None:
-        path = os.pathsep.join(map(str, (tree / "tests/benchmarks", tree)))
+    def __init__(self, tree: Path, section: str) -> None:
+        self.tree = tree
+        self.section = section
+        self._process: subprocess.Popen[str] | None = None
+        self._warm: set[str] = set()
+
+    def contenders(self) -> list[str]:
+        """MedSA's own contenders of the section."""
+        self._start()
+        found: list[str] = self._ask({"section": self.section})
+        self.end()
+        return found
+
+    def time(self, name: str) -> float:
+        """Process time of one call, in seconds; what a first call prepares does not count."""
+        if self._process is None:
+            self._start()
+            self._ask({"section": self.section})
+        if name not in self._warm:
+            self._ask({"call": name})
+            self._warm.add(name)
+        return float(self._ask({"call": name}))
+
+    def end(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.communicate()
+        self._process = None
+        self._warm.clear()
+
+    def _start(self) -> None:
+        path = os.pathsep.join(map(str, (self.tree / "tests/benchmarks", self.tree)))
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).resolve()), "--worker"], cwd=tree, text=True,
+            [sys.executable, "-P", str(Path(__file__).resolve()), "--worker"], cwd=self.tree, text=True,
             env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
-    def ask(self, **request: str) -> Any:
+    def _ask(self, request: dict[str, str]) -> Any:
+        assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         if not (answer := self._process.stdout.readline()):
-            raise RuntimeError(f"the process ended with status {self._process.wait()}")
+            status = self._process.wait()
+            short = " Memory may be short for two processes: pass --apart." if status == -9 else ""
+            raise RuntimeError(f"{self.section} of {self.tree}: the process ended with status {status}.{short}")
         return json.loads(answer)
-
-    def end(self) -> None:
-        self._process.communicate()
 
 
 def table(report: dict[str, Any], bound: float) -> str:
@@ -113,6 +144,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="time for a row, in which rounds go on past that")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections to measure")
     parser.add_argument("--bound", type=float, default=1.03)
+    parser.add_argument("--apart", action="store_true", help="keep one process at a time")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -130,26 +162,26 @@ def main() -> None:
         tree = Path(folder, "revision")
         subprocess.run(["git", "worktree", "add", "--detach", "-q", tree, options.revision], cwd=ROOT, check=True)
         try:
-            workers = [Worker(tree), Worker(ROOT)]
             for section in options.only:
                 if section in report["sections"]:
                     continue
-                before, after = (worker.ask(section=section) for worker in workers)
+                workers = [Worker(path, section) for path in (tree, ROOT)]
+                before, after = (worker.contenders() for worker in workers)
                 times: dict[str, tuple[list[float], list[float]]] = {}
                 for name in (name for name in before if name in after):
-                    for worker in workers:
-                        worker.ask(call=name)  # what a first call prepares does not count
                     times[name] = ([], [])
                     start, round_ = time.monotonic(), 0
                     while round_ < options.rounds or time.monotonic() - start < options.seconds:
                         for i in (0, 1) if round_ % 2 else (1, 0):
-                            times[name][i].append(workers[i].ask(call=name))
+                            times[name][i].append(workers[i].time(name))
+                            if options.apart:
+                                workers[i].end()
                         round_ += 1
+                for worker in workers:
+                    worker.end()
                 report["sections"][section] = {"times": times, "alone": sorted(set(before) ^ set(after))}
                 print(table({**report, "sections": {section: report["sections"][section]}}, options.bound), flush=True)
                 state.write_text(json.dumps(report, indent=1))
-            for worker in workers:
-                worker.end()
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
     options.output.with_suffix(".md").write_text(table(report, options.bound))
