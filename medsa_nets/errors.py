@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import re
 import sys
+import warnings
 from types import TracebackType
 
 
@@ -177,9 +179,12 @@ def report_plainly() -> None:
     """End this process with one line, not a traceback, where an error of this package stops it.
 
     The engine around a bundle wraps errors in errors; users need the one that names their file. Every other error is
-    shown in full, and so is every one where the environment variable ``MONAI_DEBUG`` is set.
+    shown in full, and so is every one where the environment variable ``MONAI_DEBUG`` is set. MONAI's note of a decoder
+    of DICOM on GPUs that is not there, which each of its readers repeats, is left out.
     """
     print_anything()
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader: nvImageCodec decoder plugin did not register")
     previous = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

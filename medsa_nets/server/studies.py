@@ -187,11 +187,19 @@ class _StudyPromptInferer(PromptInferer):
     study: Study
 
     @classmethod
-    def of(cls, inferer: PromptInferer, study: Study) -> _StudyPromptInferer:
-        """The same settings for an open image."""
+    def of(cls, inferer: PromptInferer, study: Study, near: bool = False) -> _StudyPromptInferer:
+        """The same settings for an open image.
+
+        Args:
+            inferer: the bundle's.
+            study: the image.
+            near: whether one position of the image is all that is seen, for an answer before the others are encoded.
+        """
         out = cls.__new__(cls)
         out.__dict__.update(inferer.__dict__)
         out.study, out.cache = study, None
+        if near:
+            out.turns = out.turns[:1]
         return out
 
     def decode(self, inputs: Tensor, network: MedSA, prompts: Sequence[Prompts]) -> Tensor:
@@ -243,7 +251,7 @@ class ObjectSegmenter:
     Args:
         study: the image.
         index: id of the class; none for a foreground without one.
-        near: whether answers stay within the slab of the newest click.
+        near: whether answers stay within the slab of the newest click; in photographs, see one position of the image.
     """
 
     exclusive = False  # one class has nothing to exclude; other objects are the server's concern
@@ -436,6 +444,8 @@ class Study:
             self.near_segmenter.inferer = _StudySlabInferer.of(inferer, self, near=True)
         else:
             self.segmenter.inferer = _StudyPromptInferer.of(inferer, self)
+            self.near_segmenter = copy.copy(segmenter)
+            self.near_segmenter.inferer = _StudyPromptInferer.of(inferer, self, near=True)
 
     def _read(self, segmenter: NetworkSegmenter, array: np.ndarray, properties: Properties) -> MetaTensor:
         """The array as the network sees it, through the bundle's transforms without its reader."""
@@ -568,6 +578,7 @@ class Study:
 
             slabs.prepare(g)
             return self.queue.run(decode)[0, :, voxel[0], voxel[1], 0].float().cpu().numpy()
+        inferer = self.near_segmenter.inferer
         assert isinstance(inferer, _StudyPromptInferer)
         logits = inferer.decode(self.segmenter._input(self.image), network, [Prompts()])
         return logits[0, :, voxel[0], voxel[1]].cpu().numpy()
