@@ -132,6 +132,34 @@ def test_clicked_slab_answers_before_the_volume_is_encoded(
     np.testing.assert_array_equal(hurried.target_buffer, patient.target_buffer)
 
 
+def test_a_photograph_answers_before_it_is_encoded_in_all_positions(
+    photographs: NetworkSegmenter,
+    serve: Callable[..., Any],
+    connect: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert photographs.inferer.turns == (0, 2)  # type: ignore[union-attr]
+    monkeypatch.setattr("medsa_nets.server.studies.Study.encode_ahead", lambda _: None)
+    monkeypatch.setattr("medsa_nets.server.work.SegmentedObject._run", lambda _: None)
+    address, server = serve(photographs, patience=0.0)
+    hurried, patient = connect(address), connect(serve(photographs)[0])
+    for client in (hurried, patient):
+        client.set_image(make_photograph(3))
+        client.set_target_buffer(np.zeros(client.original_image_shape[1:], np.uint8))
+    hurried.add_point_interaction([20, 10, 0], True)
+    study = next(iter(server.leases._leases.values())).held._study()
+    assert [study.store.get((study.number, 0, turn)) is not None for turn in (0, 2)] == [True, False]
+    assert not study.encoded
+    assert hurried.target_buffer[20, 10, 0]
+    first = hurried.target_buffer.copy()
+    monkeypatch.undo()
+    hurried._predict()
+    assert study.encoded
+    patient.add_point_interaction([20, 10, 0], True)
+    assert (patient.target_buffer != first).any()
+    np.testing.assert_array_equal(hurried.target_buffer, patient.target_buffer)
+
+
 def test_photographs_may_lie_either_way(
     photographs: NetworkSegmenter, serve: Callable[..., Any], connect: Callable[..., Any]
 ) -> None:
