@@ -45,6 +45,27 @@ class SurfaceDiceMM(SurfaceDiceMetric):
         return _one_by_one(super().__call__, y_pred, y, **kwargs)
 
 
+class VoxelsElsewhere(CumulativeIterationMetric):
+    """Share of a prediction's voxels in slices that do not hold their class at all: organs found where none is.
+
+    Slices lie along the last axis, and the first channel is the background. A class of which a volume's label holds
+    nothing does not count there: it may be there and not be annotated. The share is that of the voxels of all classes
+    and volumes together; NaN where nothing was predicted.
+    """
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Any:
+        """Compare one-hot volumes (B, 1 + classes, X, Y, Z): voxels elsewhere, and all, (B, classes) each."""
+        assert y is not None
+        held = y[:, 1:].flatten(2, 3).amax(2) > 0  # (B, classes, Z)
+        found = y_pred[:, 1:].sum((2, 3), dtype=torch.float64) * held.any(-1, keepdim=True)
+        return [(found * ~held).sum(-1), found.sum(-1)]
+
+    def aggregate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Share over all volumes so far."""
+        elsewhere, found = self.get_buffer()
+        return elsewhere.sum() / found.sum()
+
+
 def _dice(one: Tensor, other: Tensor) -> Tensor:
     """Dice of two masks (spatial…); 1 where both are empty."""
     return compute_dice(one[None, None], other[None, None], ignore_empty=False)[0, 0]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from medsa_nets.metrics import HausdorffDistanceMM, SurfaceDiceMM
+from medsa_nets.metrics import HausdorffDistanceMM, SurfaceDiceMM, VoxelsElsewhere
 
 
 def volumes(spacing: tuple[float, float, float]) -> tuple[list[MetaTensor], list[MetaTensor]]:
@@ -54,3 +54,18 @@ def test_a_class_that_the_label_does_not_hold_counts_in_no_surface_dice():
     assert values[0, 0].item() == pytest.approx(1.0)
     assert torch.isnan(values[0, 1])
     assert metric.aggregate().item() == pytest.approx(1.0)
+
+
+def test_voxels_in_slices_without_their_class_are_counted_over_all_volumes():
+    label = torch.zeros(3, 8, 8, 6)  # background, a class in slices 2 and 3, one that is not annotated
+    label[1, 2:6, 2:6, 2:4] = 1
+    label[0] = 1 - label[1]
+    found = torch.zeros_like(label)
+    found[1, 2:6, 2:6, 1:4] = 1  # 16 of 48 voxels in a slice without the class
+    found[2, :, :, 0] = 1
+    metric = VoxelsElsewhere()
+    metric([found, label], [label, label])
+    assert metric.aggregate().item() == pytest.approx(16 / (48 + 32))
+    metric.reset()
+    metric([torch.zeros_like(label)], [label])
+    assert torch.isnan(metric.aggregate())

@@ -355,7 +355,7 @@ def test_every_protocol_gives_its_prompts_to_the_validation(volumes: Path, promp
 def test_an_evaluation_gives_metrics_by_class_and_case(volumes: Path, adapted: Path, tmp_path: Path) -> None:
     run("evaluating", config_file=[TRAIN, EVALUATE], dataset_dir=str(volumes), prompt="point_per_slice", overlays=1,
         ckpt_dir=str(adapted), output_dir=str(tmp_path), **COMMON, **SMALL)  # fmt: skip
-    assert set(read_metrics(tmp_path)) == {"val_mean_dice", "val_hd95", "val_nsd"}
+    assert set(read_metrics(tmp_path)) == {"val_mean_dice", "val_hd95", "val_nsd", "val_voxels_elsewhere"}
     for name in ("val_mean_dice", "val_hd95", "val_nsd"):
         with open(tmp_path / f"{name}_raw.csv", newline="") as file:
             rows = list(csv.reader(file))
