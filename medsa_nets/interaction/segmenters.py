@@ -176,12 +176,12 @@ class NetworkSegmenter:
             raise WeightsError(
                 f"{refinement}: it refines clicks in {self.refinement.dims} dimensions; the network does not."
             )
-        cache = EmbeddingCache(EMBEDDING_BYTES)
         if inferer is None:
             inferer = SlabInferer() if self.volumes else PromptInferer()
         self.inferer = of_one_class(inferer) if isinstance(inferer, VolumeInferer) else copy.copy(inferer)
         base = slab_inferer(self.inferer) if isinstance(self.inferer, VolumeInferer) else self.inferer
-        base.cache = base.cache or cache
+        if base.cache is None:  # one that is empty is one all the same
+            base.cache = EmbeddingCache(EMBEDDING_BYTES)
 
     @property
     def feedback(self) -> bool:

@@ -93,7 +93,7 @@ def test_a_server_encodes_nothing_that_was_precomputed(bundle, serve, connect, t
 
 def precomputed_mask(root: Path, study: Path, folder: Path) -> tuple[torch.Tensor, int]:
     """Automatic logits, and how often the encoder ran."""
-    segmenter = NetworkSegmenter.from_bundle(root, (), {"precomputed": str(folder)})
+    segmenter = NetworkSegmenter.from_bundle(root, (), {"precomputed": str(folder), "cache_bytes": 0})
     assert isinstance(segmenter.inferer, VolumeInferer)
     passes = count_encodings(segmenter)
     return segmenter.automatic(segmenter.open(str(study))), len(passes)
