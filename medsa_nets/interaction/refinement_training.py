@@ -115,7 +115,7 @@ class RefinementTraining:
         user: places the clicks of the sessions that are learnt from.
         settings: how answers are made, without refinement; none takes the usual ones, and in images asks the
             network again for each click, in volumes does not.
-        start_from: file of a refinement to start from.
+        start_from: file of a refinement to start from; it stays the best until a round is better.
         others: files of samples of other trainings, to be learnt as well.
         rounds: how often sessions are run and learnt from.
         clicks: of a session.
@@ -195,6 +195,23 @@ class RefinementTraining:
         best = (-math.inf, 0)
         rounds: list[Samples] = []
         figures: dict[str, float] = {}
+
+        def judge(number: int) -> tuple[list[float], float]:
+            """Measure the refinement, and keep it where it is the best so far."""
+            nonlocal best, figures
+            curve, harmful = self._curve(segmenter, checked, refinement)
+            gain = float(np.mean(curve[1:])) - harmful * HARMFUL
+            if gain > best[0]:
+                best = (gain, number)
+                refinement.save(self.path)
+                lines["with"] = curve
+                figures = {f"dice_after_{n}": value for n, value in enumerate(curve)} | {"harmful": harmful}
+            return curve, harmful
+
+        if self.start_from:  # a round that is worse does not take its place
+            curve, harmful = judge(0)
+            lines["before"] = curve
+            logger.info("%s: Dice %s; harmful %.3f", self.start_from, _listed(curve), harmful)
         for number in range(self.rounds):
             random = np.random.default_rng([self.seed, number])
             asked = None if fresh and number == 0 else refinement
@@ -206,22 +223,18 @@ class RefinementTraining:
             samples = Samples.joined([*rounds, *others])
             epochs = self.epochs * (2 if number == self.rounds - 1 else 1)
             loss = fit(refinement, samples, epochs, self.learning_rate, random, standardise=fresh and number == 0)
-            curve, harmful = self._curve(segmenter, checked, refinement)
-            gain = float(np.mean(curve[1:])) - harmful * HARMFUL
+            curve, harmful = judge(number + 1)
             logger.info(
                 "round %d: loss %.4f to %.4f; Dice %s after 0 to %d clicks, without %s; harmful %.3f",
-                number + 1, *loss, " ".join(f"{d:.4f}" for d in curve), self.clicks,
-                " ".join(f"{d:.4f}" for d in lines["without"]), harmful,
+                number + 1, *loss, _listed(curve), self.clicks, _listed(lines["without"]), harmful,
             )  # fmt: skip
-            if gain > best[0]:
-                best = (gain, number)
-                refinement.save(self.path)
-                lines["with"] = curve
-                figures = {f"dice_after_{n}": value for n, value in enumerate(curve)} | {"harmful": harmful}
             Samples.joined(rounds).save(self.output_dir / SAMPLES)
             save_png(draw_curves(lines, "clicks", f"mean Dice of {len(checked)} masks"),
                      self.output_dir / "refinement.png")  # fmt: skip
-        logger.info("wrote %s, of round %d", self.path, best[1] + 1)
+        if best[1]:
+            logger.info("wrote %s, of round %d", self.path, best[1])
+        else:
+            logger.info("no round was better: %s is %s", self.path, self.start_from)
         return figures
 
     def _cases(self, segmenter: NetworkSegmenter) -> Iterator[_Case]:
@@ -382,3 +395,7 @@ def fit(
 
 def _dice(mask: np.ndarray, target: np.ndarray) -> float:
     return float(2.0 * (mask & target).sum() / max(1, mask.sum() + target.sum()))
+
+
+def _listed(curve: Sequence[float]) -> str:
+    return " ".join(f"{dice:.4f}" for dice in curve)

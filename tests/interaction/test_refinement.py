@@ -202,6 +202,13 @@ def test_training_helps_on_volumes_left_out(tmp_path: Path, monkeypatch: pytest.
         start_from=tmp_path / "refinement.clicks.pt", others=[tmp_path / "samples.pt"], **{**options, "rounds": 1},
     )  # fmt: skip
     assert again.run()["dice_after_3"] > without[3]
+    spoilt = RefinementTraining(
+        torch.nn.Identity(), None, Balls(), output_dir=tmp_path / "spoilt",  # type: ignore[arg-type]
+        start_from=tmp_path / "refinement.clicks.pt", **{**options, "rounds": 1, "learning_rate": 30.0},
+    )  # fmt: skip
+    assert spoilt.run() == figures  # what it began with stays where learning made it worse
+    kept, start = (Refinement.load(tmp_path / place / "refinement.clicks.pt") for place in ("spoilt", "."))
+    assert kept.sha256 == start.sha256
     torch.save({"names": ["a"]}, tmp_path / "others.pt")
     with pytest.raises(DataError, match=r"others\.pt: no samples of this version"):
         Samples.load(tmp_path / "others.pt")
