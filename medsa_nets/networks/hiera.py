@@ -90,9 +90,8 @@ class HieraAttention(nn.Module):
             nothing = self.qkv.bias.to(k.dtype).reshape(3, self.num_heads, 1, -1)  # of a token of zeros
             k = torch.cat([k, nothing[1].expand(batch, -1, -1, -1)], dim=2)
             v = torch.cat([v, nothing[2].expand(batch, -1, -1, -1)], dim=2)
-            bias = torch.zeros(height * width + 1, dtype=q.dtype, device=q.device)
-            bias[-1] = math.log(missing)
-            bias = bias.expand(1, self.num_heads, rows * columns, -1)
+            bias = torch.zeros(height * width, dtype=q.dtype, device=q.device)
+            bias = F.pad(bias, (0, 1), value=math.log(missing)).expand(1, self.num_heads, rows * columns, -1)
         return attend(q, k, v, bias).transpose(1, 2).reshape(batch, rows, columns, -1)
 
 
@@ -142,7 +141,7 @@ class HieraBlock(nn.Module):
             parts = split_windows(x.shape[1], x.shape[2], self.window_size)
             windows = [self.attn(cut_windows(qkv, part, self.window_size), self.window_size) for part in parts]
             if self.attn.pool:
-                parts = [(top // 2, bottom // 2, left // 2, right // 2) for top, bottom, left, right in parts]
+                parts = [(part[0] // 2, part[1] // 2, part[2] // 2, part[3] // 2) for part in parts]
             attended = join_windows(windows, parts, x.shape[0])
         else:
             attended = self.attn(qkv, 0)
@@ -297,10 +296,8 @@ class HieraEncoder(nn.Module):
     Source: arXiv 2408.00714 (SAM 2); adapters: arXiv 2304.12620.
     """
 
-    stride = 16
     embedding_channels = 256
     out_channels = packed_channels(embedding_channels)
-    multiple = 32  # of a side: the last stage's stride, and a window of the first one's
 
     def __init__(
         self,
@@ -314,6 +311,8 @@ class HieraEncoder(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.stride = 16
+        self.multiple = 32  # of a side: the last stage's stride, and a window of the first one's
         self.trunk = HieraTrunk(
             features=features,
             num_heads=num_heads,

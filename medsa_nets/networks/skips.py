@@ -23,8 +23,8 @@ def pack_skips(embedding: Tensor, middle: Tensor, wide: Tensor) -> Tensor:
     return torch.cat([embedding, F.pixel_unshuffle(middle, 2), F.pixel_unshuffle(wide, 4)], dim=1)
 
 
-def unpack_skips(packed: Tensor) -> tuple[Tensor, Tensor]:
+def unpack_skips(packed: Tensor, middle: int = MIDDLE, wide: int = WIDE) -> tuple[Tensor, Tensor]:
     """The finer maps (B, 64, 2 h, 2 w) and (B, 32, 4 h, 4 w) of what :func:`pack_skips` joined."""
-    first = packed.shape[1] - 4 * MIDDLE - 16 * WIDE
-    middle, wide = packed[:, first : first + 4 * MIDDLE], packed[:, first + 4 * MIDDLE :]
-    return F.pixel_shuffle(middle, 2), F.pixel_shuffle(wide, 4)
+    second = packed.shape[1] - 16 * wide  # numbers of the module are none to TorchScript, defaults are
+    first = second - 4 * middle
+    return F.pixel_shuffle(packed[:, first:second], 2), F.pixel_shuffle(packed[:, second:], 4)
