@@ -11,7 +11,7 @@ from medsa_nets.adaptations import PUBLISHED, plan_adaptation
 from medsa_nets.checksums import state_sha256
 from medsa_nets.errors import SettingError
 from medsa_nets.layers import Adaptation, Bottlenecks, ClickFeedback
-from medsa_nets.networks import MaskDecoder, MedSA, PromptEncoder, TinyViTEncoder, TwoWayTransformer, VolumeMedSA
+from medsa_nets.networks import ImageEncoderViT, MedSA, TinyViTEncoder, TwoWayTransformer, VolumeMedSA
 from medsa_nets.weights.bases import BASES, SAM_MEAN, Base, get_base
 from medsa_nets.weights.loading import load_base
 
@@ -52,8 +52,8 @@ def build_medsa(
             installed package that carries it.
         pretrained: whether the base's weights are loaded; false leaves them random (tests, parameter counts).
         spatial_dims: 2 for images, 3 for volumes.
-        img_size: height and width that a ViT's position tables are made for; none takes the base's own. TinyViT bases
-            take any size and ignore it.
+        img_size: height and width that a ViT's position tables are made for; none takes the base's own. TinyViT and SAM 2
+            bases take any size and ignore it.
         num_classes: number of classes of the automatic mode.
         classes_per_pass: classes that share a pass of the decoder in the automatic mode
             (:class:`~medsa_nets.networks.MedSA`); above 1 it is part of the adapter's identity.
@@ -115,12 +115,12 @@ def build_medsa(
     encoder = spec.encoder(
         img_size=size, spatial_dims=spatial_dims, checkpointing=checkpointing, adaptation=plan.encoder
     )
-    decoder = MaskDecoder(transformer=TwoWayTransformer(adaptation=plan.decoder))
+    decoder = spec.mask_decoder(transformer=TwoWayTransformer(adaptation=plan.decoder))
     plan.encoder.install(encoder)
     plan.decoder.install(decoder)
     parts: dict[str, Any] = {
         "image_encoder": encoder,
-        "prompt_encoder": PromptEncoder(),
+        "prompt_encoder": spec.prompt_encoder(),
         "mask_decoder": decoder,
         "num_classes": num_classes,
         "classes_per_pass": classes_per_pass,
@@ -158,9 +158,9 @@ def build_medsa(
 
 def _check_published(adaptation: str, base: Base, spatial_dims: int) -> None:
     with torch.device("meta"):
-        mobile = isinstance(base.encoder(img_size=(base.img_size, base.img_size)), TinyViTEncoder)
-    if ("mobile" in adaptation) != mobile or base.pixel_mean != SAM_MEAN:
-        kind = "a TinyViT" if "mobile" in adaptation else "a ViT"
+        encoder = base.encoder(img_size=(base.img_size, base.img_size))
+    kind, made_for = ("a TinyViT", TinyViTEncoder) if "mobile" in adaptation else ("a ViT", ImageEncoderViT)
+    if not isinstance(encoder, made_for) or base.pixel_mean != SAM_MEAN:
         raise SettingError(
             f"adaptation {adaptation} goes with {kind} base that reads SAM's pixel statistics, not with {base.name!r}."
         )

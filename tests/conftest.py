@@ -22,9 +22,11 @@ import torch
 from torch import nn
 
 from medsa_nets import build_medsa
-from medsa_nets.layers import Adapter, HyperPromptingAdapter
-from medsa_nets.networks import ImageEncoderViT
+from medsa_nets.layers import Adapter, Frozen, HyperPromptingAdapter
+from medsa_nets.networks import HieraEncoder, ImageEncoderViT, MedSA, TwoWayTransformer
 from medsa_nets.weights import BASES, WEIGHTS_DIR_VARIABLE, Base, weights_dir
+
+from .sam2_code import as_file
 
 # What segment-anything imports from torchvision. Its networks call none of it.
 _TORCHVISION = {
@@ -36,6 +38,8 @@ _TORCHVISION = {
 }
 # A ViT small enough for tests: one block with windows, one with global attention.
 TINY_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "global_attn_indexes": (1,)}
+# SAM 2's trunk, narrow: each stage, blocks with windows, with global attention, and those that halve the map.
+NARROW_HIERA = {"features": 8, "stages": (1, 2, 3, 1), "global_blocks": (4,)}
 
 
 @contextmanager
@@ -183,6 +187,20 @@ def tiny_base(monkeypatch: pytest.MonkeyPatch) -> Base:
     return base
 
 
+@pytest.fixture
+def hiera_base(monkeypatch: pytest.MonkeyPatch) -> Base:
+    """A base called ``hiera``: SAM 2's with a narrow trunk."""
+
+    def encoder(*, img_size: tuple[int, int], **settings: object) -> nn.Module:
+        return HieraEncoder(**{**NARROW_HIERA, **settings})
+
+    base = dataclasses.replace(
+        BASES["sam2_hiera_t"], name="hiera", encoder=encoder, filename="hiera.pt", url="", sha256=None
+    )
+    monkeypatch.setitem(BASES, "hiera", base)
+    return base
+
+
 @pytest.fixture(scope="session")
 def tiny_sam(make_sam: Callable[..., nn.Module]) -> nn.Module:
     return make_sam(256)
@@ -193,6 +211,21 @@ def tiny_file(tiny_sam: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> 
     """The weights of ``tiny_sam`` in a file like segment-anything's."""
     path = tmp_path_factory.mktemp("weights") / "tiny.pth"
     torch.save(tiny_sam.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def hiera_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of the base ``hiera`` in a file like SAM 2's, with a part that only videos need."""
+    base = BASES["sam2_hiera_t"]
+    network = MedSA(
+        image_encoder=HieraEncoder(**NARROW_HIERA, adaptation=Frozen()),
+        prompt_encoder=base.prompt_encoder(),
+        mask_decoder=base.mask_decoder(transformer=TwoWayTransformer(adaptation=Frozen())),
+    )
+    path = tmp_path_factory.mktemp("weights") / "hiera.pt"
+    state = as_file(randomise_weights(network).base_state_dict())
+    torch.save({"model": {**state, "maskmem_tpos_enc": torch.zeros(7, 1, 1, 64)}}, path)
     return path
 
 

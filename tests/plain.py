@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from medsa_nets.layers import ConvBN, fast
+from medsa_nets.networks.hiera import HieraBlock
 from medsa_nets.networks.image_encoder import Block
 from medsa_nets.networks.tiny_vit import TinyViTBlock
 
@@ -92,7 +93,33 @@ def tiny_vit_block(block: TinyViTBlock, x: Tensor, depth: int = 1) -> Tensor:
     return (tokens + block.mlp(normed) + block.scale * block.mlp_adapter(normed)).permute(0, 3, 1, 2)
 
 
-_FORMS = {Block: vit_block, TinyViTBlock: tiny_vit_block, ConvBN: ConvBN.forward}
+def largest_of_four(x: Tensor) -> Tensor:
+    return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).amax(dim=(2, 4))
+
+
+def hiera_block(block: HieraBlock, x: Tensor, depth: int = 1) -> Tensor:
+    attn = block.attn
+    heads = attn.num_heads
+    normed = block.norm1(x)
+    windows = partition(normed, block.window_size) if block.window_size else normed
+    q, k, v = attn.qkv(windows).chunk(3, dim=-1)
+    if attn.pool:
+        q, x = largest_of_four(q), largest_of_four(block.proj(normed))
+    by_head = [rearrange(part, "b h w (heads c) -> b heads (h w) c", heads=heads) for part in (q, k, v)]
+    attended = softmax_attention(*by_head, torch.zeros((), dtype=q.dtype))
+    attended = attn.proj(rearrange(attended, "b heads (h w) c -> b h w (heads c)", h=q.shape[1]))
+    if block.window_size:
+        attended = unpartition(attended, x.shape[1], x.shape[2])
+    attended = block.attn_adapter(attended)
+    if block.depth is not None:
+        again = attn.qkv(normed).unflatten(-1, (3, heads, -1)).transpose(3, 4)
+        attended = attended + depth_branch(block, again, depth)
+    x = x + attended
+    normed = block.norm2(x)
+    return x + block.mlp(normed) + block.scale * block.mlp_adapter(normed)
+
+
+_FORMS = {Block: vit_block, TinyViTBlock: tiny_vit_block, HieraBlock: hiera_block, ConvBN: ConvBN.forward}
 
 
 def in_plain_layers(form: Callable[..., Tensor], *arguments: Any) -> Tensor:

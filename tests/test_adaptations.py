@@ -25,10 +25,11 @@ WITH_VOLUMES = [(*form, 2) for form in FORMS] + [(*form, 3) for form in FORMS if
 CLICK = {"point_coords": torch.tensor([[[[20.0, 10.0]]]]), "point_labels": torch.ones(1, 1, 1)}
 
 
-@pytest.fixture(params=["small", "tiny"])
-def base(request, small_base, tiny_base, tiny_file):
-    """A TinyViT and a ViT: name and settings."""
-    settings = {} if request.param == "small" else {"sam_checkpoint": str(tiny_file)}
+@pytest.fixture(params=["small", "tiny", "hiera"])
+def base(request, small_base, tiny_base, tiny_file, hiera_base, hiera_file):
+    """A TinyViT, a ViT and SAM 2's Hiera: name and settings."""
+    files = {"tiny": tiny_file, "hiera": hiera_file}
+    settings = {"sam_checkpoint": str(files[request.param])} if request.param in files else {}
     return request.param, {**settings, "img_size": SIZE}
 
 

@@ -1,7 +1,8 @@
 """Networks: encoders, prompt encoder, mask decoder, and the model that joins them."""
 
+from medsa_nets.networks.hiera import HieraEncoder
 from medsa_nets.networks.image_encoder import ImageEncoderViT
-from medsa_nets.networks.mask_decoder import MaskDecoder
+from medsa_nets.networks.mask_decoder import MaskDecoder, SAM2MaskDecoder
 from medsa_nets.networks.medsa import MedSA
 from medsa_nets.networks.prompt_encoder import PromptEncoder
 from medsa_nets.networks.tiny_vit import TinyViTEncoder
@@ -9,10 +10,12 @@ from medsa_nets.networks.transformer import TwoWayTransformer
 from medsa_nets.networks.volume_medsa import VolumeMedSA
 
 __all__ = [
+    "HieraEncoder",
     "ImageEncoderViT",
     "MaskDecoder",
     "MedSA",
     "PromptEncoder",
+    "SAM2MaskDecoder",
     "TinyViTEncoder",
     "TwoWayTransformer",
     "VolumeMedSA",

@@ -92,6 +92,7 @@ class MedSA(Adapted):
         self.num_classes = num_classes
         self.classes_per_pass = classes_per_pass
         self.stride: int = image_encoder.stride  # type: ignore[assignment]
+        self.embedding_channels: int = image_encoder.out_channels  # type: ignore[assignment]
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
@@ -122,7 +123,8 @@ class MedSA(Adapted):
                 the encoder's ``stride`` (and, for a ViT base, those that it was built for); D is any.
 
         Returns:
-            Image embedding (B, 256, H / stride, W / stride), of volumes with D behind.
+            Image embedding (B, C, H / stride, W / stride), of volumes with D behind. C is 256, with SAM 2's bases 1024
+            (:mod:`~medsa_nets.networks.skips`).
 
         Raises:
             ValueError: when the shape is another.
@@ -175,7 +177,7 @@ class MedSA(Adapted):
         pixel, the first coordinate runs along H, the second along W, and, in volumes, the third along D.
 
         Args:
-            image_embedding: (B, 256, h, w) from :meth:`encode_image`; of volumes (B, 256, h, w, D).
+            image_embedding: (B, C, h, w) from :meth:`encode_image`; of volumes (B, C, h, w, D).
             point_coords: (B, K, P, 2); of volumes (B, K, P, 3).
             point_labels: (B, K, P): 1 foreground, 0 background, -1 padding.
             boxes: first corner, opposite corner: (B, K, 4); of volumes (B, K, 6).

@@ -72,13 +72,15 @@ class PromptEncoder(nn.Module):
     Args:
         embed_dim: width of an embedding.
         mask_in_chans: hidden channels of the mask branch.
+        pad_boxes: whether the padding point that follows clicks follows boxes too, as in SAM 2.
 
     Source: arXiv 2304.02643, section "Prompt encoder".
     """
 
-    def __init__(self, *, embed_dim: int = 256, mask_in_chans: int = 16) -> None:
+    def __init__(self, *, embed_dim: int = 256, mask_in_chans: int = 16, pad_boxes: bool = False) -> None:
         super().__init__()
         self.embed_dim = embed_dim
+        self.pad_boxes = pad_boxes
         self.pe_layer = PositionEmbeddingRandom(embed_dim // 2)
         # background point, foreground point, first box corner, second box corner
         self.point_embeddings = nn.ModuleList([nn.Embedding(1, embed_dim) for _ in range(4)])
@@ -137,7 +139,8 @@ class PromptEncoder(nn.Module):
         """Sparse embeddings of N prompt sets: tokens of points, then of boxes (N, tokens, embed_dim).
 
         Args:
-            points: (N, P, embed_dim), or none; without boxes, one padding point follows, as in segment-anything.
+            points: (N, P, embed_dim), or none; without boxes, one padding point follows, as in segment-anything (with
+                ``pad_boxes``, with boxes too).
             boxes: (N, 2, embed_dim), or none.
             count: N, for the case that there is neither.
         """
@@ -145,8 +148,8 @@ class PromptEncoder(nn.Module):
         sparse = torch.zeros(count, 0, self.embed_dim, device=weight.device)
         if points is not None:
             sparse = torch.cat([sparse, points], dim=1)
-            if boxes is None:
-                sparse = torch.cat([sparse, weight.unsqueeze(0).expand(count, -1, -1)], dim=1)
+        if (points is not None and boxes is None) or (boxes is not None and self.pad_boxes):
+            sparse = torch.cat([sparse, weight.unsqueeze(0).expand(count, -1, -1)], dim=1)
         return sparse if boxes is None else torch.cat([sparse, boxes], dim=1)
 
     def forward(

@@ -630,5 +630,5 @@ class Study:
         for slabs in self.slabs.values():
             count = sum(len(group) for group in slabs.groups) * slabs.depth
             h, w = (-(-n // slabs.network.stride) for n in slabs.volume.shape[2:4])
-            total += count * h * w * slabs.network.prompt_encoder.embed_dim * 4
+            total += count * h * w * slabs.network.embedding_channels * 4
         return total

@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from medsa_nets.networks import ImageEncoderViT, TinyViTEncoder
+from medsa_nets.networks import (
+    HieraEncoder,
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    SAM2MaskDecoder,
+    TinyViTEncoder,
+)
 
 # SAM's pixel statistics (arXiv 2304.02643, its published code), for intensities in [0, 1].
 SAM_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
@@ -31,6 +38,8 @@ class Base:
         pixel_std: standard deviation of its pixel normalisation, for intensities in [0, 1].
         packaged: the file's place in a Python package that carries it, as ``package/folder/file``; none where ``url``
             is an address.
+        prompt_encoder: makes its prompt encoder.
+        mask_decoder: makes its mask decoder from a ``transformer``.
     """
 
     name: str
@@ -43,6 +52,8 @@ class Base:
     pixel_mean: tuple[float, float, float] = SAM_MEAN
     pixel_std: tuple[float, float, float] = SAM_STD
     packaged: str | None = None
+    prompt_encoder: Any = PromptEncoder
+    mask_decoder: Any = MaskDecoder
 
     @property
     def advice(self) -> str:
@@ -55,10 +66,16 @@ def _tiny_vit(*, img_size: tuple[int, int], **settings: Any) -> nn.Module:
     return TinyViTEncoder(**settings)  # its attention is local: one set of tables serves every size
 
 
+def _hiera(*, img_size: tuple[int, int], **settings: Any) -> nn.Module:
+    return HieraEncoder(**settings)  # its one table of positions is interpolated to every size
+
+
 _VIT_B = partial(ImageEncoderViT, embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11))
 _VIT_L = partial(ImageEncoderViT, embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))
 _VIT_H = partial(ImageEncoderViT, embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))
 _SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+_SAM2_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
+_SAM2_HEADS = {"prompt_encoder": partial(PromptEncoder, pad_boxes=True), "mask_decoder": SAM2MaskDecoder}
 
 BASES: dict[str, Base] = {
     base.name: base
@@ -121,6 +138,26 @@ BASES: dict[str, Base] = {
             _SAM_URL + "sam_vit_h_4b8939.pth",
             "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
             "Apache-2.0",
+        ),
+        Base(
+            "sam2_hiera_t",
+            partial(_hiera, stages=(1, 2, 7, 2), global_blocks=(5, 7, 9)),
+            1024,
+            "sam2.1_hiera_tiny.pt",
+            _SAM2_URL + "sam2.1_hiera_tiny.pt",
+            "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
+            "Apache-2.0",
+            **_SAM2_HEADS,
+        ),
+        Base(
+            "sam2_hiera_s",
+            partial(_hiera, stages=(1, 2, 11, 2), global_blocks=(7, 10, 13)),
+            1024,
+            "sam2.1_hiera_small.pt",
+            _SAM2_URL + "sam2.1_hiera_small.pt",
+            "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38",
+            "Apache-2.0",
+            **_SAM2_HEADS,
         ),
     )
 }

@@ -52,7 +52,7 @@ def read_base_file(path: str | Path) -> dict[str, Tensor]:
     """Read a base model's file into segment-anything's parameter names.
 
     Args:
-        path: a file of segment-anything, MedSAM, MobileSAM or LiteMedSAM, or of Hugging Face ``SamModel``
+        path: a file of segment-anything, MedSAM, MobileSAM, LiteMedSAM or SAM 2, or of Hugging Face ``SamModel``
             (``model.safetensors`` or ``pytorch_model.bin``). Nothing in it is executed.
 
     Returns:
@@ -64,6 +64,8 @@ def read_base_file(path: str | Path) -> dict[str, Tensor]:
     state = read_state(path, "the weights of a base model (sam_checkpoint)")
     if any(name.startswith("vision_encoder.") for name in state):
         state = from_hugging_face(state)
+    elif any(name.startswith("sam_mask_decoder.") for name in state):
+        state = from_sam2(state)
     # MobileSAM's file carries the classifier that its encoder was distilled with; segmentation does not use it.
     unused = ("image_encoder.head.", "image_encoder.norm_head.", "pixel_mean", "pixel_std")
     return {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
@@ -106,4 +108,38 @@ def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 name = changed
                 break
         out[re.sub(r"\.layer_norm(\d)\.", r".norm\1.", name)] = tensor
+    return out
+
+
+# of SAM 2's files: what joins the frames of a video
+_VIDEO = (
+    "memory_attention.",
+    "memory_encoder.",
+    "maskmem_tpos_enc",
+    "no_mem_pos_enc",
+    "no_obj_embed_spatial",
+    "no_obj_ptr",
+    "obj_ptr_proj.",
+    "obj_ptr_tpos_proj.",
+    "mask_downsample.",
+)
+_SAM2_NAMES = (
+    (r"^sam_mask_decoder\.(conv_s[01])\.", r"image_encoder.\1."),  # what an image needs once
+    (r"^no_mem_embed$", "image_encoder.no_mem_embed"),
+    (r"^sam_(prompt_encoder|mask_decoder)\.", r"\1."),
+)
+
+
+def from_sam2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of SAM 2 to this package's, without what only videos need (memory, object pointers)."""
+    out = {}
+    for name, tensor in state.items():
+        if name.startswith(_VIDEO):
+            continue
+        for pattern, replacement in _SAM2_NAMES:
+            name, changed = re.subn(pattern, replacement, name)
+            if changed:
+                break
+        name = re.sub(r"\.mlp\.layers\.0\.", ".mlp.lin1.", name)
+        out[re.sub(r"\.mlp\.layers\.1\.", ".mlp.lin2.", name)] = tensor
     return out

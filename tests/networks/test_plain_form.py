@@ -12,9 +12,9 @@ from torch import nn
 from medsa_nets import build_medsa
 from medsa_nets.layers import Adapter, DepthBranch, fast
 from medsa_nets.layers.fast import groups
-from medsa_nets.networks import ImageEncoderViT, TinyViTEncoder
+from medsa_nets.networks import HieraEncoder, ImageEncoderViT, TinyViTEncoder
 
-from ..conftest import TINY_VIT
+from ..conftest import NARROW_HIERA, TINY_VIT
 from ..plain import plain_form
 
 EPSILON = torch.finfo(torch.float32).eps
@@ -26,6 +26,10 @@ def vit(height: int, width: int) -> nn.Module:
 
 def tiny(height: int, width: int) -> nn.Module:
     return TinyViTEncoder(features=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4), spatial_dims=3)
+
+
+def hiera(height: int, width: int) -> nn.Module:
+    return HieraEncoder(**NARROW_HIERA, spatial_dims=3)
 
 
 def switch_units(encoder: nn.Module, by: float = 30.0) -> None:
@@ -103,6 +107,13 @@ def test_fast_equals_plain_for_maps_that_windows_tile_and_do_not_tile(
     for module in encoder.modules():
         if isinstance(module, DepthBranch):
             assert module.bias.abs().max() > 0
+    switch_units(encoder)
+    compare(encoder, torch.randn(slices, 3, height, width), depth)
+
+
+@pytest.mark.parametrize(("height", "width", "slices", "depth"), [(256, 256, 2, 2), (64, 160, 3, 1)])
+def test_fast_equals_plain_for_blocks_that_halve_the_map(randomise, height, width, slices, depth):
+    encoder = randomise(hiera(height, width))
     switch_units(encoder)
     compare(encoder, torch.randn(slices, 3, height, width), depth)
 
