@@ -8,11 +8,26 @@ from typing import Any
 
 from torch import nn
 
-from medsa_nets.networks import ImageEncoderViT, TinyViTEncoder
+from medsa_nets.layers import Adaptation, Bottlenecks
+from medsa_nets.networks import (
+    EfficientSAMPromptEncoder,
+    ImageEncoderViT,
+    MaskDecoder,
+    PlainViTEncoder,
+    PromptEncoder,
+    TinyViTEncoder,
+    TwoWayTransformer,
+    efficient_sam_decoder,
+)
 
 # SAM's pixel statistics (arXiv 2304.02643, its published code), for intensities in [0, 1].
 SAM_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 SAM_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+
+
+def sam_decoder(adaptation: Adaptation = Bottlenecks()) -> MaskDecoder:  # noqa: B008 - it is frozen
+    """SAM's mask decoder; ``adaptation`` makes its adapters."""
+    return MaskDecoder(transformer=TwoWayTransformer(adaptation=adaptation))
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,8 @@ class Base:
         pixel_std: standard deviation of its pixel normalisation, for intensities in [0, 1].
         packaged: the file's place in a Python package that carries it, as ``package/folder/file``; none where ``url``
             is an address.
+        prompt_encoder: makes its prompt encoder.
+        mask_decoder: makes its mask decoder from ``adaptation``.
     """
 
     name: str
@@ -43,6 +60,8 @@ class Base:
     pixel_mean: tuple[float, float, float] = SAM_MEAN
     pixel_std: tuple[float, float, float] = SAM_STD
     packaged: str | None = None
+    prompt_encoder: Any = PromptEncoder
+    mask_decoder: Any = sam_decoder
 
     @property
     def advice(self) -> str:
@@ -58,7 +77,14 @@ def _tiny_vit(*, img_size: tuple[int, int], **settings: Any) -> nn.Module:
 _VIT_B = partial(ImageEncoderViT, embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11))
 _VIT_L = partial(ImageEncoderViT, embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))
 _VIT_H = partial(ImageEncoderViT, embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))
+_EFFICIENT_SAM_URL = "https://github.com/yformer/EfficientSAM/raw/main/weights/"
 _SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+_EFFICIENT_SAM: dict[str, Any] = {
+    "pixel_mean": (0.485, 0.456, 0.406),
+    "pixel_std": (0.229, 0.224, 0.225),
+    "prompt_encoder": EfficientSAMPromptEncoder,
+    "mask_decoder": efficient_sam_decoder,
+}
 
 BASES: dict[str, Base] = {
     base.name: base
@@ -121,6 +147,26 @@ BASES: dict[str, Base] = {
             _SAM_URL + "sam_vit_h_4b8939.pth",
             "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
             "Apache-2.0",
+        ),
+        Base(
+            "efficient_sam_vitt",
+            partial(PlainViTEncoder, embed_dim=192, num_heads=3),
+            1024,
+            "efficient_sam_vitt.pt",
+            _EFFICIENT_SAM_URL + "efficient_sam_vitt.pt",
+            None,
+            "Apache-2.0",
+            **_EFFICIENT_SAM,
+        ),
+        Base(
+            "efficient_sam_vits",
+            partial(PlainViTEncoder, embed_dim=384, num_heads=6),
+            1024,
+            "efficient_sam_vits.pt",
+            _EFFICIENT_SAM_URL + "efficient_sam_vits.pt.zip",
+            None,
+            "Apache-2.0",
+            **_EFFICIENT_SAM,
         ),
     )
 }
