@@ -11,7 +11,7 @@ from medsa_nets.adaptations import PUBLISHED, plan_adaptation
 from medsa_nets.checksums import state_sha256
 from medsa_nets.errors import SettingError
 from medsa_nets.layers import Adaptation, Bottlenecks, ClickFeedback
-from medsa_nets.networks import ImageEncoderViT, MedSA, TinyViTEncoder, TwoWayTransformer, VolumeMedSA
+from medsa_nets.networks import ImageEncoderViT, MedSA, TinyViTEncoder, VolumeMedSA
 from medsa_nets.weights.bases import BASES, SAM_MEAN, Base, get_base
 from medsa_nets.weights.loading import load_base
 
@@ -47,9 +47,9 @@ def build_medsa(
 
     Args:
         base: name of the base, a key of :data:`~medsa_nets.weights.bases.BASES`.
-        sam_checkpoint: file of the base's weights (segment-anything, MedSAM, MobileSAM, LiteMedSAM, or Hugging Face
-            ``SamModel`` as safetensors or bin); none looks in the weights' folder and, for ``lite_medsam``, in the
-            installed package that carries it.
+        sam_checkpoint: file of the base's weights (segment-anything, MedSAM, MobileSAM, LiteMedSAM, EfficientSAM, or
+            Hugging Face ``SamModel`` as safetensors or bin); none looks in the weights' folder and, for
+            ``lite_medsam``, in the installed package that carries it.
         pretrained: whether the base's weights are loaded; false leaves them random (tests, parameter counts).
         spatial_dims: 2 for images, 3 for volumes.
         img_size: height and width that a ViT's position tables are made for; none takes the base's own. TinyViT and SAM 2
@@ -115,7 +115,7 @@ def build_medsa(
     encoder = spec.encoder(
         img_size=size, spatial_dims=spatial_dims, checkpointing=checkpointing, adaptation=plan.encoder
     )
-    decoder = spec.mask_decoder(transformer=TwoWayTransformer(adaptation=plan.decoder))
+    decoder = spec.mask_decoder(adaptation=plan.decoder)
     plan.encoder.install(encoder)
     plan.decoder.install(decoder)
     parts: dict[str, Any] = {

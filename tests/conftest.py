@@ -23,10 +23,8 @@ from torch import nn
 
 from medsa_nets import build_medsa
 from medsa_nets.layers import Adapter, Frozen, HyperPromptingAdapter
-from medsa_nets.networks import HieraEncoder, ImageEncoderViT, MedSA, TwoWayTransformer
+from medsa_nets.networks import HieraEncoder, ImageEncoderViT, MedSA
 from medsa_nets.weights import BASES, WEIGHTS_DIR_VARIABLE, Base, weights_dir
-
-from .sam2_code import as_file
 
 # What segment-anything imports from torchvision. Its networks call none of it.
 _TORCHVISION = {
@@ -217,11 +215,13 @@ def tiny_file(tiny_sam: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def hiera_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of the base ``hiera`` in a file like SAM 2's, with a part that only videos need."""
+    from .sam2_code import as_file  # benchmarks import this file by its name, where there is no package
+
     base = BASES["sam2_hiera_t"]
     network = MedSA(
         image_encoder=HieraEncoder(**NARROW_HIERA, adaptation=Frozen()),
         prompt_encoder=base.prompt_encoder(),
-        mask_decoder=base.mask_decoder(transformer=TwoWayTransformer(adaptation=Frozen())),
+        mask_decoder=base.mask_decoder(adaptation=Frozen()),
     )
     path = tmp_path_factory.mktemp("weights") / "hiera.pt"
     state = as_file(randomise_weights(network).base_state_dict())

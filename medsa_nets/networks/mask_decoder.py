@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsa_nets.layers import LayerNorm2d, Linear
@@ -14,10 +14,11 @@ from medsa_nets.networks.transformer import TwoWayTransformer
 
 
 class MLP(nn.Module):
-    """Three-layer perceptron with ReLU."""
+    """Three-layer perceptron."""
 
-    def __init__(self, features: int, out_features: int) -> None:
+    def __init__(self, features: int, out_features: int, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
         super().__init__()
+        self.activation = activation()
         self.layers = nn.ModuleList(
             [Linear(features, features), Linear(features, features), Linear(features, out_features)]
         )
@@ -27,7 +28,7 @@ class MLP(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x)
             if i < 2:
-                x = F.relu(x)
+                x = self.activation(x)
         return x
 
 
@@ -39,11 +40,21 @@ class MaskDecoder(nn.Module):
         features: width of an embedding.
         num_multimask_outputs: masks that SAM offers for an ambiguous prompt, beside the single one. Their tokens take
             part in the transformer; the masks themselves are not computed.
+        activation: makes the activation of the perceptrons.
+        norm: makes the norm between the two steps of upscaling, from a number of channels.
 
     Source: arXiv 2304.02643, section "Mask decoder"; parameter names equal segment-anything's.
     """
 
-    def __init__(self, *, transformer: TwoWayTransformer, features: int = 256, num_multimask_outputs: int = 3) -> None:
+    def __init__(
+        self,
+        *,
+        transformer: TwoWayTransformer,
+        features: int = 256,
+        num_multimask_outputs: int = 3,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        norm: Callable[[int], nn.Module] = LayerNorm2d,
+    ) -> None:
         super().__init__()
         self.features = features
         self.num_mask_tokens = num_multimask_outputs + 1
@@ -52,15 +63,15 @@ class MaskDecoder(nn.Module):
         self.mask_tokens = nn.Embedding(self.num_mask_tokens, features)
         self.output_upscaling = nn.Sequential(
             nn.ConvTranspose2d(features, features // 4, kernel_size=2, stride=2),
-            LayerNorm2d(features // 4),
+            norm(features // 4),
             nn.GELU(),
             nn.ConvTranspose2d(features // 4, features // 8, kernel_size=2, stride=2),
             nn.GELU(),
         )
         self.output_hypernetworks_mlps = nn.ModuleList(
-            [MLP(features, features // 8) for _ in range(self.num_mask_tokens)]
+            [MLP(features, features // 8, activation) for _ in range(self.num_mask_tokens)]
         )
-        self.iou_prediction_head = MLP(features, self.num_mask_tokens)
+        self.iou_prediction_head = MLP(features, self.num_mask_tokens, activation)
 
     def forward(
         self,

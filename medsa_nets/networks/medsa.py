@@ -359,7 +359,7 @@ class MedSA(Adapted):
         assert self.click_feedback is not None
         if earlier is not None:
             known = (earlier.flatten(1) != 0).any(1).reshape(-1, 1, 1, 1)
-            dense = torch.where(known, dense, self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1))
+            dense = torch.where(known, dense, self.prompt_encoder.no_mask().reshape(1, -1, 1, 1))
         return dense + self.click_feedback.embed(maps)
 
     def to_slices(self, images: Tensor, sets: int = 1) -> Tensor:

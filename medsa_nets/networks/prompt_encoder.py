@@ -82,6 +82,11 @@ class PromptEncoder(nn.Module):
         self.embed_dim = embed_dim
         self.pad_boxes = pad_boxes
         self.pe_layer = PositionEmbeddingRandom(embed_dim // 2)
+        self.make_embeddings(mask_in_chans)
+
+    def make_embeddings(self, mask_in_chans: int) -> None:
+        """Make the parameters beside the positional encoding."""
+        embed_dim = self.embed_dim
         # background point, foreground point, first box corner, second box corner
         self.point_embeddings = nn.ModuleList([nn.Embedding(1, embed_dim) for _ in range(4)])
         self.not_a_point_embed = nn.Embedding(1, embed_dim)
@@ -96,9 +101,21 @@ class PromptEncoder(nn.Module):
         )
         self.no_mask_embed = nn.Embedding(1, embed_dim)
 
+    def nothing(self) -> Tensor:
+        """Token of a prompt that is none: (1, embed_dim)."""
+        return self.not_a_point_embed.weight
+
+    def corner_kinds(self) -> Tensor:
+        """What tells the first corner of a box from the opposite one: (2, embed_dim)."""
+        return torch.cat([self.point_embeddings[2].weight, self.point_embeddings[3].weight], dim=0)  # type: ignore[list-item]
+
+    def no_mask(self) -> Tensor:
+        """Dense embedding of the absence of an earlier mask: (embed_dim,)."""
+        return self.no_mask_embed.weight[0]
+
     def dense_pe(self, height: int, width: int) -> Tensor:
         """Positional encoding of an embedding grid: (1, embed_dim, height, width)."""
-        device = self.no_mask_embed.weight.device
+        device = self.pe_layer.positional_encoding_gaussian_matrix.device
         y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
         x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
         grid = torch.stack([x.unsqueeze(0).expand(height, width), y.unsqueeze(1).expand(height, width)], dim=-1)
@@ -118,9 +135,7 @@ class PromptEncoder(nn.Module):
         """Embed boxes (N, 4) as (x0, y0, x1, y1) pixels: (N, 2, embed_dim)."""
         size = torch.tensor([float(width), float(height)], device=boxes.device)
         corners = self.pe_layer((boxes.float().reshape(-1, 2, 2) + 0.5) / size)
-        first, second = self.point_embeddings[2].weight, self.point_embeddings[3].weight
-        kinds = torch.cat([first, second], dim=0)  # type: ignore[list-item]
-        return corners + kinds.unsqueeze(0)
+        return corners + self.corner_kinds().unsqueeze(0)
 
     def embed_masks(self, masks: Optional[Tensor], count: int, embedding_size: tuple[int, int]) -> Tensor:
         """Embed logits of earlier masks (N, 1, 4 h, 4 w), or their absence: (N, embed_dim, h, w).
@@ -132,8 +147,7 @@ class PromptEncoder(nn.Module):
         """
         if masks is not None:
             return self.mask_downscaling(masks)
-        nothing = self.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        return nothing.expand(count, -1, embedding_size[0], embedding_size[1])
+        return self.no_mask().reshape(1, -1, 1, 1).expand(count, -1, embedding_size[0], embedding_size[1])
 
     def join(self, points: Optional[Tensor], boxes: Optional[Tensor], count: int) -> Tensor:
         """Sparse embeddings of N prompt sets: tokens of points, then of boxes (N, tokens, embed_dim).
@@ -144,12 +158,12 @@ class PromptEncoder(nn.Module):
             boxes: (N, 2, embed_dim), or none.
             count: N, for the case that there is neither.
         """
-        weight = self.not_a_point_embed.weight
-        sparse = torch.zeros(count, 0, self.embed_dim, device=weight.device)
+        nothing = self.nothing()
+        sparse = torch.zeros(count, 0, self.embed_dim, device=nothing.device)
         if points is not None:
             sparse = torch.cat([sparse, points], dim=1)
         if (points is not None and boxes is None) or (boxes is not None and self.pad_boxes):
-            sparse = torch.cat([sparse, weight.unsqueeze(0).expand(count, -1, -1)], dim=1)
+            sparse = torch.cat([sparse, nothing.unsqueeze(0).expand(count, -1, -1)], dim=1)
         return sparse if boxes is None else torch.cat([sparse, boxes], dim=1)
 
     def forward(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from medsa_nets.layers import Adaptation, Bottlenecks, Linear, MLPBlock, attend
@@ -38,7 +40,7 @@ class TwoWayAttentionBlock(nn.Module):
 
     Attributes:
         embed_values: whether the self-attention's values and residual hold the prompt embeddings too, and the first
-            block has a residual (:class:`~medsa_nets.layers.PublishedDecoder`).
+            block has a residual (EfficientSAM, :class:`~medsa_nets.layers.PublishedDecoder`).
     """
 
     def __init__(
@@ -49,18 +51,21 @@ class TwoWayAttentionBlock(nn.Module):
         mlp_dim: int,
         skip_first_layer_pe: bool,
         adaptation: Adaptation,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        embed_values: bool = False,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.self_attn = Attention(features, num_heads=num_heads)
-        self.norm1 = nn.LayerNorm(features)
+        self.norm1 = nn.LayerNorm(features, eps=norm_eps)
         self.cross_attn_token_to_image = Attention(features, num_heads=num_heads, downsample_rate=2)
-        self.norm2 = nn.LayerNorm(features)
-        self.mlp = MLPBlock(features=features, hidden=mlp_dim, activation=nn.ReLU())
-        self.norm3 = nn.LayerNorm(features)
-        self.norm4 = nn.LayerNorm(features)
+        self.norm2 = nn.LayerNorm(features, eps=norm_eps)
+        self.mlp = MLPBlock(features=features, hidden=mlp_dim, activation=activation())
+        self.norm3 = nn.LayerNorm(features, eps=norm_eps)
+        self.norm4 = nn.LayerNorm(features, eps=norm_eps)
         self.cross_attn_image_to_token = Attention(features, num_heads=num_heads, downsample_rate=2)
         self.skip_first_layer_pe = skip_first_layer_pe
-        self.embed_values = False
+        self.embed_values = embed_values
         self.scale = adaptation.scale
         self.hyper_prompt_adapter = adaptation.prompted_adapter(features, features)
         self.mlp_adapter = adaptation.adapter(features)
@@ -107,6 +112,9 @@ class TwoWayTransformer(nn.Module):
         num_heads: heads per attention.
         mlp_dim: hidden width of the MLP.
         adaptation: makes the adapters.
+        activation: makes the activation of the MLPs.
+        embed_values: see :class:`TwoWayAttentionBlock`.
+        norm_eps: what the layer norms add to the variance.
     """
 
     def __init__(
@@ -117,6 +125,9 @@ class TwoWayTransformer(nn.Module):
         num_heads: int = 8,
         mlp_dim: int = 2048,
         adaptation: Adaptation = Bottlenecks(),  # noqa: B008 - it is frozen
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        embed_values: bool = False,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
@@ -127,12 +138,15 @@ class TwoWayTransformer(nn.Module):
                     mlp_dim=mlp_dim,
                     skip_first_layer_pe=i == 0,
                     adaptation=adaptation,
+                    activation=activation,
+                    embed_values=embed_values,
+                    norm_eps=norm_eps,
                 )
                 for i in range(depth)
             ]
         )
         self.final_attn_token_to_image = Attention(features, num_heads=num_heads, downsample_rate=2)
-        self.norm_final_attn = nn.LayerNorm(features)
+        self.norm_final_attn = nn.LayerNorm(features, eps=norm_eps)
 
     def forward(self, keys: Tensor, key_pe: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Decode.

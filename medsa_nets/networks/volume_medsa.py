@@ -81,6 +81,6 @@ class VolumeMedSA(MedSA):
         plane = torch.stack([boxes[..., 1], boxes[..., 0], boxes[..., 4], boxes[..., 3]], dim=-1)
         plane = plane.unsqueeze(1).expand(-1, depth, -1, -1).flatten(0, 2)
         corners = self.prompt_encoder.embed_boxes(plane, size[0], size[1])
-        nothing = self.prompt_encoder.not_a_point_embed.weight.unsqueeze(0)
+        nothing = self.prompt_encoder.nothing().unsqueeze(0)
         tokens = torch.where(distance.unsqueeze(-1) == 0, corners, nothing)
         return tokens + self.distant_prompt(corners, distance.expand(-1, 2))

@@ -8,18 +8,31 @@ from typing import Any
 
 from torch import nn
 
+from medsa_nets.layers import Adaptation, Bottlenecks
 from medsa_nets.networks import (
+    EfficientSAMPromptEncoder,
     HieraEncoder,
     ImageEncoderViT,
     MaskDecoder,
+    PlainViTEncoder,
     PromptEncoder,
     SAM2MaskDecoder,
     TinyViTEncoder,
+    TwoWayTransformer,
+    efficient_sam_decoder,
 )
 
 # SAM's pixel statistics (arXiv 2304.02643, its published code), for intensities in [0, 1].
 SAM_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 SAM_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+
+
+def sam_decoder(
+    adaptation: Adaptation = Bottlenecks(),  # noqa: B008 - it is frozen
+    kind: type[MaskDecoder] = MaskDecoder,
+) -> MaskDecoder:
+    """SAM's mask decoder, or SAM 2's by its ``kind``; ``adaptation`` makes its adapters."""
+    return kind(transformer=TwoWayTransformer(adaptation=adaptation))
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class Base:
         packaged: the file's place in a Python package that carries it, as ``package/folder/file``; none where ``url``
             is an address.
         prompt_encoder: makes its prompt encoder.
-        mask_decoder: makes its mask decoder from a ``transformer``.
+        mask_decoder: makes its mask decoder from ``adaptation``.
     """
 
     name: str
@@ -53,7 +66,7 @@ class Base:
     pixel_std: tuple[float, float, float] = SAM_STD
     packaged: str | None = None
     prompt_encoder: Any = PromptEncoder
-    mask_decoder: Any = MaskDecoder
+    mask_decoder: Any = sam_decoder
 
     @property
     def advice(self) -> str:
@@ -73,9 +86,19 @@ def _hiera(*, img_size: tuple[int, int], **settings: Any) -> nn.Module:
 _VIT_B = partial(ImageEncoderViT, embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11))
 _VIT_L = partial(ImageEncoderViT, embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))
 _VIT_H = partial(ImageEncoderViT, embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))
+_EFFICIENT_SAM_URL = "https://github.com/yformer/EfficientSAM/raw/main/weights/"
 _SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 _SAM2_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
-_SAM2_HEADS = {"prompt_encoder": partial(PromptEncoder, pad_boxes=True), "mask_decoder": SAM2MaskDecoder}
+_SAM2_HEADS: dict[str, Any] = {
+    "prompt_encoder": partial(PromptEncoder, pad_boxes=True),
+    "mask_decoder": partial(sam_decoder, kind=SAM2MaskDecoder),
+}
+_EFFICIENT_SAM: dict[str, Any] = {
+    "pixel_mean": (0.485, 0.456, 0.406),
+    "pixel_std": (0.229, 0.224, 0.225),
+    "prompt_encoder": EfficientSAMPromptEncoder,
+    "mask_decoder": efficient_sam_decoder,
+}
 
 BASES: dict[str, Base] = {
     base.name: base
@@ -158,6 +181,26 @@ BASES: dict[str, Base] = {
             "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38",
             "Apache-2.0",
             **_SAM2_HEADS,
+        ),
+        Base(
+            "efficient_sam_vitt",
+            partial(PlainViTEncoder, embed_dim=192, num_heads=3),
+            1024,
+            "efficient_sam_vitt.pt",
+            _EFFICIENT_SAM_URL + "efficient_sam_vitt.pt",
+            None,
+            "Apache-2.0",
+            **_EFFICIENT_SAM,
+        ),
+        Base(
+            "efficient_sam_vits",
+            partial(PlainViTEncoder, embed_dim=384, num_heads=6),
+            1024,
+            "efficient_sam_vits.pt",
+            _EFFICIENT_SAM_URL + "efficient_sam_vits.pt.zip",
+            None,
+            "Apache-2.0",
+            **_EFFICIENT_SAM,
         ),
     )
 }

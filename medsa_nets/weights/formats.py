@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,8 +53,8 @@ def read_base_file(path: str | Path) -> dict[str, Tensor]:
     """Read a base model's file into segment-anything's parameter names.
 
     Args:
-        path: a file of segment-anything, MedSAM, MobileSAM, LiteMedSAM or SAM 2, or of Hugging Face ``SamModel``
-            (``model.safetensors`` or ``pytorch_model.bin``). Nothing in it is executed.
+        path: a file of segment-anything, MedSAM, MobileSAM, LiteMedSAM, EfficientSAM or SAM 2, or of Hugging Face
+            ``SamModel`` (``model.safetensors`` or ``pytorch_model.bin``). Nothing in it is executed.
 
     Returns:
         State dictionary with keys ``image_encoder.…``, ``prompt_encoder.…``, ``mask_decoder.…``.
@@ -66,6 +67,8 @@ def read_base_file(path: str | Path) -> dict[str, Tensor]:
         state = from_hugging_face(state)
     elif any(name.startswith("sam_mask_decoder.") for name in state):
         state = from_sam2(state)
+    elif "prompt_encoder.invalid_points.weight" in state:
+        state = from_efficient_sam(state)
     # MobileSAM's file carries the classifier that its encoder was distilled with; segmentation does not use it.
     unused = ("image_encoder.head.", "image_encoder.norm_head.", "pixel_mean", "pixel_std")
     return {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
@@ -94,6 +97,31 @@ _HUGGING_FACE_NAMES = (
     (r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d|iou_prediction_head))\.proj_out\.", r"\1.layers.2."),
     (r"^mask_decoder\.transformer\.layer_norm_final_attn\.", "mask_decoder.transformer.norm_final_attn."),
 )
+
+_MLPS = r"(mask_decoder\.(?:output_hypernetworks_mlps\.\d|iou_prediction_head))"
+_EFFICIENT_SAM_NAMES = (
+    (r"^(image_encoder\.blocks\.\d+\.mlp)\.fc(\d)\.", r"\1.lin\2."),
+    (r"^(mask_decoder\.transformer\.layers\.\d\.mlp)\.layers\.0\.0\.", r"\1.lin1."),
+    (r"^(mask_decoder\.transformer\.layers\.\d\.mlp)\.fc\.", r"\1.lin2."),
+    (rf"^{_MLPS}\.layers\.(\d)\.0\.", r"\1.layers.\2."),
+    (rf"^{_MLPS}\.fc\.", r"\1.layers.2."),
+    (r"^mask_decoder\.final_output_upscaling_layers\.0\.([01])\.", r"mask_decoder.output_upscaling.\1."),
+    (r"^mask_decoder\.final_output_upscaling_layers\.1\.0\.", "mask_decoder.output_upscaling.3."),
+)
+
+
+def from_efficient_sam(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of EfficientSAM to segment-anything's, where there is one; its position table loses the class token."""
+    out = {}
+    for name, tensor in state.items():
+        for pattern, replacement in _EFFICIENT_SAM_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if name == "image_encoder.pos_embed" and tensor.dim() == 3:
+            side = math.isqrt(tensor.shape[1] - 1)
+            if side**2 == tensor.shape[1] - 1:  # else the loader names its shape
+                tensor = tensor[:, 1:].reshape(1, side, side, -1)
+        out[name] = tensor
+    return out
 
 
 def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

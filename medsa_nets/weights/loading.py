@@ -13,7 +13,7 @@ from torch import Tensor
 
 from medsa_nets.checksums import state_sha256
 from medsa_nets.errors import WeightsError
-from medsa_nets.networks import MedSA, TwoWayTransformer
+from medsa_nets.networks import MedSA
 from medsa_nets.weights.bases import BASES, Base
 from medsa_nets.weights.files import find_base_file
 from medsa_nets.weights.formats import read_base_file
@@ -85,8 +85,7 @@ def _bare(base: Base) -> MedSA:
     """A network on a base, without memory for its weights."""
     with torch.device("meta"):
         encoder = base.encoder(img_size=(base.img_size, base.img_size))
-        decoder = base.mask_decoder(transformer=TwoWayTransformer())
-        return MedSA(image_encoder=encoder, prompt_encoder=base.prompt_encoder(), mask_decoder=decoder)
+        return MedSA(image_encoder=encoder, prompt_encoder=base.prompt_encoder(), mask_decoder=base.mask_decoder())
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

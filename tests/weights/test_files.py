@@ -122,6 +122,22 @@ def test_fetch_gets_a_file_once(server, folder, publish, known, mirror):
     assert fetch("vit_b", progress=False) == path
 
 
+@pytest.mark.parametrize("members", [["file.pt"], ["weights/file.pt", "__MACOSX/file.pt"], ["other.pt"]])
+def test_fetch_takes_a_file_out_of_an_archive(server, folder, publish, members):
+    served, address = server
+    with zipfile.ZipFile(served / "file.pt.zip", "w") as archive:
+        for name in members:
+            archive.writestr(name, b"weights")
+    publish("vit_b", url=f"{address}/file.pt.zip", sha256=None, filename="file.pt")
+    if members == ["other.pt"]:
+        with pytest.raises(WeightsError, match=r"could not be fetched: it holds 0 files called file\.pt"):
+            fetch("vit_b", progress=False)
+        assert list(folder.iterdir()) == []
+    else:
+        assert fetch("vit_b", progress=False).read_bytes() == b"weights"
+        assert [path.name for path in folder.iterdir()] == ["file.pt"]
+
+
 def test_fetch_leaves_nothing_of_a_file_with_another_checksum(server, folder, publish):
     served, address = server
     (served / "file.pth").write_bytes(b"something else")
