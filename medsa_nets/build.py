@@ -52,8 +52,8 @@ def build_medsa(
             ``lite_medsam``, in the installed package that carries it.
         pretrained: whether the base's weights are loaded; false leaves them random (tests, parameter counts).
         spatial_dims: 2 for images, 3 for volumes.
-        img_size: height and width that a ViT's position tables are made for; none takes the base's own. TinyViT and SAM 2
-            bases take any size and ignore it.
+        img_size: height and width that a ViT's position tables are made for; none takes the base's own. TinyViT and
+            SAM 2 bases take any size and ignore it.
         num_classes: number of classes of the automatic mode.
         classes_per_pass: classes that share a pass of the decoder in the automatic mode
             (:class:`~medsa_nets.networks.MedSA`); above 1 it is part of the adapter's identity.
