@@ -75,7 +75,10 @@ _VIT_L = partial(ImageEncoderViT, embed_dim=1024, depth=24, num_heads=16, global
 _VIT_H = partial(ImageEncoderViT, embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))
 _SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 _SAM2_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
-_SAM2_HEADS = {"prompt_encoder": partial(PromptEncoder, pad_boxes=True), "mask_decoder": SAM2MaskDecoder}
+_SAM2_HEADS: dict[str, Any] = {
+    "prompt_encoder": partial(PromptEncoder, pad_boxes=True),
+    "mask_decoder": SAM2MaskDecoder,
+}
 
 BASES: dict[str, Base] = {
     base.name: base
