@@ -47,8 +47,8 @@ def build_medsa(
 
     Args:
         base: name of the base, a key of :data:`~medsa_nets.weights.bases.BASES`.
-        sam_checkpoint: file of the base's weights (segment-anything, MedSAM, MobileSAM, LiteMedSAM, EfficientSAM, SAM 2, or
-            Hugging Face ``SamModel`` as safetensors or bin); none looks in the weights' folder and, for
+        sam_checkpoint: file of the base's weights (segment-anything, MedSAM, MobileSAM, LiteMedSAM, EfficientSAM,
+            SAM 2, or Hugging Face ``SamModel`` as safetensors or bin); none looks in the weights' folder and, for
             ``lite_medsam``, in the installed package that carries it.
         pretrained: whether the base's weights are loaded; false leaves them random (tests, parameter counts).
         spatial_dims: 2 for images, 3 for volumes.
