@@ -48,12 +48,12 @@ def build_medsa(
     Args:
         base: name of the base, a key of :data:`~medsa_nets.weights.bases.BASES`.
         sam_checkpoint: file of the base's weights (segment-anything, MedSAM, MobileSAM, LiteMedSAM, EfficientSAM,
-            SAM 2, or Hugging Face ``SamModel`` as safetensors or bin); none looks in the weights' folder and, for
-            ``lite_medsam``, in the installed package that carries it.
+            EfficientViT-SAM, SAM 2, or Hugging Face ``SamModel`` as safetensors or bin); none looks in the weights'
+            folder and, for ``lite_medsam``, in the installed package that carries it.
         pretrained: whether the base's weights are loaded; false leaves them random (tests, parameter counts).
         spatial_dims: 2 for images, 3 for volumes.
         img_size: height and width that a ViT's position tables are made for; none takes the base's own. Bases of
-            TinyViT and SAM 2 take any size and ignore it.
+            TinyViT, EfficientViT and SAM 2 take any size and ignore it.
         num_classes: number of classes of the automatic mode.
         classes_per_pass: classes that share a pass of the decoder in the automatic mode
             (:class:`~medsa_nets.networks.MedSA`); above 1 it is part of the adapter's identity.

@@ -5,7 +5,7 @@ from medsa_nets.layers.adapters import HYPER_PROMPTING_FORMS, Adaptation, Adapte
 from medsa_nets.layers.attention import attend, attend_map
 from medsa_nets.layers.channels import ChannelProjection
 from medsa_nets.layers.convolution import ConvBN
-from medsa_nets.layers.depth import DepthBranch, DistantPrompt
+from medsa_nets.layers.depth import DepthBranch, DistantPrompt, LinearDepthBranch
 from medsa_nets.layers.feedback import ClickFeedback
 from medsa_nets.layers.linear import Linear, multiply_linear
 from medsa_nets.layers.lora import Frozen, LoRA, LowRank, LowRankLinear, merge_low_rank
@@ -28,6 +28,7 @@ __all__ = [
     "HyperPromptingAdapter",
     "LayerNorm2d",
     "Linear",
+    "LinearDepthBranch",
     "LoRA",
     "LowRank",
     "LowRankLinear",

@@ -1,4 +1,4 @@
-"""Convolutions of the TinyViT encoder."""
+"""Convolutions of the TinyViT and EfficientViT encoders."""
 
 from __future__ import annotations
 
@@ -20,13 +20,20 @@ class ConvBN(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, kernel_size: int = 1, stride: int = 1, groups: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.c = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False
         )
-        self.bn = nn.BatchNorm2d(out_channels)
+        self.bn = nn.BatchNorm2d(out_channels, eps=eps)
         self.own_statistics = False
         self.stride = stride
         self.padding = kernel_size // 2

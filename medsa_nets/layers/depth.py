@@ -82,6 +82,26 @@ class DepthBranch(nn.Module):
         return adapted
 
 
+class LinearDepthBranch(DepthBranch):
+    """Depth branch of a block whose attention has no softmax: weights are products of rectified queries and keys.
+
+    The exponential of the bias for a distance is a factor of the weights. Arguments as of :class:`DepthBranch`.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, depth: int) -> Tensor:
+        """Attend along depth, in single precision; arguments and result as of :meth:`DepthBranch.attend`."""
+        slices, height, width, heads, channels = q.shape
+        steps = torch.arange(depth, device=q.device)
+        distance = (steps.unsqueeze(1) - steps.unsqueeze(0)).clamp(-self.max_distance, self.max_distance)
+        factor = torch.exp(self.bias[:, distance + self.max_distance]).unsqueeze(0)
+        weights = torch.relu(self._columns(q, depth)) @ torch.relu(self._columns(k, depth)).transpose(2, 3)
+        weights = weights.float() * factor
+        weights = weights / (weights.sum(dim=3, keepdim=True) + 1e-15)
+        out = weights.to(v.dtype) @ self._columns(v, depth)
+        out = out.reshape(slices // depth, height * width, heads, depth, channels).permute(0, 3, 1, 2, 4)
+        return out.reshape(slices, height, width, heads * channels)
+
+
 class DistantPrompt(nn.Module):
     """Embeds prompts of other slices for a slice: added to the tokens of prompts that lie elsewhere.
 

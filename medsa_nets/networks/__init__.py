@@ -1,6 +1,7 @@
 """Networks: encoders, prompt encoder, mask decoder, and the model that joins them."""
 
 from medsa_nets.networks.efficient_sam import EfficientSAMPromptEncoder, efficient_sam_decoder
+from medsa_nets.networks.efficient_vit import EfficientViTEncoder
 from medsa_nets.networks.hiera import HieraEncoder
 from medsa_nets.networks.image_encoder import ImageEncoderViT
 from medsa_nets.networks.mask_decoder import MaskDecoder, SAM2MaskDecoder
@@ -13,6 +14,7 @@ from medsa_nets.networks.volume_medsa import VolumeMedSA
 
 __all__ = [
     "EfficientSAMPromptEncoder",
+    "EfficientViTEncoder",
     "HieraEncoder",
     "ImageEncoderViT",
     "MaskDecoder",

