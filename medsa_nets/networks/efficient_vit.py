@@ -27,9 +27,22 @@ def _gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _adapter_beside(features: int, adaptation: Adaptation | None) -> tuple[float, nn.Module | None]:
-    """Weight of an adapter beside a block, and the adapter; none without an adaptation."""
-    return (0.0, None) if adaptation is None else (adaptation.scale, adaptation.adapter(features))
+class ConvAdapters(nn.Module):
+    """The two adapters of a convolution block, placed as in an attention block.
+
+    The first one follows the block's layers, before the residual; the second stands beside them, scaled.
+    """
+
+    def __init__(self, features: int, adaptation: Adaptation) -> None:
+        super().__init__()
+        self.scale = adaptation.scale
+        self.conv_adapter = adaptation.adapter(features, skip=True)
+        self.mlp_adapter = adaptation.adapter(features)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """What is added to a block's input ``x`` (B, C, H, W), whose layers gave ``y`` (B, C, H, W)."""
+        tokens = self.conv_adapter(y.permute(0, 2, 3, 1)) + self.scale * self.mlp_adapter(x.permute(0, 2, 3, 1))
+        return tokens.permute(0, 3, 1, 2)
 
 
 class Stem(nn.Module):
@@ -58,29 +71,29 @@ class ResBlock(nn.Module):
 
 
 class FusedMBConv(nn.Module):
-    """Wide 3 x 3 convolution and a pointwise one; where the shape stays, a skip path, and an adapter or none."""
+    """Wide 3 x 3 convolution and a pointwise one; where the shape stays, a skip path, and adapters or none."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, expand: int, stride: int = 1, adaptation: Adaptation | None = None
     ) -> None:
         super().__init__()
         self.skip = stride == 1
-        self.scale, self.mlp_adapter = _adapter_beside(out_channels, adaptation)
+        self.adapters = None if adaptation is None else ConvAdapters(out_channels, adaptation)
         self.spatial_conv = ConvBN(in_channels, expand * in_channels, kernel_size=3, stride=stride, eps=EPS)
         self.point_conv = ConvBN(expand * in_channels, out_channels, eps=EPS)
 
     def forward(self, x: Tensor, depth: int = 1) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride); ``depth`` changes nothing."""
         y = self.point_conv(_gelu(self.spatial_conv(x)))
-        if self.mlp_adapter is not None:
-            y = y + self.scale * self.mlp_adapter(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.adapters is not None:
+            y = self.adapters(x, y)
         return x + y if self.skip else y
 
 
 class MBConv(nn.Module):
     """Inverted bottleneck whose first convolutions have a bias, no norm.
 
-    Where the shape stays it has a skip path, with an adapter beside it or none.
+    Where the shape stays it has a skip path, and adapters or none.
     """
 
     def __init__(
@@ -89,7 +102,7 @@ class MBConv(nn.Module):
         super().__init__()
         hidden = expand * in_channels
         self.skip = stride == 1
-        self.scale, self.mlp_adapter = _adapter_beside(out_channels, adaptation)
+        self.adapters = None if adaptation is None else ConvAdapters(out_channels, adaptation)
         self.inverted_conv = nn.Conv2d(in_channels, hidden, 1)
         self.depth_conv = nn.Conv2d(hidden, hidden, 3, stride, padding=1, groups=hidden)
         self.point_conv = ConvBN(hidden, out_channels, eps=EPS)
@@ -97,8 +110,8 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor, depth: int = 1) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride); ``depth`` changes nothing."""
         y = self.point_conv(_gelu(self.depth_conv(_gelu(self.inverted_conv(x)))))
-        if self.mlp_adapter is not None:
-            y = y + self.scale * self.mlp_adapter(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.adapters is not None:
+            y = self.adapters(x, y)
         return x + y if self.skip else y
 
 
@@ -233,8 +246,8 @@ class EfficientViTEncoder(nn.Module):
     Args:
         depths: blocks of the stages, beside the one that each begins with.
         neck_depth: blocks after the sum of the last three stages.
-        adaptation: makes the adapters: two in each attention block of the last stage, one beside each convolution block
-            of the stage before it and of those after the sum.
+        adaptation: makes the adapters: two in each attention block of the last stage, and in each convolution block of
+            the stage before it and after the sum.
         spatial_dims: 2, or 3 for space-depth blocks (SD-Trans).
         checkpointing: whether training recomputes each block that has adapters in the backward pass.
         features: widths of the stages.
