@@ -20,9 +20,10 @@ from medsa_nets.prompts.observations import MARGIN, Kernel, newest_labels, obser
 from medsa_nets.prompts.user import UserPrompt
 
 RULES = ("free", "directed", "connected", "monotone")
-# Chosen by tests/benchmarks/sessions.py on validation images: lesions 100 to 115, hippocampi 20 to 28.
+# Chosen by tests/benchmarks/sessions.py on validation images: lesions 100 to 115 (certainty: the first 24),
+# hippocampi 20 to 28.
 USUAL: dict[int, dict[str, Any]] = {
-    2: {"kernel": Kernel(length=8.0, contrast=0.3), "rule": "free", "certainty": 2.0, "depth": 2.0},
+    2: {"kernel": Kernel(length=8.0, contrast=0.3), "rule": "free", "certainty": 1.0, "depth": 2.0},
     3: {"kernel": Kernel(length=2.5, contrast=0.3, margin=2.0), "rule": "connected", "certainty": 0.0, "depth": 0.0},
 }
 SLACK = 2.0  # voxels by which a change may go deeper than a click says
