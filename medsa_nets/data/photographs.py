@@ -165,6 +165,7 @@ def _open(path: Path, values: bool = False) -> Image.Image:
                 tile = getattr(image, "tile", None) or [()]
                 deep = image.mode not in ("L", "1") and ";16" in str(tile[0][-1:]) and not image.mode.startswith("I")
                 orientation = _stated_orientation(image, path)  # a TIFF is turned by loading it
+                _check_strips(image, path)
                 image.load()
                 if values and deep:
                     raise DataError(
@@ -182,6 +183,20 @@ def _open(path: Path, values: bool = False) -> Image.Image:
         raise _unreadable(path, error) from error
     image.info.update({"orientation": orientation, "lossy": lossy})
     return image
+
+
+def _check_strips(image: Image.Image, path: Path) -> None:
+    """Refuse a TIFF that lists data for a part of its pixels only: PIL leaves the others black, without a word."""
+    if not isinstance(image, ImageFile.ImageFile) or image.format != "TIFF":
+        return
+    places = {tuple(tile[1]) for tile in image.tile if tile[1]}  # once, where each colour has strips of its own
+    covered = sum((right - left) * (lower - upper) for left, upper, right, lower in places)
+    width, height = image.size
+    if covered < width * height:
+        raise DataError(
+            f"{path}: it says that it has {width} x {height} pixels, but lists data for {covered} of these "
+            f"{width * height}. Replace the file, or leave it out (--skip_unreadable true)."
+        )
 
 
 def _unpacked(path: Path) -> io.BytesIO:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,6 +156,20 @@ def test_what_is_no_picture_is_an_error_that_names_the_file(tmp_path, rgb, load,
         path.write_text("this is no picture")
     with pytest.raises(DataError, match=r"lesion\.jpg"):
         load(path)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_deflate"])
+def test_a_tiff_that_lists_data_for_a_part_of_its_pixels_is_refused(tmp_path, compression):
+    path = tmp_path / "lesion.tif"
+    array = np.random.default_rng(0).integers(0, 256, (90, 40), dtype=np.uint8)
+    Image.fromarray(array).save(path, compression=compression, tiffinfo={278: 30})  # rows of a strip
+    np.testing.assert_array_equal(read(path, "L"), array)
+    tall = struct.pack("<HHII", 257, 4, 1, 900_000)  # the tag of the height, a LONG
+    changed, count = re.subn(rb"\x01\x01[\x03\x04]\0\x01\0\0\0\x5a\0\0\0", tall, path.read_bytes())
+    assert count == 1
+    path.write_bytes(changed)
+    with pytest.raises(DataError, match=r"lesion\.tif"):
+        read(path, "L")
 
 
 def test_a_dicom_photograph_in_rgb_comes_as_it_is(tmp_path, rgb):
