@@ -9,6 +9,8 @@ import nibabel
 import numpy as np
 from PIL import Image
 
+from medsa_nets.interaction.session import InteractiveSession
+
 SPACING = tuple(float(np.float32(v)) for v in (0.6, 0.5, 1.0))  # as files hold it: half a voxel is the same in both
 # What users do; "reset" gives an object up, "buffer" begins another one.
 KINDS = (
@@ -74,3 +76,50 @@ def random_action(random: np.random.Generator, shape: tuple[int, int, int]) -> d
         drawn[tuple(slice(a, a + 2 * s) for a, s in zip(low, size))] = 1
         out["drawn"] = drawn
     return out
+
+
+def tell(session: InteractiveSession, counts: list[int], action: dict[str, Any], class_name: str) -> None:
+    """Tell a session in this process what a client says by an action.
+
+    Args:
+        session: on the same image.
+        counts: prompts of each interaction so far; changed.
+        action: from :func:`random_action`.
+        class_name: of what is segmented.
+    """
+    kind, label = action["kind"], action["label"]
+    if kind == "undo":
+        for _ in range(counts.pop() if counts else 0):
+            session.undo(class_name)
+        return
+    if kind == "reset":
+        session.reset(class_name)
+        counts.clear()
+        return
+    dims = len(session.file_shape)
+
+    def outline(axis: int, z: int) -> np.ndarray:
+        """Corners of a box's section across an axis."""
+        a, b = (k for k in range(3) if k != axis)
+        (a0, b0), (a1, b1) = action["box"][[a, b], 0], action["box"][[a, b], 1] - 1
+        corners = np.zeros((4, 3))
+        corners[:, axis], corners[:, a], corners[:, b] = z, (a0, a0, a1, a1), (b0, b1, b1, b0)
+        return corners[:, :dims]
+
+    before = len(session.prompts())
+    if kind == "point":
+        session.point(action["position"][:dims], label, class_name)
+    elif kind == "scribble":
+        session.scribble(np.argwhere(action["drawn"])[:, :dims], label, class_name)
+    elif kind == "mask":
+        session.start_from(action["drawn"].reshape(session.file_shape), class_name)
+    elif kind == "lasso":
+        session.lasso(outline(action["axis"], action["box"][action["axis"], 0]), label, class_name)
+    elif label:
+        session.box(action["box"][:dims, 0], action["box"][:dims, 1] - 1, class_name)
+    else:  # what a box excludes, slice by slice
+        box = action["box"]
+        axis = 2 if dims == 2 else int(np.argmin(box[:, 1] - box[:, 0]))
+        for z in range(*box[axis]):
+            session.lasso(outline(axis, z), 0, class_name)
+    counts.append(len(session.prompts()) - before)
