@@ -49,9 +49,9 @@ from medsa_nets.interaction.session import InteractiveSession
 from medsa_nets.precision import choose_amp
 
 if __package__:
-    from .scenes import random_action, tell
+    from .scenes import random_action, send, tell
 else:
-    from scenes import random_action, tell
+    from scenes import random_action, send, tell
 
 GONE = (httpx.TransportError, SessionExpiredError, ServerAtCapacityError)
 LATER = 0.15  # share of prompts that are answered by a request of their own
@@ -233,18 +233,9 @@ class User:
         event = Event(action, sure=False)
         self.events.append(event)
         self._owes = True
-        kind, include, start = action["kind"], bool(action["label"]), time.monotonic()
+        kind, start = action["kind"], time.monotonic()
         runs = self._random.random() > LATER
-        if kind in ("undo", "reset"):
-            client.undo() if kind == "undo" else client.reset_interactions()
-        elif kind == "point":
-            client.add_point_interaction(action["position"], include, run_prediction=runs)
-        elif kind == "box":
-            client.add_bbox_interaction(action["box"].tolist(), include, run_prediction=runs)
-        elif kind == "mask":
-            client.add_initial_seg_interaction(action["drawn"])
-        else:
-            getattr(client, f"add_{kind}_interaction")(action["drawn"], include, run_prediction=runs)
+        send(client, action, runs)
         event.sure, self._owes = True, False
         if runs or kind in ("undo", "reset", "mask"):
             self._timed(kind, start)

@@ -78,6 +78,27 @@ def random_action(random: np.random.Generator, shape: tuple[int, int, int]) -> d
     return out
 
 
+def send(client: Any, action: dict[str, Any], runs: bool = True) -> None:
+    """Let a published client say an action, unless it is ``buffer``; ``runs`` asks for its answer at once."""
+    kind, include = action["kind"], bool(action["label"])
+    if kind == "undo":
+        client.undo()
+    elif kind == "reset":
+        client.reset_interactions()
+    elif kind == "point":
+        client.add_point_interaction(action["position"], include, run_prediction=runs)
+    elif kind == "box":
+        client.add_bbox_interaction(action["box"].tolist(), include, run_prediction=runs)
+    elif kind == "mask":
+        client.add_initial_seg_interaction(action["drawn"])
+    elif kind == "lasso":
+        box = action["box"]
+        crop = action["drawn"][tuple(slice(a, b) for a, b in box)]
+        client.add_lasso_interaction(crop, include, run_prediction=runs, interaction_bbox=box.tolist())
+    elif kind == "scribble":
+        client.add_scribble_interaction(action["drawn"], include, run_prediction=runs)
+
+
 def tell(session: InteractiveSession, counts: list[int], action: dict[str, Any], class_name: str) -> None:
     """Tell a session in this process what a client says by an action.
 

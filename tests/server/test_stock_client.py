@@ -20,7 +20,7 @@ import pytest
 from medsa_nets.interaction.segmenters import NetworkSegmenter
 from medsa_nets.interaction.session import InteractiveSession
 
-from .scenes import SPACING, make_photograph, make_volume, random_action, write_photograph, write_volume
+from .scenes import SPACING, make_photograph, make_volume, random_action, send, write_photograph, write_volume
 
 KINDS = {"point", "scribble", "box", "lasso", "mask", "undo", "reset", "buffer"}
 PER_IMAGE = 50  # interactions
@@ -111,30 +111,15 @@ class Both:
         runs = kind == "mask" or self.random.random() > 0.15
         if include and marked:  # a finished object stays as it is
             with pytest.raises(httpx.HTTPStatusError, match="409"):
-                self._send(kind, action, include, runs)
+                send(self.client, action, runs)
             return
-        self._send(kind, action, include, runs)
+        send(self.client, action, runs)
         said = list(self._tell(kind, action))
         self.counts.append(len(said))
         self.given_up = None
         self.waits = not runs
         if kind == "mask":
             self.finished = [own for own in self.finished if not _agree(own, mask > 0)]
-
-    def _send(self, kind: str, action: dict[str, Any], include: bool, runs: bool) -> None:
-        client = self.client
-        if kind == "point":
-            client.add_point_interaction(action["position"], include, run_prediction=runs)
-        elif kind == "box":
-            client.add_bbox_interaction(action["box"].tolist(), include, run_prediction=runs)
-        elif kind == "mask":
-            client.add_initial_seg_interaction(action["drawn"])
-        elif kind == "lasso":
-            box = action["box"]
-            crop = action["drawn"][tuple(slice(a, b) for a, b in box)]
-            client.add_lasso_interaction(crop, include, run_prediction=runs, interaction_bbox=box.tolist())
-        else:
-            client.add_scribble_interaction(action["drawn"], include, run_prediction=runs)
 
     def _tell(self, kind: str, action: dict[str, Any]) -> Iterator[Any]:
         """The session's prompts, one after the other."""
