@@ -23,6 +23,7 @@ from medsa_nets.prompts.user import UserPrompt, make_lasso, read_positions
 
 STARTS = ("automatic", "nothing")
 START_LOGIT = 4.0  # of a mask that came without logits: sure, but a click on it is no surprise
+HISTORY = 2**30  # bytes by which prompts are taken back at once
 FACE = 1e-3  # weight of a changed voxel from which on a voxel of the file may have changed
 
 
@@ -35,6 +36,17 @@ class _Step:
     logits: Tensor | None
     mask_place: Place | None  # where the mask was another, none where it was the same
     mask: np.ndarray | None
+    held: bool = True  # else it was dropped: what there was before is computed again
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes, its prompt not among it."""
+        return sum(part.nbytes for part in (self.logits, self.mask) if part is not None)
+
+    def drop(self) -> None:
+        """Forget what there was before."""
+        self.place = self.logits = self.mask_place = self.mask = None
+        self.held = False
 
     def mask_before(self, mask: np.ndarray) -> np.ndarray:
         """The mask that there was, given the one that followed."""
@@ -86,17 +98,26 @@ class InteractiveSession:
         segmenter: asks the network.
         settings: how answers are made; none takes the usual ones.
         start: what a class starts from: its ``automatic`` mask, or ``nothing``.
+        history: bytes that are kept to take prompts back at once. Taking back what is older computes the answers of
+            the prompts before it once more, with the same masks.
 
     Raises:
         ValueError: when ``start`` is unknown.
     """
 
-    def __init__(self, segmenter: Segmenter, settings: AnswerSettings | None = None, start: str = "automatic") -> None:
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        settings: AnswerSettings | None = None,
+        start: str = "automatic",
+        history: int = HISTORY,
+    ) -> None:
         if start not in STARTS:
             raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}.")
         self.segmenter = segmenter
         self.settings = settings or AnswerSettings()
         self.start = start
+        self.history = history
         self.source: Any = None
         self._image: MetaTensor | None = None
 
@@ -290,6 +311,8 @@ class InteractiveSession:
         state = self._known.get(index)
         if state is None or not state.steps:
             raise DataError("undo: there is nothing to take back.")
+        if not state.steps[-1].held:
+            state = self._known[index] = self._again(index, state.prompts)
         step = state.steps.pop()
         state.mask = step.mask_before(state.mask)
         if step.logits is None or step.place is None:
@@ -474,7 +497,29 @@ class InteractiveSession:
         state.logits, state.mask = logits, mask
         self._known[index] = state
         self._count += 1
+        self._bound_history()
         return self.mask(index)
+
+    def _bound_history(self) -> None:
+        """Drop what the oldest prompts changed, but not what the newest did."""
+        steps = [step for state in self._known.values() for step in state.steps if step.held]
+        total = sum(step.bytes for step in steps)
+        if total > self.history:
+            for step in sorted(steps, key=lambda own: own.prompt.number)[:-1]:
+                total -= step.bytes
+                step.drop()
+                if total <= self.history:
+                    return
+
+    def _again(self, index: int, prompts: Sequence[UserPrompt]) -> _Class:
+        """A class after prompts that were answered before, without what they changed, except the newest one."""
+        out = _Class(self._first_logits(index), self._first[index])
+        for prompt in prompts:
+            step, out.logits, out.mask = self._computed(out, prompt)
+            if prompt is not prompts[-1]:
+                step.drop()
+            out.steps.append(step)
+        return out
 
     def _computed(self, state: _Class, prompt: UserPrompt) -> tuple[_Step, Tensor | None, np.ndarray]:
         before, logits = state.logits, state.logits

@@ -140,8 +140,9 @@ class Server:
         self.store = Embeddings(self.settings.memory)
         self.computing = ThreadPoolExecutor(2 * self.settings.max_sessions + 2, "computing")
         self.requests = ThreadPoolExecutor(self.settings.max_sessions + 2, "requests")
+        share = self.settings.memory // self.settings.max_sessions
         self.leases: Leases[Work] = Leases(
-            lambda: Work(self.open_study, self.computing, self.answers, self.settings.patience),
+            lambda: Work(self.open_study, self.computing, self.answers, self.settings.patience, share),
             Work.close,
             self.settings.max_sessions,
             self.settings.idle,

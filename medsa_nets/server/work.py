@@ -29,6 +29,7 @@ from medsa_nets.server.studies import FOREGROUND, ObjectSegmenter, StoppedError,
 
 logger = logging.getLogger(__name__)
 MAX_INTERACTIONS = 10_000  # with one object
+MAX_MARKED = 250_000  # voxels of a scribble
 MAX_CORNERS = 2_000  # of a drawn line
 MAX_AREAS = 8  # drawn at once, and slices of a box that excludes: each is a prompt, and every answer minds all of them
 PATIENT = 5.0  # seconds from which on a wait is one for the whole answer
@@ -61,12 +62,13 @@ class Part:
     def __init__(self, mask: np.ndarray) -> None:
         self.place = bounding_place(mask)
         self.shape = () if self.place is None else mask[self.place].shape
-        self.bits = np.empty(0, np.uint8) if self.place is None else np.packbits(mask[self.place])
+        bits = np.empty(0, np.uint8) if self.place is None else np.packbits(mask[self.place])
+        self.packed = zlib.compress(bits.tobytes(), 1)
 
     def to_json(self) -> dict[str, Any]:
         """The object as it stands in a log."""
         place = None if self.place is None else [[own.start, own.stop] for own in self.place]
-        return {"place": place, "bits": base64.b64encode(zlib.compress(self.bits.tobytes(), 1)).decode("ascii")}
+        return {"place": place, "bits": base64.b64encode(self.packed).decode("ascii")}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any], shape: Sequence[int]) -> Part:
@@ -83,10 +85,9 @@ class Part:
             raise ValueError("an object lies outside the image")
         out.place, out.shape = tuple(slice(a, b) for a, b in ends), tuple(b - a for a, b in ends)
         count = -(-math.prod(out.shape) // 8)
-        bits = zlib.decompressobj().decompress(base64.b64decode(entry["bits"]), count + 1)
-        if len(bits) != count:
+        out.packed = base64.b64decode(entry["bits"])
+        if len(zlib.decompressobj().decompress(out.packed, count + 1)) != count:
             raise ValueError("an object has another size")
-        out.bits = np.frombuffer(bits, np.uint8)
         return out
 
     def add_to(self, mask: np.ndarray) -> None:
@@ -102,8 +103,8 @@ class Part:
         return 2.0 * int((own & mask[self.place]).sum()) >= AGREEMENT * (int(own.sum()) + int(mask.sum()))
 
     def _own(self) -> np.ndarray:
-        count = int(np.prod(self.shape))
-        return np.unpackbits(self.bits, count=count).reshape(self.shape).astype(bool)
+        bits = np.frombuffer(zlib.decompress(self.packed), np.uint8)
+        return np.unpackbits(bits, count=int(np.prod(self.shape))).reshape(self.shape).astype(bool)
 
 
 class SegmentedObject:
@@ -114,15 +115,18 @@ class SegmentedObject:
         index: id of the class; none for a foreground without one.
         settings: how answers are made.
         executor: runs what is computed.
+        history: bytes that are kept to take back at once what was said.
     """
 
-    def __init__(self, study: Study, index: int | None, settings: AnswerSettings | None, executor: Executor) -> None:
+    def __init__(
+        self, study: Study, index: int | None, settings: AnswerSettings | None, executor: Executor, history: int
+    ) -> None:
         self.study = study
         self.index = index
         self.decided = True  # whether what was said showed the class
         self.settings = settings or AnswerSettings()
         self.executor = executor
-        self.session = InteractiveSession(ObjectSegmenter(study, index), self.settings, "nothing")
+        self.session = InteractiveSession(ObjectSegmenter(study, index), self.settings, "nothing", history)
         self.session.open(None)
         self.interactions: list[int] = []  # prompts of each
         self._todo: deque[UserPrompt] = deque()  # not in the session yet; the first one is being answered
@@ -283,6 +287,7 @@ class Work:
         executor: computes answers.
         settings: how they are made.
         patience: seconds after which a first answer comes from the clicked slab alone.
+        memory: most bytes of what was said of an object, and as many to take it back at once.
     """
 
     def __init__(
@@ -291,11 +296,13 @@ class Work:
         executor: Executor,
         settings: AnswerSettings | None = None,
         patience: float = 1.0,
+        memory: int = 2**28,
     ) -> None:
         self.open_study = open_study
         self.executor = executor
         self.settings = settings
         self.patience = patience
+        self.memory = memory
         self.autozoom = True
         self._log: SessionLog | None = None
         self._opening: Future[Study] | None = None
@@ -397,13 +404,13 @@ class Work:
             self._object.stop()
         self._object, self._shown, self._queued = None, None, []
 
-    def add(self, kind: str, runs: bool, **said: Any) -> Answer:
+    def add(self, kind: str, runs: bool, **given: Any) -> Answer:
         """Something that the user says of the object.
 
         Args:
             kind: ``point``, ``box``, ``scribble``, ``lasso`` or ``mask``.
             runs: whether it is answered; else it waits for the next one that is, or for :meth:`predict`.
-            said: of that kind, see the methods that read it.
+            given: of that kind, see the methods that read it.
 
         Raises:
             RequestError: when no image is open, or what was said can't be used; nothing changes then.
@@ -412,13 +419,20 @@ class Work:
         self._resume()
         mask: np.ndarray | None = None
         if kind == "mask":
-            mask = self._read_mask(study, said["mask"], None)
+            mask = self._read_mask(study, given["mask"], None)
             prompts = [_prompt("mask", np.empty((0, study.grids.dims)), mask=mask)]
         else:
-            prompts = getattr(self, f"_read_{kind}")(study, **said)
+            prompts = getattr(self, f"_read_{kind}")(study, **given)
         count = len(self._queued) + (0 if self._object is None else len(self._object.interactions))
         if count >= MAX_INTERACTIONS:
             raise RequestError(f"There are {MAX_INTERACTIONS} interactions already. Begin another object.", 409)
+        said = [] if self._object is None else self._object.said()
+        if sum(map(_bytes, [*said, *(prompt for _, own, _ in self._queued for prompt in own), *prompts])) > self.memory:
+            raise RequestError(
+                f"What was said of this object takes more than the {self.memory >> 20} MiB that the server has for a "
+                "client. Begin another object.",
+                413,
+            )
         self._check_taken(study, prompts)
         if mask is not None:  # clients show it at once
             self._reopen(mask)
@@ -499,7 +513,7 @@ class Work:
         if not decided:  # the first thing said that shows the class chooses it, as it would have
             self._queued = [(own[0].kind, own, own[0].mask) for own in groups]
             return
-        self._object = SegmentedObject(study, index, self.settings, self.executor)
+        self._object = SegmentedObject(study, index, self.settings, self.executor, self.memory)
         for own in groups:
             self._object.add(own)
 
@@ -537,7 +551,7 @@ class Work:
         if known is not None and known.index == index:
             known.decided = decided
             return known
-        out = SegmentedObject(study, index, self.settings, self.executor)
+        out = SegmentedObject(study, index, self.settings, self.executor, self.memory)
         out.decided = decided
         if known is not None:  # what was said before what showed the class
             known.stop()
@@ -612,7 +626,14 @@ class Work:
         return [_prompt("point", study.to_file(place), label)]
 
     def _read_scribble(self, study: Study, mask: np.ndarray, box: Any, label: int) -> list[UserPrompt]:
-        voxels = np.argwhere(self._read_mask(study, mask, box))
+        drawn = self._read_mask(study, mask, box)
+        if int(np.count_nonzero(drawn)) > MAX_MARKED:
+            raise RequestError(
+                f"scribble: it marks more than {MAX_MARKED} voxels. Draw less at once, or give a mask to start from "
+                "(initial segmentation).",
+                413,
+            )
+        voxels = np.argwhere(drawn)
         if not len(voxels):
             raise RequestError("scribble: nothing is drawn.")
         return [_prompt("scribble", voxels.astype(np.float64), label)]
@@ -722,6 +743,11 @@ def _rectangle(first: np.ndarray, last: np.ndarray) -> np.ndarray:
 
 def _prompt(kind: str, positions: np.ndarray, label: int = 1, mask: np.ndarray | None = None) -> UserPrompt:
     return UserPrompt(kind, 0, 0, time.time(), np.asarray(positions, dtype=np.float64), label=label, mask=mask)
+
+
+def _bytes(prompt: UserPrompt) -> int:
+    """Memory that a prompt takes."""
+    return prompt.positions.nbytes + (0 if prompt.mask is None else prompt.mask.nbytes)
 
 
 def _middle(prompt: UserPrompt) -> np.ndarray | None:
