@@ -26,7 +26,7 @@ from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import autocast
 from medsa_nets.prompts import Prompts
 from medsa_nets.server.errors import RequestError
-from medsa_nets.server.queues import AHEAD, ENCODE, DeviceQueue
+from medsa_nets.server.queues import AHEAD, ENCODE, NEAREST, DeviceQueue
 from medsa_nets.server.store import Embeddings, Key
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class _StudySlabs(Slabs):
         self.study = study
         self.number = number
 
-    def prepare(self, g: int, priority: int = ENCODE) -> None:
+    def prepare(self, g: int, priority: int) -> None:
         """Wait until a group is encoded."""
         self.study.prepare((self.study.key, self.number, g), lambda: self.embeddings(g), priority)
 
@@ -70,6 +70,7 @@ class _StudySlabInferer(SlabInferer):
     """The bundle's inferer on one open volume; each slab is a piece of work of its own in the device's queue."""
 
     study: Study
+    priority: int  # with which slabs are encoded
 
     @classmethod
     def of(cls, inferer: VolumeInferer, study: Study, near: bool = False) -> VolumeInferer:
@@ -89,6 +90,7 @@ class _StudySlabInferer(SlabInferer):
             out = cls.__new__(cls)
             out.__dict__.update(own.__dict__)
             out.study, out.cache, out.progress = study, None, False
+            out.priority = NEAREST if near else ENCODE
             return out
 
         return rebuilt(inferer, change)
@@ -112,7 +114,7 @@ class _StudySlabInferer(SlabInferer):
     def decode(self, slabs: Slabs, g: int, prompts: Prompts) -> Tensor:
         self.study.check()
         assert isinstance(slabs, _StudySlabs)
-        slabs.prepare(g)
+        slabs.prepare(g, self.priority)
         self.study.check()
         return self.study.queue.run(lambda: super(_StudySlabInferer, self).decode(slabs, g, prompts))
 
@@ -135,6 +137,7 @@ class _StudyPromptInferer(PromptInferer):
     """The bundle's inferer on one open image."""
 
     study: Study
+    priority: int  # with which it is encoded
 
     @classmethod
     def of(cls, inferer: PromptInferer, study: Study, near: bool = False) -> _StudyPromptInferer:
@@ -147,7 +150,7 @@ class _StudyPromptInferer(PromptInferer):
         """
         out = cls.__new__(cls)
         out.__dict__.update(inferer.__dict__)
-        out.study, out.cache = study, None
+        out.study, out.cache, out.priority = study, None, NEAREST if near else ENCODE
         if near:
             out.turns = out.turns[:1]
         return out
@@ -159,15 +162,16 @@ class _StudyPromptInferer(PromptInferer):
         self.study.check()
         return self.study.queue.run(lambda: super(_StudyPromptInferer, self).decode(inputs, network, prompts))
 
-    def prepare(self, inputs: Tensor, network: MedSA, priority: int = ENCODE) -> None:
+    def prepare(self, inputs: Tensor, network: MedSA, priority: int | None = None) -> None:
         """Wait until the image is encoded, in all positions that it is seen in."""
+        chosen = self.priority if priority is None else priority
 
         def encode(view: Tensor, turn: int) -> None:
             with autocast(self.amp, inputs.device):
                 self._embed(view, network, turn)
 
         for turn, view in self.views(inputs):
-            self.study.prepare((self.study.key, 0, turn), partial(encode, view, turn), priority)
+            self.study.prepare((self.study.key, 0, turn), partial(encode, view, turn), chosen)
 
     def encoded(self) -> bool:
         """Whether the image is encoded."""
@@ -503,7 +507,7 @@ class Study:
                 with autocast(amp, slabs.place):
                     return network.decode(slabs.embeddings(g)[s : s + 1, ..., z : z + 1].to(slabs.place))
 
-            slabs.prepare(g)
+            slabs.prepare(g, NEAREST)
             return self.queue.run(decode)[0, :, voxel[0], voxel[1], 0].float().cpu().numpy()
         inferer = self.near_segmenter.inferer
         assert isinstance(inferer, _StudyPromptInferer)

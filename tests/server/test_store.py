@@ -12,8 +12,9 @@ import torch
 from medsa_nets.embeddings import read_embeddings
 from medsa_nets.errors import SettingError
 from medsa_nets.server.command import serve as start_server
-from medsa_nets.server.queues import AHEAD, DeviceQueue
+from medsa_nets.server.queues import AHEAD, DECODE, ENCODE, NEAREST, DeviceQueue
 from medsa_nets.server.store import Embeddings
+from medsa_nets.server.studies import Study
 
 from .scenes import SPACING, make_volume
 
@@ -112,6 +113,22 @@ def test_an_image_is_encoded_once_for_all_and_for_who_comes_back(volumes, serve,
     assert np.array_equal(ask(first, image), expected)
     assert len(passes) == twice
     assert server.store.bytes <= server.settings.memory
+
+
+def test_what_a_first_answer_shows_is_encoded_before_what_whole_ones_need(volumes, serve, connect, monkeypatch):
+    address, server = serve(volumes, patience=0.0)
+    order: list[int] = []
+    submit = server.queue.submit
+
+    def note(work, priority=DECODE):
+        order.append(priority)
+        return submit(work, priority)
+
+    monkeypatch.setattr(server.queue, "submit", note)
+    monkeypatch.setattr(Study, "encode_ahead", lambda self: None)
+    ask(connect(address), make_volume())
+    assert order[0] == NEAREST
+    assert set(order) == {NEAREST, DECODE, ENCODE}
 
 
 def test_a_server_that_was_killed_encodes_nothing_again(volumes, serve, connect, passes, tmp_path):
