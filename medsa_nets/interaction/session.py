@@ -373,6 +373,28 @@ class InteractiveSession:
         found = [prompt for index in chosen if index in self._known for prompt in self._known[index].prompts]
         return sorted(found, key=lambda prompt: prompt.number)
 
+    def restore(
+        self, prompts: Sequence[UserPrompt], logits: Tensor, mask: np.ndarray, class_name: str | int | None = None
+    ) -> None:
+        """Go on where another session of the same image and network was, without answering its prompts again.
+
+        Args:
+            prompts: of the class, oldest first; what was said of it here before is forgotten.
+            logits: (spatial…) of the last answer, as :meth:`logits` gave them.
+            mask: (file's spatial…), boolean, as :meth:`mask` gave it.
+            class_name: see :meth:`point`.
+
+        Raises:
+            DataError: when sizes differ from the image's, or there is no prompt.
+        """
+        index = self._index(class_name)
+        if not prompts or tuple(logits.shape) != tuple(self.grids.shape) or mask.shape != self.file_shape:
+            raise DataError("restore: expected prompts, and logits and a mask of the image's size.")
+        said = [replace(prompt, index=index, number=self._count + k) for k, prompt in enumerate(prompts, 1)]
+        steps = [_Step(prompt, None, None, None, None, held=False) for prompt in said]
+        self._known[index] = _Class(logits.clone(), mask.copy(), steps)
+        self._count += len(said)
+
     def label_map(self) -> np.ndarray:
         """All masks in one (file's spatial…), uint8: 0 background, 1 + id of a class, in the session's precedence.
 
@@ -497,28 +519,26 @@ class InteractiveSession:
         state.logits, state.mask = logits, mask
         self._known[index] = state
         self._count += 1
-        self._bound_history()
+        self._bound_history([step for own in self._known.values() for step in own.steps])
         return self.mask(index)
 
-    def _bound_history(self) -> None:
-        """Drop what the oldest prompts changed, but not what the newest did."""
-        steps = [step for state in self._known.values() for step in state.steps if step.held]
-        total = sum(step.bytes for step in steps)
-        if total > self.history:
-            for step in sorted(steps, key=lambda own: own.prompt.number)[:-1]:
-                total -= step.bytes
-                step.drop()
-                if total <= self.history:
-                    return
+    def _bound_history(self, steps: Sequence[_Step]) -> None:
+        """Drop what the oldest of some prompts changed, but not what the newest did."""
+        held = [step for step in steps if step.held]
+        total = sum(step.bytes for step in held)
+        for step in sorted(held, key=lambda own: own.prompt.number)[:-1]:
+            if total <= self.history:
+                return
+            total -= step.bytes
+            step.drop()
 
     def _again(self, index: int, prompts: Sequence[UserPrompt]) -> _Class:
-        """A class after prompts that were answered before, without what they changed, except the newest one."""
+        """A class after prompts that were answered before, with what they changed."""
         out = _Class(self._first_logits(index), self._first[index])
         for prompt in prompts:
             step, out.logits, out.mask = self._computed(out, prompt)
-            if prompt is not prompts[-1]:
-                step.drop()
             out.steps.append(step)
+            self._bound_history(out.steps)
         return out
 
     def _computed(self, state: _Class, prompt: UserPrompt) -> tuple[_Step, Tensor | None, np.ndarray]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from medsa_nets.errors import MedSAError
 from medsa_nets.interaction.answers import AGREEMENT, AnswerSettings
@@ -23,7 +24,7 @@ from medsa_nets.interaction.grids import Place, bounding_place
 from medsa_nets.interaction.session import InteractiveSession
 from medsa_nets.prompts.user import UserPrompt, make_lasso, prompt_from_json, prompt_to_json
 from medsa_nets.server.errors import RequestError
-from medsa_nets.server.logs import SessionLog
+from medsa_nets.server.logs import SessionLog, hash_said
 from medsa_nets.server.outlines import areas_of, corners_of
 from medsa_nets.server.studies import FOREGROUND, ObjectSegmenter, StoppedError, Study
 
@@ -116,16 +117,24 @@ class SegmentedObject:
         settings: how answers are made.
         executor: runs what is computed.
         history: bytes that are kept to take back at once what was said.
+        log: keeps an answer now and then, or none.
     """
 
     def __init__(
-        self, study: Study, index: int | None, settings: AnswerSettings | None, executor: Executor, history: int
+        self,
+        study: Study,
+        index: int | None,
+        settings: AnswerSettings | None,
+        executor: Executor,
+        history: int,
+        log: SessionLog | None = None,
     ) -> None:
         self.study = study
         self.index = index
         self.decided = True  # whether what was said showed the class
         self.settings = settings or AnswerSettings()
         self.executor = executor
+        self.log = log
         self.session = InteractiveSession(ObjectSegmenter(study, index), self.settings, "nothing", history)
         self.session.open(None)
         self.interactions: list[int] = []  # prompts of each
@@ -150,6 +159,20 @@ class SegmentedObject:
         with self._lock:
             self._todo.extend(prompts)
         self._ahead.extend(prompts)
+
+    def restore(self, groups: Sequence[Sequence[UserPrompt]], known: tuple[int, Tensor, np.ndarray]) -> None:
+        """Go on where an earlier session was.
+
+        Args:
+            groups: all that was said, oldest first.
+            known: how many of these prompts have an answer, its logits and its mask.
+        """
+        said = [prompt for own in groups for prompt in own]
+        count, logits, mask = known
+        self.session.restore(said[:count], logits, mask)
+        self.interactions = [len(own) for own in groups]
+        self._preview, self._ahead, self._shown = self._look_ahead(), said[count:], 0
+        self._todo.extend(said[count:])
 
     def said(self) -> list[UserPrompt]:
         """All prompts, oldest first."""
@@ -277,6 +300,15 @@ class SegmentedObject:
                 self._todo.popleft()
             else:  # taken back in the meantime
                 self.session.undo()
+            answered = not self._todo
+        if answered and self.log is not None and self.log.wants_answer:
+            self._keep_answer(self.log)
+
+    def _keep_answer(self, log: SessionLog) -> None:
+        prompts, logits = self.session.prompts(), self.session.logits()
+        if prompts and logits is not None:
+            about = hash_said(self.index, [_entry(prompt) for prompt in prompts])
+            log.write_answer(about, len(prompts), logits, self.session.mask())
 
 
 class Work:
@@ -473,13 +505,12 @@ class Work:
         known = self._object
         counts = ([] if known is None else list(known.interactions)) + [len(said) for _, said, _ in self._queued]
         prompts = ([] if known is None else known.said()) + [prompt for _, said, _ in self._queued for prompt in said]
-        entries = [prompt_to_json(prompt, [FOREGROUND], prompt.positions) for prompt in prompts]
-        for entry in entries:
-            entry.pop("world", None)
+        entries = [_entry(prompt) for prompt in prompts]
         self._log.write(
             {
                 "class": None if known is None else known.index,
                 "decided": known is not None and known.decided,
+                "answered": None if known is None else len(known.interactions),
                 "interactions": counts,
                 "prompts": entries,
                 "finished": [part.to_json() for part in self._finished],
@@ -501,6 +532,9 @@ class Work:
             counts, index, decided = [int(n) for n in saved["interactions"]], saved["class"], bool(saved["decided"])
             if sum(counts) != len(said) or min(counts, default=1) < 1 or len(counts) > MAX_INTERACTIONS:
                 raise ValueError("interactions and prompts do not agree")
+            answered = len(counts) if decided else saved.get("answered")
+            if answered is not None and answered not in range(len(counts) + 1):
+                raise ValueError("more is answered than was said")
             if index is not None and index not in range(len(study.segmenter.classes)):
                 raise ValueError("its class is unknown")
         except (KeyError, TypeError, ValueError, zlib.error) as error:
@@ -510,11 +544,18 @@ class Work:
         if not counts:
             return
         groups = [[said.popleft() for _ in range(count)] for count in counts]
-        if not decided:  # the first thing said that shows the class chooses it, as it would have
-            self._queued = [(own[0].kind, own, own[0].mask) for own in groups]
+        # the first thing said that shows the class chooses it, as it would have
+        self._queued = [(own[0].kind, own, own[0].mask) for own in groups[answered or 0 :]]
+        if answered is None:
             return
-        self._object = SegmentedObject(study, index, self.settings, self.executor, self.memory)
-        for own in groups:
+        self._object = SegmentedObject(study, index, self.settings, self.executor, self.memory, self._log)
+        self._object.decided = decided
+        entries = saved["prompts"][: sum(counts[:answered])]
+        known = None if self._log is None else self._log.read_answer(index, entries, shape)
+        if known is not None and tuple(known[1].shape) == tuple(study.grids.shape):
+            self._object.restore(groups[:answered], known)
+            return
+        for own in groups[:answered]:
             self._object.add(own)
 
     def _current(self) -> np.ndarray:
@@ -551,7 +592,7 @@ class Work:
         if known is not None and known.index == index:
             known.decided = decided
             return known
-        out = SegmentedObject(study, index, self.settings, self.executor, self.memory)
+        out = SegmentedObject(study, index, self.settings, self.executor, self.memory, self._log)
         out.decided = decided
         if known is not None:  # what was said before what showed the class
             known.stop()
@@ -743,6 +784,13 @@ def _rectangle(first: np.ndarray, last: np.ndarray) -> np.ndarray:
 
 def _prompt(kind: str, positions: np.ndarray, label: int = 1, mask: np.ndarray | None = None) -> UserPrompt:
     return UserPrompt(kind, 0, 0, time.time(), np.asarray(positions, dtype=np.float64), label=label, mask=mask)
+
+
+def _entry(prompt: UserPrompt) -> dict[str, Any]:
+    """A prompt as it stands in a log."""
+    out = prompt_to_json(prompt, [FOREGROUND], prompt.positions)
+    out.pop("world", None)
+    return out
 
 
 def _bytes(prompt: UserPrompt) -> int:
