@@ -175,9 +175,11 @@ def _is_list(value: Any) -> bool:
 
 def _is_file(value: Any) -> TypeGuard[str]:
     """Whether it is the path of a file that came with a request."""
-    if not isinstance(value, str) or not Path(value).is_file():
+    try:
+        path = Path(value).resolve()
+        return path.is_relative_to(Path(tempfile.gettempdir()).resolve()) and path.is_file()
+    except (OSError, TypeError, ValueError):  # of what is no path, or too long for one
         return False
-    return Path(value).resolve().is_relative_to(Path(tempfile.gettempdir()).resolve())
 
 
 def _drawn(path: Path, values: Mapping[int, int], image: MetaTensor) -> dict[int, np.ndarray]:

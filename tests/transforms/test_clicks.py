@@ -85,6 +85,8 @@ def test_without_clicks_there_is_no_prompt(request_: dict) -> None:
         ({"spleen": [[1, float("nan"), 1]]}, "is no click"),
         ({"foreground": [[1, 1, 1]]}, "label: expected the class that is clicked on, one of spleen"),
         ({"foreground": [[1, 1, 1]], "label": "heart"}, "label: 'heart' is unknown"),
+        ({"foreground": [[1, 1, 1]], "label": "h" * 5000}, "is unknown"),
+        ({"foreground": [[1, 1, 1]], "label": "h\0"}, "is unknown"),
         ({"background": [[1, 1, 1]]}, "label: expected the class that is clicked on"),
     ],
 )
