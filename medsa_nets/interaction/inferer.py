@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class SessionInferer(Inferer):
 
     A request lists the clicks of each kind in their order, but not in which order kinds followed each other. They are
     taken in the order in which requests brought them; in the listed order where no kept session holds the beginning.
+    Scribbles may come as one drawing that grows: what it has beyond the scribbles of a kept session is a new scribble.
 
     Args:
         inferer: the bundle's, for images without prompts, and behind the sessions.
@@ -127,19 +129,20 @@ class SessionInferer(Inferer):
         """A session of the image in which exactly these prompts hold; kept for the next request."""
         place = " ".join(str(float(value)) for value in image.affine.flatten())
         key = f"{tensor_sha256(image.as_tensor())} {place} {adapter_key(network)}"
-        best: tuple[int, InteractiveSession | None] = (-1, None)
+        shared, found, wanted = -1, None, list(prompts)
         for kept, known in self._sessions:
             if kept == key:
-                best = max(best, (_shared(known.prompts(), prompts), known), key=lambda one: one[0])
-        shared, found = best
+                divided = _divided(known.prompts(), prompts)
+                if (own := _shared(known.prompts(), divided)) > shared:
+                    shared, found, wanted = own, known, divided
         if found is None:
             session = InteractiveSession(NetworkSegmenter(network, None, self.classes, self.inferer), self.settings)
             session.open(image)
         else:
-            session = found if shared == len(found.prompts()) == len(prompts) else found.fork()
+            session = found if shared == len(found.prompts()) == len(wanted) else found.fork()
             while len(session.prompts()) > shared:  # of a copy: others may go on with what was there
                 session.undo()
-        for prompt in _missing(session.prompts(), prompts):
+        for prompt in _missing(session.prompts(), wanted):
             session.apply(prompt)
         self._sessions = [(kept, one) for kept, one in self._sessions if one is not session][1 - SESSIONS :]
         self._sessions.append((key, session))
@@ -160,6 +163,33 @@ def _same(one: UserPrompt, other: UserPrompt) -> bool:
     if _kind(one) != _kind(other) or not np.array_equal(one.positions, other.positions):
         return False
     return one.mask is None or other.mask is None or np.array_equal(one.mask, other.mask)
+
+
+def _divided(held: Sequence[UserPrompt], wanted: Sequence[UserPrompt]) -> list[UserPrompt]:
+    """A request's prompts, each scribble as those that a session holds of it, and what it has beyond them."""
+    left: dict[tuple[Any, ...], list[UserPrompt]] = {}
+    for prompt in held:
+        if prompt.kind == "scribble":
+            left.setdefault(_kind(prompt), []).append(prompt)
+    out = []
+    for prompt in wanted:
+        rest, own = prompt, left.get(_kind(prompt), [])
+        while own and prompt.kind == "scribble" and len(rest.positions):
+            beyond = _beyond(rest.positions, own[0].positions)
+            if len(beyond) != len(rest.positions) - len(own[0].positions):
+                break  # a part of what was drawn is gone
+            out.append(own.pop(0))
+            rest = replace(rest, positions=beyond)
+        if len(rest.positions) or rest is prompt:
+            out.append(rest)
+    return out
+
+
+def _beyond(positions: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Those of some positions (N, dims) that are none of others (M, dims), in their order."""
+    places = {row.tobytes() for row in np.ascontiguousarray(known)}
+    kept = [row.tobytes() not in places for row in np.ascontiguousarray(positions)]
+    return positions[np.array(kept, dtype=bool)]
 
 
 def _shared(held: Sequence[UserPrompt], wanted: Sequence[UserPrompt]) -> int:

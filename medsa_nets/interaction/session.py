@@ -437,7 +437,8 @@ class InteractiveSession:
 
         Args:
             path: of the mask: ``.png`` for images, ``.nii.gz``, ``.nii``, ``.nrrd`` or ``.mha`` for volumes. The log
-                has the same name and ``.session.json`` behind it.
+                has the same name and ``.session.json`` behind it. ``.dcm`` is a DICOM segmentation of the series that
+                is open, with a segment for each class and the log in it (:mod:`medsa_nets.interaction.dicom`).
             class_name: a class; none takes the label map.
 
         Returns:
@@ -453,7 +454,7 @@ class InteractiveSession:
         """Open an image and give all prompts of a log again: the masks are those that were saved, bit for bit.
 
         Args:
-            log: path of the log that :meth:`save` wrote.
+            log: path of the log that :meth:`save` wrote, or of a DICOM segmentation that holds one.
             source: path of the image.
 
         Raises:
