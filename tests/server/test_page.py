@@ -246,10 +246,10 @@ def dice(one: np.ndarray, other: np.ndarray) -> float:
 def click_on(driver: Any, voxel: list[int]) -> None:
     """Turn the planes to a voxel (X, Y, Z), click on it, and wait for the whole answer."""
     place = driver.execute_script(
-        "const mm = state.affine.slice(0, 3).map((row) => row[3] + arguments[0].reduce((s, n, i) => s + row[i] * n, 0));"
-        "const at = viewer.mm2frac(mm), canvas = element('view');"
-        "viewer.scene.crosshairPos = at; viewer.drawScene();"
-        "const [x, y] = viewer.frac2canvasPos(at), scale = canvas.width / canvas.clientWidth;"
+        "const at = (row) => row[3] + arguments[0].reduce((sum, n, i) => sum + row[i] * n, 0);"
+        "const place = viewer.mm2frac(state.affine.slice(0, 3).map(at)), canvas = element('view');"
+        "viewer.scene.crosshairPos = place; viewer.drawScene();"
+        "const [x, y] = viewer.frac2canvasPos(place), scale = canvas.width / canvas.clientWidth;"
         "return [x / scale - canvas.clientWidth / 2, y / scale - canvas.clientHeight / 2];",
         voxel,
     )
