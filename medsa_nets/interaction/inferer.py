@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,17 +16,23 @@ from monai.data import MetaTensor, decollate_batch
 from monai.inferers import Inferer
 from torch import Tensor
 
+from medsa_nets.backends import backend_of
 from medsa_nets.checksums import tensor_sha256
 from medsa_nets.inferers import PromptInferer, VolumeInferer, adapter_key
+from medsa_nets.inferers.queues import shared_queue
+from medsa_nets.interaction.ahead import VolumeAhead, own_adapter
 from medsa_nets.interaction.answers import AnswerSettings
+from medsa_nets.interaction.grids import Grids
 from medsa_nets.interaction.segmenters import NetworkSegmenter
 from medsa_nets.interaction.session import InteractiveSession
-from medsa_nets.networks import MedSA
+from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.prompts import Prompts, UserPrompt, user_prompts_of_batch
 from medsa_nets.runtime import unwrap
 from medsa_nets.transforms.volumes import ABSENT
 
+logger = logging.getLogger(__name__)
 SESSIONS = 8  # that a process keeps
+VOLUMES = 2  # that are encoded ahead of their answers at a time
 
 
 class SessionInferer(Inferer):
@@ -39,14 +47,20 @@ class SessionInferer(Inferer):
     taken in the order in which requests brought them; in the listed order where no kept session holds the beginning.
     Scribbles may come as one drawing that grows: what it has beyond the scribbles of a kept session is a new scribble.
 
+    With ``patience``, the first answers on a volume that was not encoded yet show what the slab around the newest click
+    shows, and nothing of other classes, while the rest is encoded in the background; the next request afterwards gets
+    the answer to all that was said, the same as if all had been encoded from the start.
+
     Args:
         inferer: the bundle's, for images without prompts, and behind the sessions.
         classes: names of the classes, in the order of their ids.
         others: what the classes hold that were not asked for: ``absent`` (nothing), or ``automatic``.
         settings: how answers are made; none takes the usual ones.
+        patience: seconds that an answer may wait until all slabs of its volume are encoded; none lets it wait. Heeded
+            where the inner inferer has a cache that the volume's embeddings fit in, and the encoder no other back end.
 
     Raises:
-        ValueError: when ``others`` has another value.
+        ValueError: when ``others`` has another value, or ``patience`` is negative.
     """
 
     def __init__(
@@ -55,15 +69,23 @@ class SessionInferer(Inferer):
         classes: Sequence[str],
         others: str = "absent",
         settings: AnswerSettings | None = None,
+        patience: float | None = None,
     ) -> None:
         super().__init__()
+        if patience is not None and not patience >= 0:
+            raise ValueError(f"patience must be a number of seconds, 0 or more, or none, got {patience!r}.")
         if others not in ("absent", "automatic"):
             raise ValueError(f"others must be absent or automatic, got {others!r}.")
         self.inferer = inferer
         self.classes = list(classes)
         self.others = others
         self.settings = settings
+        self.patience = patience
         self._sessions: list[tuple[str, InteractiveSession]] = []  # the newest last
+        self._volumes: dict[str, VolumeAhead] = {}  # the newest last
+        self._near: list[tuple[str, InteractiveSession]] = []  # sessions on these
+        self._brought: deque[tuple[str, list[UserPrompt]]] = deque(maxlen=SESSIONS)  # what was said on earlier ones
+        self._own: tuple[str, VolumeMedSA] | None = None  # key of an adapter, and a network that keeps it
         self._lock = threading.Lock()
 
     @property
@@ -129,24 +151,105 @@ class SessionInferer(Inferer):
         """A session of the image in which exactly these prompts hold; kept for the next request."""
         place = " ".join(str(float(value)) for value in image.affine.flatten())
         key = f"{tensor_sha256(image.as_tensor())} {place} {adapter_key(network)}"
-        shared, found, wanted = -1, None, list(prompts)
-        for kept, known in self._sessions:
-            if kept == key:
-                divided = _divided(known.prompts(), prompts)
-                if (own := _shared(known.prompts(), divided)) > shared:
-                    shared, found, wanted = own, known, divided
-        if found is None:
-            session = InteractiveSession(NetworkSegmenter(network, None, self.classes, self.inferer), self.settings)
-            session.open(image)
-        else:
-            session = found if shared == len(found.prompts()) == len(wanted) else found.fork()
-            while len(session.prompts()) > shared:  # of a copy: others may go on with what was there
-                session.undo()
-        for prompt in _missing(session.prompts(), wanted):
-            session.apply(prompt)
-        self._sessions = [(kept, one) for kept, one in self._sessions if one is not session][1 - SESSIONS :]
-        self._sessions.append((key, session))
+        volume = self._unseen(key, network, image)
+        if volume is not None:
+            start = time.monotonic()
+            near, self._near = _going_on(self._near, key, prompts, volume.near_session)
+            newest = near.prompts()[-1]
+            volume.say(near.prompts(), float(Grids(image).positions(newest.positions).mean(0)[2]))
+            whole = volume.whole(self.patience - (time.monotonic() - start)) if self.patience is not None else None
+            if whole is None and volume.failure is None:
+                logger.info("the answer shows the slab around the newest click: %s", volume.progress())
+                return near
+            self._close(key)
+            if whole is not None:
+                self._sessions.append((key, whole))
+        earlier = [(said, _divided(said, prompts)) for kept, said in self._brought if kept == key]
+        brought, wanted = max(earlier, key=lambda pair: _shared(*pair), default=([], list(prompts)))
+        known = brought[: _shared(brought, wanted)]
+        session, self._sessions = _going_on(self._sessions, key, [*known, *_missing(known, wanted)],
+                                            lambda: self._fresh(network, image))  # fmt: skip
         return session
+
+    def _fresh(self, network: MedSA, image: MetaTensor) -> InteractiveSession:
+        session = InteractiveSession(NetworkSegmenter(network, None, self.classes, self.inferer), self.settings)
+        session.open(image)
+        return session
+
+    def _unseen(self, key: str, network: MedSA, image: MetaTensor) -> VolumeAhead | None:
+        """The volume of an image that has not been encoded as a whole; none where all slabs are waited for."""
+        if key in self._volumes:
+            self._volumes[key] = self._volumes.pop(key)
+            return self._volumes[key]
+        if (
+            self.patience is None
+            or any(kept == key for kept, _ in self._sessions)
+            or not isinstance(self.inferer, VolumeInferer)
+            or not isinstance(network, VolumeMedSA)
+            or self.inferer.cache is None
+            or backend_of(network) != "eager"
+        ):
+            return None
+        version = f"{id(network)} {adapter_key(network)}"
+        if self._own is None or self._own[0] != version:
+            self._own = version, own_adapter(network)
+            shared_queue().watch(self._own[1].image_encoder)
+        settings = self.settings or AnswerSettings()
+        volume = VolumeAhead(self._own[1], self.inferer, self.classes, settings, image, shared_queue(), _bring)
+        if not volume.pays:
+            return None
+        room = self.inferer.cache.max_bytes - volume.bytes
+        while self._volumes and (
+            len(self._volumes) >= VOLUMES or sum(other.bytes for other in self._volumes.values()) > room
+        ):
+            self._close(next(iter(self._volumes)))
+        self._volumes[key] = volume
+        volume.start()
+        return volume
+
+    def _close(self, key: str) -> None:
+        """Forget a volume, but for the order in which requests brought what was said on it."""
+        self._volumes.pop(key).stop()
+        self._brought.extend((key, one.prompts()) for kept, one in self._near if kept == key)
+        self._near = [(kept, one) for kept, one in self._near if kept != key]
+
+
+def _going_on(
+    sessions: Sequence[tuple[str, InteractiveSession]],
+    key: str,
+    prompts: Sequence[UserPrompt],
+    fresh: Callable[[], InteractiveSession],
+) -> tuple[InteractiveSession, list[tuple[str, InteractiveSession]]]:
+    """A session in which exactly these prompts hold, and the sessions to keep, this one among them.
+
+    Args:
+        sessions: that are kept, with the keys of their images.
+        key: of the image.
+        prompts: as a request lists them.
+        fresh: makes a session of the image.
+    """
+    shared, found, wanted = -1, None, list(prompts)
+    for kept, known in sessions:
+        if kept == key:
+            divided = _divided(known.prompts(), prompts)
+            if (own := _shared(known.prompts(), divided)) > shared:
+                shared, found, wanted = own, known, divided
+    session = fresh() if found is None else found
+    if found is not None and not shared == len(found.prompts()) == len(wanted):
+        session = found.fork()  # others may go on with what was there
+    _bring(session, prompts)
+    others = [(kept, one) for kept, one in sessions if one is not session][1 - SESSIONS :]
+    return session, [*others, (key, session)]
+
+
+def _bring(session: InteractiveSession, prompts: Sequence[UserPrompt]) -> None:
+    """Let exactly these prompts hold in a session; a scribble may go on from those that it holds."""
+    wanted = _divided(session.prompts(), prompts)
+    shared = _shared(session.prompts(), wanted)
+    while len(session.prompts()) > shared:
+        session.undo()
+    for prompt in _missing(session.prompts(), wanted):
+        session.apply(prompt)
 
 
 def _images(inputs: Tensor) -> list[MetaTensor]:

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from medsa_nets import __version__
 from medsa_nets.backends import backend_of
 from medsa_nets.errors import MedSAError, find_cause
+from medsa_nets.inferers.queues import DeviceQueue
 from medsa_nets.interaction.answers import AnswerSettings
 from medsa_nets.interaction.segmenters import NetworkSegmenter
 from medsa_nets.machine import limit_threads
@@ -33,7 +34,6 @@ from medsa_nets.server.arrays import pack_array, read_header, unpack_array
 from medsa_nets.server.errors import CapacityError, LeaseOverError, RequestError
 from medsa_nets.server.leases import Lease, Leases
 from medsa_nets.server.logs import SessionLog, SessionLogs, hash_image
-from medsa_nets.server.queues import DeviceQueue
 from medsa_nets.server.settings import ServerSettings
 from medsa_nets.server.store import Embeddings
 from medsa_nets.server.studies import (

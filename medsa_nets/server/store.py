@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 from torch import Tensor
 
-from medsa_nets.server.queues import DeviceQueue
+from medsa_nets.inferers.queues import DeviceQueue
 
 Key = tuple[str, int, int]  # image, one of its mirror images or positions, group of slabs
 
@@ -31,7 +30,6 @@ class Embeddings:
         self.bytes = 0
         self._kept: OrderedDict[Key, Tensor] = OrderedDict()
         self._open: Counter[str] = Counter()
-        self._coming: dict[Key, Future[None]] = {}  # that are being computed
         self._lock = threading.RLock()
 
     def open(self, image: str) -> None:
@@ -88,22 +86,11 @@ class Embeddings:
         """
 
         def work() -> None:
-            try:
-                if key[0] in self._open:
-                    encode()
-            finally:
-                with self._lock:
-                    self._coming.pop(key, None)
+            if key[0] in self._open and self.get(key) is None:
+                encode()
 
-        with self._lock:
-            if self.get(key) is not None:
-                return
-            coming = self._coming.get(key)
-            if coming is None:
-                coming = self._coming[key] = queue.submit(work, priority)
-            else:
-                queue.hasten(coming, priority)
-        coming.result()
+        if self.get(key) is None:
+            queue.share(key, work, priority).result()
 
     def _remove(self, key: Key) -> None:
         found = self._kept.pop(key, None)

@@ -18,15 +18,15 @@ from nibabel.orientations import axcodes2ornt
 from torch import Tensor
 
 from medsa_nets.checksums import tensor_sha256
-from medsa_nets.inferers import PromptInferer, SlabInferer, Slabs, SpreadInferer, VolumeInferer, rebuilt, slab_inferer
-from medsa_nets.inferers.slabs import Around
+from medsa_nets.inferers import PromptInferer, Slabs, VolumeInferer, slab_inferer
+from medsa_nets.inferers.near import QueuedSlabInferer, bytes_when_encoded, nearest_group
+from medsa_nets.inferers.queues import AHEAD, ENCODE, NEAREST, DeviceQueue
 from medsa_nets.interaction.grids import Grids
 from medsa_nets.interaction.segmenters import Asked, NetworkSegmenter
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import autocast
 from medsa_nets.prompts import Prompts
 from medsa_nets.server.errors import RequestError
-from medsa_nets.server.queues import AHEAD, ENCODE, NEAREST, DeviceQueue
 from medsa_nets.server.store import Embeddings, Key
 
 logger = logging.getLogger(__name__)
@@ -66,34 +66,19 @@ class _StudySlabs(Slabs):
         """Nothing: the study encodes the rest by itself."""
 
 
-class _StudySlabInferer(SlabInferer):
+class _StudySlabInferer(QueuedSlabInferer):
     """The bundle's inferer on one open volume; each slab is a piece of work of its own in the device's queue."""
 
     study: Study
-    priority: int  # with which slabs are encoded
 
     @classmethod
-    def of(cls, inferer: VolumeInferer, study: Study, near: bool = False) -> VolumeInferer:
-        """A bundle's inferer with the same settings for an open volume.
-
-        Args:
-            inferer: the bundle's.
-            study: the open volume.
-            near: whether the slab that lies best around the newest click is all that is decoded.
-        """
-
-        def change(own: VolumeInferer) -> VolumeInferer:
-            if isinstance(own, SpreadInferer) and near:
-                return _NearestInferer(own.inferer)
-            if not isinstance(own, SlabInferer):
-                return own
-            out = cls.__new__(cls)
-            out.__dict__.update(own.__dict__)
-            out.study, out.cache, out.progress = study, None, False
-            out.priority = NEAREST if near else ENCODE
-            return out
-
-        return rebuilt(inferer, change)
+    def on(cls, study: Study, inferer: VolumeInferer, near: bool = False) -> VolumeInferer:
+        """A bundle's inferer with the same settings for an open volume; ``near`` as of :meth:`of`."""
+        out = cls.of(inferer, study.queue, near=near)
+        base = slab_inferer(out)
+        assert isinstance(base, cls)
+        base.study, base.cache = study, None
+        return out
 
     def open(self, volume: Tensor, network: VolumeMedSA, key: str | None, axes: tuple[int, ...] = ()) -> list[Slabs]:
         """The slabs of the open volume, or of its mirror image."""
@@ -111,26 +96,11 @@ class _StudySlabInferer(SlabInferer):
             self.study.store.put(key, found)
         return found
 
-    def decode(self, slabs: Slabs, g: int, prompts: Prompts) -> Tensor:
-        self.study.check()
+    def prepare(self, slabs: Slabs, g: int) -> None:
         assert isinstance(slabs, _StudySlabs)
+        self.study.check()
         slabs.prepare(g, self.priority)
         self.study.check()
-        return self.study.queue.run(lambda: super(_StudySlabInferer, self).decode(slabs, g, prompts))
-
-
-class _NearestInferer(Around):
-    """Answers prompts from the slab that lies best around the newest click, and from no other."""
-
-    def answer(self, images: list[Slabs], prompts: Prompts) -> Tensor:
-        """Logits of the prompts; absent outside of that slab."""
-        if not prompts or prompts.automatic:
-            return self.inferer.answer(images, prompts)
-        (slabs,), base = images, slab_inferer(self)
-        groups = [nearest_group(slabs, prompts.select([k])) for k in range(prompts.sets)]
-        return torch.cat(
-            [base.blend(slabs, [(g, base.decode(slabs, g, prompts.select([k])))]) for k, g in enumerate(groups)], dim=1
-        )
 
 
 class _StudyPromptInferer(PromptInferer):
@@ -184,19 +154,6 @@ class _StudyPromptInferer(PromptInferer):
             found = medsa.encode_image(inputs)
             self.study.store.put(key, found)
         return found
-
-
-def nearest_group(slabs: Slabs, prompts: Prompts) -> int:
-    """The group of slabs in whose middle the newest click, or the box, lies best."""
-    depth = slabs.volume.shape[4]
-    place = 0.0
-    if prompts.points is not None and prompts.labels is not None:
-        place = float(prompts.points[0, prompts.labels[0] >= 0][-1, 2])
-    elif prompts.boxes is not None:
-        place = float(prompts.boxes[0, 2] + prompts.boxes[0, 5]) / 2.0
-    place = min(max(place, 0.0), depth - 1.0)
-    away = [min(abs(start + (slabs.depth - 1) / 2.0 - place) for start in group) for group in slabs.groups]
-    return int(np.argmin(away))
 
 
 class ObjectSegmenter:
@@ -390,11 +347,11 @@ class Study:
         inferer, network = segmenter.inferer, segmenter.network
         if isinstance(inferer, VolumeInferer):
             assert isinstance(network, VolumeMedSA)
-            own = _StudySlabInferer.of(inferer, self)
+            own = _StudySlabInferer.on(self, inferer)
             own.open(segmenter._input(self.image), network, None)
             self.segmenter.inferer = own
             self.near_segmenter = copy.copy(segmenter)
-            self.near_segmenter.inferer = _StudySlabInferer.of(inferer, self, near=True)
+            self.near_segmenter.inferer = _StudySlabInferer.on(self, inferer, near=True)
         else:
             self.segmenter.inferer = _StudyPromptInferer.of(inferer, self)
             self.near_segmenter = copy.copy(segmenter)
@@ -521,7 +478,7 @@ class Study:
             inputs = self.segmenter._input(self.image)
             self._attempt(lambda: inferer.prepare(inputs, self.segmenter.network, AHEAD))
             return
-        if self._bytes_when_encoded() > self.store.max_bytes:
+        if sum(map(bytes_when_encoded, self.slabs.values())) > self.store.max_bytes:
             logger.info(
                 "image %d: its embeddings are too large to be kept; slabs are encoded as they are needed", self.number
             )
@@ -555,11 +512,3 @@ class Study:
         depth = slabs.volume.shape[4]
         focus = self._focus if self._focus is not None else (depth - 1) / 2.0
         return depth - 1 - focus if 2 in slabs.mirrored else focus
-
-    def _bytes_when_encoded(self) -> int:
-        total = 0
-        for slabs in self.slabs.values():
-            count = sum(len(group) for group in slabs.groups) * slabs.depth
-            h, w = (-(-n // slabs.network.stride) for n in slabs.volume.shape[2:4])
-            total += count * h * w * slabs.network.embedding_channels * 4
-        return total

@@ -84,7 +84,8 @@ class Server:
                    "--host", "127.0.0.1", "--port", str(self.port), "--conf", "models", models,
                    "--conf", "zoo_source", "local", "--conf", "sam2", "false",
                    *(part for name, value in conf.items() for part in ("--conf", name, value))]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(folder / "stand_in"), "CUDA_VISIBLE_DEVICES": "",
+        paths = os.pathsep.join(filter(None, [str(folder / "stand_in"), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "",
                        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
                        "MONAI_LABEL_DATASTORE_CACHE_PATH": str(folder / "cache")}  # fmt: skip
         self.process = subprocess.Popen(

@@ -1,4 +1,8 @@
-"""The server's page, in a real browser; and what it is made of."""
+"""The server's page, in a real browser; and what it is made of.
+
+The pictures of the documents, by the bundles' own networks on real images (``MEDSA_TEST_DATA``), go to a folder:
+MEDSA_ARTEFACTS=FOLDER python -m pytest -m slow tests/server/test_page.py
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +19,21 @@ import httpx
 import nibabel
 import numpy as np
 import pytest
+from PIL import Image
+from scipy.ndimage import distance_transform_edt
 
 from medsa_nets.errors import DataError
+from medsa_nets.interaction.segmenters import NetworkSegmenter
 from medsa_nets.server import page
 from medsa_nets.server.arrays import pack_array, unpack_array
 from medsa_nets.server.errors import RequestError
 
+from .conftest import BUNDLES
 from .scenes import make_photograph, make_volume, write_photograph, write_volume
 
 PATH = f"{os.environ.get('PATH', '')}{os.pathsep}/usr/lib/chromium"
+ORGANS = {"liver": 5, "spleen": 1}  # TotalSegmentator's numbers
+MAX_BYTES = 300_000  # of a picture
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +86,8 @@ def open_image(driver: Any, address: str, path: Path) -> None:
     driver.get(address)
     wait(lambda: driver.execute_script("return window.medsa && window.medsa.ready"))
     driver.find_element("id", "file").send_keys(str(path))
-    wait(lambda: status(driver).startswith("Click on what"))
+    wait(lambda: not status(driver).startswith(("Open", "Reading")))
+    assert status(driver).startswith("Click on what"), status(driver)
 
 
 def click(driver: Any, right: int, down: int) -> None:
@@ -102,7 +114,7 @@ def saved(driver: Any, folder: Path) -> nibabel.Nifti1Image:
 
 def test_a_volume_is_segmented_in_the_browser_as_by_the_published_client(volumes, serve, connect, browser, tmp_path):
     address, _ = serve(volumes)
-    path = write_volume(make_volume(), tmp_path / "volume.nii")
+    path = write_volume(make_volume(), tmp_path / "volume.nii.gz")
     scan = nibabel.load(path)
     open_image(browser, address, path)
     assert [option.text for option in browser.find_elements("tag name", "option")] == [
@@ -211,3 +223,76 @@ def test_a_class_of_the_next_object(volumes, serve, connect):
     answer = http.post("/add_point_interaction", json={"coordinates": [9, 11, 8], "include_interaction": True})
     assert '"class": "posterior"' in answer.headers["X-Meta"]
     assert http.post("/set_target_buffer", json={"shape": shape, "class": "liver"}).status_code == 400
+
+
+@pytest.fixture
+def artefacts(tmp_path: Path) -> Path:
+    """Where pictures stay: the folder that MEDSA_ARTEFACTS names, or a temporary one."""
+    folder = Path(os.environ.get("MEDSA_ARTEFACTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def deepest(mask: np.ndarray) -> list[int]:
+    """The voxel of a mask that lies farthest from its border, and from that of the image."""
+    depth = distance_transform_edt(np.pad(mask, 1))[(slice(1, -1),) * mask.ndim]
+    return [int(n) for n in np.unravel_index(depth.argmax(), mask.shape)]
+
+
+def dice(one: np.ndarray, other: np.ndarray) -> float:
+    return float(2.0 * (one & other).sum() / max(1, one.sum() + other.sum()))
+
+
+def click_on(driver: Any, voxel: list[int]) -> None:
+    """Turn the planes to a voxel (X, Y, Z), click on it, and wait for the whole answer."""
+    place = driver.execute_script(
+        "const at = (row) => row[3] + arguments[0].reduce((sum, n, i) => sum + row[i] * n, 0);"
+        "const place = viewer.mm2frac(state.affine.slice(0, 3).map(at)), canvas = element('view');"
+        "viewer.scene.crosshairPos = place; viewer.drawScene();"
+        "const [x, y] = viewer.frac2canvasPos(place), scale = canvas.width / canvas.clientWidth;"
+        "return [x / scale - canvas.clientWidth / 2, y / scale - canvas.clientHeight / 2];",
+        voxel,
+    )
+    click(driver, *(round(n) for n in place))
+    driver.find_element("id", "whole").click()
+    wait(lambda: "voxels" in status(driver) and "part" not in status(driver), 600.0)
+
+
+def take_picture(driver: Any, path: Path, colours: int = 256) -> None:
+    """What the browser shows, in so many colours."""
+    Image.open(BytesIO(driver.get_screenshot_as_png())).convert("RGB").quantize(colours).save(path, optimize=True)
+    assert path.stat().st_size < MAX_BYTES
+
+
+@pytest.mark.slow
+def test_organs_of_a_ct_are_clicked_for_a_picture(serve, browser, shared_data, tmp_path, artefacts):
+    ct, labels = shared_data / "ct" / "ct_a.nii.gz", shared_data / "ct" / "ct_a_totalsegmentator.nii.gz"
+    if not ct.is_file():
+        pytest.skip(f"{ct} is not there: set MEDSA_TEST_DATA")
+    truth = np.asarray(nibabel.load(labels).dataobj)
+    address, _ = serve(NetworkSegmenter.from_bundle(BUNDLES / "medsa_btcv"), memory=2**30)
+    open_image(browser, address, ct)
+    for number, (organ, value) in enumerate(ORGANS.items(), 1):
+        if number > 1:
+            browser.find_element("id", "next").click()
+            wait(lambda: status(browser).startswith("Object"))
+        click_on(browser, deepest(truth == value))
+        assert status(browser).startswith(organ)
+    found = np.asarray(saved(browser, tmp_path).dataobj)
+    for number, value in enumerate(ORGANS.values(), 1):
+        assert dice(found == number, truth == value) > 0.85
+    take_picture(browser, artefacts / "server_page.png")
+
+
+@pytest.mark.slow
+def test_a_lesion_is_clicked_for_a_picture(serve, browser, shared_data, tmp_path, artefacts):
+    source = shared_data / "isic2017" / "full_resolution"
+    path = source / "images" / "ISIC_0014608.jpg"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: set MEDSA_TEST_DATA")
+    truth = np.asarray(Image.open(source / "masks" / f"{path.stem}_segmentation.png")) > 127  # rows, columns
+    address, _ = serve(NetworkSegmenter.from_bundle(BUNDLES / "medsa_isic"))
+    open_image(browser, address, path)
+    click_on(browser, [*deepest(truth.T), 0])
+    assert dice(np.asarray(saved(browser, tmp_path).dataobj)[..., 0] > 0, truth.T) > 0.85
+    take_picture(browser, artefacts / "server_photograph.png", 128)

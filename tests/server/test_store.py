@@ -11,8 +11,8 @@ import torch
 
 from medsa_nets.embeddings import read_embeddings
 from medsa_nets.errors import SettingError
+from medsa_nets.inferers.queues import AHEAD, DECODE, ENCODE, NEAREST, DeviceQueue
 from medsa_nets.server.command import serve as start_server
-from medsa_nets.server.queues import AHEAD, DECODE, ENCODE, NEAREST, DeviceQueue
 from medsa_nets.server.store import Embeddings
 from medsa_nets.server.studies import Study
 

@@ -10,6 +10,7 @@ const TYPES = {
 const state = {
   key: "", token: "", volume: null, overlay: null, size: null, affine: null, inverse: null, payload: null,
   tool: "point", include: true, stroke: null, busy: Promise.resolve(), label: 1, object: null, names: {},
+  labels: null, step: 1,
 };
 window.medsa = state;
 
@@ -89,19 +90,24 @@ async function readPhotograph(file) {
   const canvas = new OffscreenCanvas(bitmap.width, bitmap.height), context = canvas.getContext("2d");
   context.drawImage(bitmap, 0, 0);
   const rgba = context.getImageData(0, 0, bitmap.width, bitmap.height).data;
-  const rgb = new Uint8Array((rgba.length / 4) * 3), grey = new Uint8Array(rgba.length / 4);
-  for (let i = 0; i < grey.length; i++) {
-    for (let c = 0; c < 3; c++) rgb[3 * i + c] = rgba[4 * i + c];
-    grey[i] = (rgba[4 * i] * 299 + rgba[4 * i + 1] * 587 + rgba[4 * i + 2] * 114) / 1000;
-  }
-  const size = [bitmap.width, bitmap.height, 1], affine = [1, 0, 0, 0, 0, -1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1];
-  const bytes = niivue.NVImage.createNiftiArray(size, [1, 1, 1], affine, 2, grey);
+  const rgb = new Uint8Array((rgba.length / 4) * 3), size = [bitmap.width, bitmap.height, 1];
+  for (let i = 0; i < rgba.length / 4; i++) for (let c = 0; c < 3; c++) rgb[3 * i + c] = rgba[4 * i + c];
+  // Masks are drawn as textures in three dimensions, which are smaller than photographs may be: draw each step-th pixel.
+  const step = Math.ceil(Math.max(...size) / viewer.gl.getParameter(viewer.gl.MAX_3D_TEXTURE_SIZE));
+  const drawn = drawnSize(size, step), grey = new Uint8Array(drawn[0] * drawn[1]);
+  for (let y = 0, place = 0; y < drawn[1]; y++)
+    for (let x = 0; x < drawn[0]; x++, place++) {
+      const [r, g, b] = rgba.subarray(4 * step * (y * size[0] + x));
+      grey[place] = (r * 299 + g * 587 + b * 114) / 1000;
+    }
+  const affine = [[1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]];
+  const bytes = niivue.NVImage.createNiftiArray(drawn, [step, step, 1], enlarged(affine, step).flat(), 2, grey);
   const volume = await niivue.NVImage.loadFromFile({ file: fileOf(bytes, "photograph.nii"), name: "photograph.nii" });
-  return { volume, payload: pack(turn(rgb, size, 3), [3, ...size]), properties: {} };
+  return { volume, size, affine, step, payload: pack(turn(rgb, size, 3), [3, ...size]), properties: {} };
 }
 
 async function readVolume(file) {
-  const volume = await niivue.NVImage.loadFromFile({ file, name: file.name, limitFrames4D: 1 });
+  const volume = await niivue.NVImage.loadFromFile({ file, name: file.name });
   const size = volume.hdr.dims.slice(1, 4);
   let values = volume.img;
   const slope = volume.hdr.scl_slope || 1, offset = volume.hdr.scl_inter || 0;
@@ -109,7 +115,8 @@ async function readVolume(file) {
   const count = size[0] * size[1] * size[2];
   if (!(values.constructor.name in TYPES) || values.length < count) throw new Error("this type of NIfTI is not known");
   const payload = pack(turn(values.subarray(0, count), size, 1), [1, ...size]);
-  return { volume, payload, properties: { affine: volume.hdr.affine } };
+  const affine = volume.hdr.affine.map((row) => Array.from(row));
+  return { volume, size: Array.from(size), affine, step: 1, payload, properties: { affine } };
 }
 
 async function open(file) {
@@ -117,22 +124,25 @@ async function open(file) {
   const flat = /\.(png|jpe?g|bmp|webp)$/i.test(file.name);
   const read = await (flat ? readPhotograph(file) : readVolume(file));
   for (const old of [...viewer.volumes]) viewer.removeVolume(old);
-  Object.assign(state, { volume: read.volume, size: Array.from(read.volume.hdr.dims.slice(1, 4)), payload: read.payload,
-    properties: read.properties, affine: read.volume.hdr.affine.map((row) => Array.from(row)), label: 1, names: {} });
-  state.inverse = invert(state.affine);
+  Object.assign(state, read, { label: 1, names: {}, inverse: invert(read.affine) });
   viewer.addVolume(read.volume);
-  const empty = new Uint8Array(state.size[0] * state.size[1] * state.size[2]);
-  const bytes = niivue.NVImage.createNiftiArray(state.size, pixels(), state.affine.flat(), 2, empty);
+  const drawn = drawnSize(state.size, state.step), affine = enlarged(state.affine, state.step);
+  const bytes = niivue.NVImage.createNiftiArray(drawn, pixels(affine), affine.flat(), 2,
+    new Uint8Array(drawn[0] * drawn[1] * drawn[2]));
   state.overlay = await niivue.NVImage.loadFromFile({ file: fileOf(bytes, "mask.nii"), name: "mask.nii",
     colormap: "red", opacity: 0.5, cal_min: 0.5, cal_max: 2 });
   viewer.addVolume(state.overlay);
   viewer.setSliceType(flat ? viewer.sliceTypeAxial : viewer.sliceTypeMultiplanar);
-  state.object = new Uint8Array(empty.length);
+  state.object = new Uint8Array(state.size[0] * state.size[1] * state.size[2]);
+  state.labels = new Uint8Array(state.object.length);
   await connect();
   say("Click on what you want to segment.");
 }
 
-const pixels = () => [0, 1, 2].map((axis) => Math.hypot(...state.affine.slice(0, 3).map((row) => row[axis])));
+const pixels = (affine) => [0, 1, 2].map((axis) => Math.hypot(...affine.slice(0, 3).map((row) => row[axis])));
+// Size and affine of what is drawn, where each step-th row and column is.
+const drawnSize = (size, step) => [Math.ceil(size[0] / step), Math.ceil(size[1] / step), size[2]];
+const enlarged = (affine, step) => affine.map((row) => [row[0] * step, row[1] * step, row[2], row[3]]);
 
 async function connect() {
   if (!state.token) state.token = (await (await post("claim")).json()).lease_token;
@@ -146,16 +156,18 @@ async function show(answer) {
   const meta = JSON.parse(answer.headers.get("X-Meta") || "{}");
   if (meta.bbox) {
     const { values } = unpack(await answer.arrayBuffer());
-    const [[x0, x1], [y0, y1], [z0, z1]] = meta.bbox, [nx, ny] = state.size;
+    const [[x0, x1], [y0, y1], [z0, z1]] = meta.bbox, [nx, ny] = state.size, step = state.step;
+    const [mx, my] = drawnSize(state.size, step);
     let place = 0;
     for (let x = x0; x < x1; x++)
       for (let y = y0; y < y1; y++)
         for (let z = z0; z < z1; z++) {
           const voxel = (z * ny + y) * nx + x;
           state.object[voxel] = values[place++];
-          const drawn = state.overlay.img[voxel];
-          if (state.object[voxel]) state.overlay.img[voxel] = state.label;
-          else if (drawn === state.label) state.overlay.img[voxel] = 0;
+          if (state.object[voxel]) state.labels[voxel] = state.label;
+          else if (state.labels[voxel] === state.label) state.labels[voxel] = 0;
+          if (x % step === 0 && y % step === 0)
+            state.overlay.img[(z * my + y / step) * mx + x / step] = state.labels[voxel];
         }
     viewer.updateGLVolume();
   }
@@ -217,7 +229,7 @@ function nextObject() {
 }
 
 function labelMap() {
-  return niivue.NVImage.createNiftiArray(state.size, pixels(), state.affine.flat(), 2, state.overlay.img);
+  return niivue.NVImage.createNiftiArray(state.size, pixels(state.affine), state.affine.flat(), 2, state.labels);
 }
 
 function download() {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from medsa_nets.server.queues import AHEAD, DECODE, ENCODE, NEAREST, DeviceQueue
+from medsa_nets.inferers.queues import AHEAD, DECODE, ENCODE, NEAREST, DeviceQueue
 
 
 class Encoder(nn.Module):

@@ -6,10 +6,11 @@ computed ahead.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -56,6 +57,8 @@ class DeviceQueue:
         self._running: list[Piece] = []  # the last one runs, those before it wait for it
         self._numbers = itertools.count()
         self._change = threading.Condition()
+        self._shared: dict[Hashable, Future[Any]] = {}  # of pieces that are not done yet
+        self._sharing = threading.Lock()
         self._stopped = False
         self._hooks: list[RemovableHandle] = []
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -74,6 +77,30 @@ class DeviceQueue:
     def run(self, work: Callable[[], Result], priority: int = DECODE) -> Result:
         """Have something done, and wait for it; what it raises is raised here."""
         return self.submit(work, priority).result()
+
+    def share(self, key: Hashable, work: Callable[[], Result], priority: int = DECODE) -> Future[Result]:
+        """Have something done that others may ask for meanwhile: it is done once, as urgently as the most urgent asks.
+
+        Args:
+            key: of what is done.
+            work: does it.
+            priority: of this asker.
+        """
+
+        def once() -> Result:
+            try:
+                return work()
+            finally:
+                with self._sharing:
+                    self._shared.pop(key, None)
+
+        with self._sharing:
+            coming = self._shared.get(key)
+            if coming is None or coming.cancelled():
+                coming = self._shared[key] = self.submit(once, priority)
+            else:
+                self.hasten(coming, priority)
+        return coming
 
     def hasten(self, future: Future[Any], priority: int) -> None:
         """Give a piece that was submitted before a higher priority, whether it waits or runs."""
@@ -138,3 +165,9 @@ class DeviceQueue:
         finally:
             with self._change:
                 self._running.remove(piece)
+
+
+@functools.cache
+def shared_queue() -> DeviceQueue:
+    """The queue that all inferers of the process share."""
+    return DeviceQueue()
