@@ -4,6 +4,8 @@
   side lies 0 to 5 of 256 pixels too far out, as LiteMedSAM's training draws its boxes. It takes no clicks.
 - ``feedback``: the base without adapter, by SAM's own feedback: with each click the clicks so far, and the logits of
   the answer before as a mask prompt. In volumes a click is answered in its own slice.
+- ``oracle``: who knows the truth: a click mends all that is wrong within 4 mm of it (10 pixels in images), and nothing
+  else. No answer that reaches so far can do better.
 - ``walker``: scikit-image's random walker on the network's grid, from the seeds of :func:`walker_seeds`.
 
 The base sees slices as it was trained: in their own proportions, the longer side of its image's size (256 pixels for
@@ -30,6 +32,7 @@ from medsa_nets.weights.bases import get_base
 SHIFT = 5 / 256  # share of the image by which a side of a box lies too far out, at most
 DEPTH = 0.5  # of the mask's greatest depth, from which on a voxel is a seed
 BALL = {2: 2.0, 3: 1.0}  # pixels of the network's grid, or mm, of a click that is drawn as a seed
+REACH = {2: 10.0, 3: 4.0}  # pixels of the file, or mm, within which an oracle mends
 BETA = 130.0  # scikit-image's own: how hard it is to walk from one intensity to another
 
 
@@ -224,6 +227,28 @@ class Feedback(OnBase):
         return self.logits
 
 
+class Oracle(Peer):
+    """Mends what is wrong near a click, by the truth, which :meth:`show` is told."""
+
+    def show(self, target: np.ndarray, random: np.random.Generator) -> None:
+        """Say what the truth is (file's spatial…)."""
+        self.target = target
+
+    def reset(self) -> None:
+        super().reset()
+        self.mended: np.ndarray | None = None
+
+    def point(self, position: list[int], label: int, class_name: str | None) -> np.ndarray:
+        if self.mended is None:
+            self.mended = self.session.mask(class_name)
+        dims = self.session.grids.dims
+        affine = np.asarray(self.session.image.meta["original_affine"]) if dims == 3 else np.eye(dims)
+        spacing = np.linalg.norm(affine[:dims, :dims], axis=0)
+        near = within(self.mended.shape, np.array([position]), spacing, REACH[dims])
+        self.mended = np.where(near, self.target, self.mended)
+        return self.mended
+
+
 class Walker(Peer):
     """A random walker from clicks and from what lies deep in the mask to start from, or far out of it."""
 
@@ -282,4 +307,4 @@ def walker_seeds(start: np.ndarray, voxels: np.ndarray, labels: np.ndarray, spac
     return seeds
 
 
-PEERS = {"boxes": Boxes, "feedback": Feedback, "walker": Walker}
+PEERS = {"boxes": Boxes, "feedback": Feedback, "oracle": Oracle, "walker": Walker}

@@ -4,12 +4,12 @@
         --limit 36 --variants default,network --output_dir results
 
 Each variant corrects the same images (the validation split of the bundle's ``train.yaml``) by clicks at the centre of
-the largest error of its own masks, from the automatic mask and from nothing. ``--starts`` takes masks of another
-tool, made from the truth, as well (eroded, dilated, shifted, leaked, other), and ``--users`` other users. Variants of
-``peers.py`` (boxes, feedback, walker) are other means of the same user: ``boxes`` is one answer without clicks, and
-``walker`` needs scikit-image. Lesions are measured at the size of their files, hippocampi on their own grid, both parts
-as sessions of their own. The surface Dice has a tolerance of 2 mm (lesions: 2 pixels). Measured sessions are kept in
-``sessions.json`` and not repeated; ``sessions.md`` holds the table.
+the largest error of its own masks, from the automatic mask and from nothing. ``--starts`` takes masks of another tool,
+made from the truth, as well (eroded, dilated, shifted, leaked, other), and ``--users`` other users. Variants of
+``peers.py`` (boxes, feedback, oracle, walker) are other means of the same user: ``boxes`` is one answer without clicks,
+and ``walker`` needs scikit-image. Lesions are measured at the size of their files, hippocampi on their own grid, both
+parts as sessions of their own. The surface Dice has a tolerance of 2 mm (lesions: 2 pixels). Measured sessions are kept
+in ``sessions.json`` and not repeated; ``sessions.md`` holds the table.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def main() -> None:
                         random = np.random.default_rng(stable_seed(0, Path(path).name, name or ""))
                         wrong = spoil(target, random, start) if start in SPOILT else None
                         began = time.perf_counter()
-                        if text == "boxes":
+                        if text in ("boxes", "oracle"):
                             session.show(target, random)
                         curve = run_simulated(
                             session, target, name, SimulatedUser(**USERS[place]), random,

@@ -146,3 +146,21 @@ def test_a_walker_finds_a_bright_disc_by_clicks_from_nothing(peers: Any, stand_i
     assert curve.dice[0] == 0.0
     assert curve.dice[-1] > 0.9
     assert curve.obeyed == [1.0] * len(curve.obeyed)
+
+
+@pytest.mark.parametrize("volumes", [False, True])
+def test_an_oracle_mends_what_is_wrong_near_a_click_and_nothing_else(peers: Any, stand_in: Any, volumes: bool) -> None:
+    peer = peers.Oracle(InteractiveSession(stand_in(volumes), start="nothing"))
+    peer.open("image_3")
+    peer.show(np.ones(peer.session.file_shape, dtype=bool), np.random.default_rng(0))
+    first = peer.point([0] * peer.session.grids.dims, 1, peer.session.classes[0])
+    index = np.indices(first.shape).reshape(len(first.shape), *first.shape)
+    spacing = np.ones(2)
+    if volumes:
+        spacing = np.linalg.norm(np.asarray(peer.session.image.meta["original_affine"])[:3, :3], axis=0)
+    away = np.sqrt(((index.T * spacing) ** 2).sum(-1)).T
+    assert np.array_equal(first, away <= peers.REACH[first.ndim])
+    assert not first.all()
+    both = peer.point([n - 1 for n in first.shape], 1, peer.session.classes[0])
+    assert both[first].all()
+    assert both.sum() > first.sum()
