@@ -1,11 +1,11 @@
 """What a crop around the click would save of a first answer, and what it would cost in accuracy.
 
-    python tests/benchmarks/crops.py BUNDLE IMAGE LABELS NAME=VALUE … [--sizes 96,64,48] [--rounds 3]
+    python tests/benchmarks/crops.py BUNDLE IMAGE LABELS NAME=VALUE … [--sizes 96,64,48] [--rounds 1]
 
 For each class NAME, labelled VALUE in LABELS, clicks on its deepest voxel, and answers from the slab around it: whole
 in plane, as the server does, and cut to a square of so many voxels of the network's grid around the click. Prints the
-least seconds of several rounds to encode and to decode the slab, the mean Dice in the slab, and how many masks touch
-the square's border, where a larger square would have to be encoded next.
+least processor seconds (of all cores together) of several rounds to encode and to decode the slab, the mean Dice in the
+slab, and how many masks touch the square's border, where a larger square would have to be encoded next.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("labels")
     parser.add_argument("classes", nargs="+")
     parser.add_argument("--sizes", type=lambda text: [int(n) for n in text.split(",")], default=[96, 64, 48])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     segmenter = NetworkSegmenter.from_bundle(options.bundle)
     image, network = segmenter.open(options.image), segmenter.network
@@ -73,11 +73,11 @@ def main() -> None:
                               classes=torch.tensor([segmenter.classes.index(name)]))  # fmt: skip
             for turn in range(options.rounds):
                 slabs = Slabs(inferer, volume, network, None)
-                begin = time.perf_counter()
+                begin = time.process_time()
                 slabs.new[0] = slabs._encode([0])
-                between = time.perf_counter()
+                between = time.process_time()
                 logits = inferer.blend(slabs, [(0, inferer.decode(slabs, 0, prompts))])
-                seconds[turn, number] = between - begin, time.perf_counter() - between
+                seconds[turn, number] = between - begin, time.process_time() - between
             mask = np.zeros((*truth.shape[:2], count), dtype=bool)
             mask[place[:2]] = (logits[0, 0] > 0).numpy()
             found.append(dice(mask, truth[..., place[2]]))
