@@ -49,6 +49,21 @@ def test_prompts_that_wait_are_answered_together(
     np.testing.assert_array_equal(waiting.target_buffer, direct.target_buffer)
 
 
+def test_autozoom_changes_nothing_and_the_server_says_so(
+    volumes: NetworkSegmenter, serve: Callable[..., Any], connect: Callable[..., Any]
+) -> None:
+    client = connect(serve(volumes)[0])
+    assert client.do_autozoom is False
+    masks = []
+    for chosen in (True, False):
+        client.set_do_autozoom(chosen)
+        open_volume(client, **{"class": "posterior"})
+        client.add_point_interaction([5, 5, 5], True)
+        masks.append(client.target_buffer.copy())
+    assert masks[0].any()
+    np.testing.assert_array_equal(*masks)
+
+
 def test_finished_objects_are_not_overwritten_and_can_be_gone_on_with(
     volumes: NetworkSegmenter, serve: Callable[..., Any], connect: Callable[..., Any]
 ) -> None:
