@@ -49,8 +49,9 @@ def build_medsa(
     Args:
         base: name of the base, a key of :data:`~medsa_nets.weights.bases.BASES`.
         sam_checkpoint: file of the base's weights (segment-anything, MedSAM, MobileSAM, LiteMedSAM, EfficientSAM,
-            EfficientViT-SAM, SAM 2, or Hugging Face ``SamModel`` as safetensors or bin); none looks in the weights'
-            folder and, for ``lite_medsam``, in the installed package that carries it.
+            EfficientViT-SAM, SAM 2, or Hugging Face ``SamModel`` as safetensors or bin), a folder that
+            ``SamModel.save_pretrained`` has written, or a hub's ``OWNER/NAME`` or ``OWNER/NAME@REVISION``; none looks
+            in the weights' folder and, for ``lite_medsam``, in the installed package that carries it.
         pretrained: whether the base's weights are loaded; false leaves them random (tests, parameter counts).
         spatial_dims: 2 for images, 3 for volumes.
         img_size: height and width that a ViT's position tables are made for; none takes the base's own. Bases of
