@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("medsa_nets",),  # what the package offers by name
     ("precomputed",),
     ("cluster", "demo", "deploy", "label", "label_app", "server", "__main__"),
+    ("sweep",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 WITHOUT_MONAI = ("layers", "networks")
