@@ -278,7 +278,7 @@ def walker_seeds(start: np.ndarray, voxels: np.ndarray, labels: np.ndarray, spac
 
     What lies in the mask to start from at least half as deep as its deepest voxel is foreground, and what lies as far
     out of it background; where there is no mask, the image's outermost voxels are background. A click is a ball, and
-    takes away the other label's seeds up to twice its own distance from the mask's border. The newest click holds.
+    takes away what the mask said otherwise up to twice its own distance from the mask's border. The newest click holds.
 
     Args:
         start: mask to start from, boolean.
@@ -299,11 +299,10 @@ def walker_seeds(start: np.ndarray, voxels: np.ndarray, labels: np.ndarray, spac
         away = np.zeros(start.shape)
     radius = BALL[start.ndim]
     for voxel, label in zip(voxels, labels):
-        own, other = (1, 2) if label else (2, 1)
         wrong = 0.0 if bool(start[tuple(voxel)]) == bool(label) else 2.0 * float(away[tuple(voxel)])
-        near = within(start.shape, voxel[None], spacing, radius + wrong)
-        seeds[near & (seeds == other)] = 0
-        seeds[within(start.shape, voxel[None], spacing, radius)] = own
+        seeds[within(start.shape, voxel[None], spacing, radius + wrong) & (seeds == (2 if label else 1))] = 0
+    for voxel, label in zip(voxels, labels):
+        seeds[within(start.shape, voxel[None], spacing, radius)] = 1 if label else 2
     return seeds
 
 

@@ -122,6 +122,8 @@ def test_a_walker_starts_from_what_lies_deep_and_far_and_from_clicks(peers: Any)
     seeds = peers.walker_seeds(start, clicks, labels, np.ones(2))
     assert (seeds[20, [11, 13, 15]] == 2).all()
     assert not (seeds == 1).any()  # the second click says that the middle is none of it
+    seeds = peers.walker_seeds(start, np.array([[20, 9], [20, 20]]), np.array([1, 0]), np.ones(2))
+    assert seeds[20, 9] == 1  # what was clicked before stays
     seeds = peers.walker_seeds(np.zeros((9, 9), dtype=bool), np.array([[4, 4]]), np.array([1]), np.ones(2))
     assert (seeds[[0, -1]] == 2).all()
     assert seeds[4, 4] == seeds[4, 2] == 1
