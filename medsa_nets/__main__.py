@@ -12,6 +12,7 @@ COMMANDS = {  # module, what it does
     "label": ("medsa_nets.label", "set up a folder that MONAI Label serves"),
     "deploy": ("medsa_nets.deploy.__main__", "segment DICOM series by MONAI Deploy; export, package and check one"),
     "cluster": ("medsa_nets.cluster", "segment a list of studies with several processes or machines"),
+    "sweep": ("medsa_nets.sweep", "train a bundle with several settings, and compare what they reach"),
     "weights": ("medsa_nets.weights.__main__", "list, fetch and check the weights of bases"),
     "replay": ("medsa_nets.interaction.__main__", "make the mask of a saved session again"),
     "demo": ("medsa_nets.demo", "adapt a base to lesions in a few minutes"),

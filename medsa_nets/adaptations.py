@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from medsa_nets.checksums import state_sha256
 from medsa_nets.errors import SettingError
 from medsa_nets.layers import (
@@ -18,12 +20,17 @@ from medsa_nets.layers import (
     PublishedLoRA,
     merge_low_rank,
 )
-from medsa_nets.networks import MedSA
+from medsa_nets.networks import EfficientSAMPromptEncoder, MedSA
 from medsa_nets.networks.identity import decode_identity
 
 ADAPTATIONS = ("adapters", "lora", "adalora", "none")
-# of checkpoints of the published code (python -m medsa_nets weights import), by its -net sam or mobile_sam
-PUBLISHED = ("published_adapters", "published_lora", "published_mobile_adapters", "published_mobile_lora")
+# of checkpoints of the published code (python -m medsa_nets weights import), by its -net sam, mobile_sam or
+# efficient_sam; with -net sam, its -mod sam_adalora has no AdaLoRA
+PUBLISHED = (
+    "published_adapters", "published_lora",
+    "published_mobile_adapters", "published_mobile_lora", "published_mobile_adalora",
+    "published_efficient_adapters", "published_efficient_lora", "published_efficient_adalora",
+)  # fmt: skip
 DECODERS = ("adapted", "frozen", "whole")
 
 
@@ -106,11 +113,24 @@ def plan_adaptation(
 
 
 def _plan_published(adaptation: str, rank: int, dropout: float) -> Plan:
-    mobile = "mobile" in adaptation
-    encoder: Adaptation = PublishedAdapters(dropout=dropout, mobile=mobile)
-    if adaptation.endswith("lora"):
-        encoder = PublishedLoRA(rank=rank, alpha=1.0, targets=("q", "v", "mlp"), dropout=dropout, mobile=mobile)
-    return Plan(encoder, Frozen() if mobile else PublishedDecoder(), True, encoder.describe())
+    net, mod = adaptation.removeprefix("published_").rpartition("_")[::2]
+    encoder: Adaptation = PublishedAdapters(dropout=dropout, net=net)
+    if mod != "adapters":
+        alpha = 1.0 if mod == "lora" else None  # AdaLoRA's weight is in its singular values
+        encoder = PublishedLoRA(
+            rank=rank, alpha=alpha, targets=("q", "v", "mlp"), singular=mod == "adalora", dropout=dropout, net=net
+        )
+    return Plan(encoder, Frozen() if net == "mobile" else PublishedDecoder(), True, encoder.describe())
+
+
+def install_prompts(adaptation: str, prompt_encoder: nn.Module, size: tuple[int, int]) -> None:
+    """Let a prompt encoder see points as an adaptation's training did, in place.
+
+    The published code gives EfficientSAM points in an image of 1024 x 1024, whatever the size that it is built for.
+    """
+    if adaptation in PUBLISHED and isinstance(prompt_encoder, EfficientSAMPromptEncoder):
+        prompt_encoder.enlarged = 1024 / size[0]
+        prompt_encoder.nowhere = -0.5 / size[0]
 
 
 def settings_of(adapter: Mapping[str, Any]) -> dict[str, Any]:

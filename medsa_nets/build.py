@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-from medsa_nets.adaptations import PUBLISHED, plan_adaptation
+from medsa_nets.adaptations import PUBLISHED, install_prompts, plan_adaptation
 from medsa_nets.checksums import state_sha256
 from medsa_nets.errors import SettingError
 from medsa_nets.layers import Adaptation, Bottlenecks, ClickFeedback
-from medsa_nets.networks import ImageEncoderViT, MedSA, TinyViTEncoder, VolumeMedSA
+from medsa_nets.networks import ImageEncoderViT, MedSA, PlainViTEncoder, TinyViTEncoder, VolumeMedSA
 from medsa_nets.weights.bases import BASES, SAM_MEAN, Base, get_base
 from medsa_nets.weights.loading import load_base
 
@@ -48,8 +49,9 @@ def build_medsa(
     Args:
         base: name of the base, a key of :data:`~medsa_nets.weights.bases.BASES`.
         sam_checkpoint: file of the base's weights (segment-anything, MedSAM, MobileSAM, LiteMedSAM, EfficientSAM,
-            EfficientViT-SAM, SAM 2, or Hugging Face ``SamModel`` as safetensors or bin); none looks in the weights'
-            folder and, for ``lite_medsam``, in the installed package that carries it.
+            EfficientViT-SAM, SAM 2, or Hugging Face ``SamModel`` as safetensors or bin), a folder that
+            ``SamModel.save_pretrained`` has written, or a hub's ``OWNER/NAME`` or ``OWNER/NAME@REVISION``; none looks
+            in the weights' folder and, for ``lite_medsam``, in the installed package that carries it.
         pretrained: whether the base's weights are loaded; false leaves them random (tests, parameter counts).
         spatial_dims: 2 for images, 3 for volumes.
         img_size: height and width that a ViT's position tables are made for; none takes the base's own. Bases of
@@ -118,9 +120,12 @@ def build_medsa(
     decoder = spec.mask_decoder(adaptation=plan.decoder)
     plan.encoder.install(encoder)
     plan.decoder.install(decoder)
+    prompt_encoder = spec.prompt_encoder()
+    if isinstance(adaptation, str):
+        install_prompts(adaptation, prompt_encoder, size)
     parts: dict[str, Any] = {
         "image_encoder": encoder,
-        "prompt_encoder": spec.prompt_encoder(),
+        "prompt_encoder": prompt_encoder,
         "mask_decoder": decoder,
         "num_classes": num_classes,
         "classes_per_pass": classes_per_pass,
@@ -159,11 +164,16 @@ def build_medsa(
 def _check_published(adaptation: str, base: Base, spatial_dims: int) -> None:
     with torch.device("meta"):
         encoder = base.encoder(img_size=(base.img_size, base.img_size))
-    kind, made_for = ("a TinyViT", TinyViTEncoder) if "mobile" in adaptation else ("a ViT", ImageEncoderViT)
-    if not isinstance(encoder, made_for) or base.pixel_mean != SAM_MEAN:
-        raise SettingError(
-            f"adaptation {adaptation} goes with {kind} base that reads SAM's pixel statistics, not with {base.name!r}."
-        )
+    kinds: dict[str, tuple[str, type[nn.Module]]] = {
+        "": ("a ViT", ImageEncoderViT),
+        "mobile": ("a TinyViT", TinyViTEncoder),
+        "efficient": ("an EfficientSAM", PlainViTEncoder),
+    }
+    kind, made_for = kinds[adaptation.removeprefix("published_").rpartition("_")[0]]
+    own_statistics = made_for is PlainViTEncoder or base.pixel_mean == SAM_MEAN
+    if not isinstance(encoder, made_for) or not own_statistics:
+        statistics = "" if made_for is PlainViTEncoder else " that reads SAM's pixel statistics"
+        raise SettingError(f"adaptation {adaptation} goes with {kind} base{statistics}, not with {base.name!r}.")
     if spatial_dims != 2:
         raise SettingError(f"adaptation {adaptation} is for images; spatial_dims is {spatial_dims}, expected 2.")
 

@@ -174,7 +174,16 @@ def _job(config: dict[str, Any], parser: ConfigParser) -> str:
     return digest.hexdigest()
 
 
-def _connect(workers: int, scheduler: str | None) -> tuple[Any, Any]:
+def connect(workers: int, scheduler: str | None) -> tuple[Any, Any]:
+    """A Dask client and, where none is named, the cluster of processes on this machine that it belongs to.
+
+    Args:
+        workers: processes on this machine, of one thread each.
+        scheduler: address of a Dask scheduler, or none.
+
+    Raises:
+        ClusterError: when Dask is missing, or no scheduler answers.
+    """
     try:
         from distributed import Client, LocalCluster
     except ImportError as error:
@@ -260,7 +269,7 @@ def _run(
     workers: int,
     scheduler: str | None,
 ) -> list[dict[str, Any]]:
-    client, cluster = _connect(min(workers, len(waiting)), scheduler)
+    client, cluster = connect(min(workers, len(waiting)), scheduler)
     config = {**config, SHARE: math.ceil(len(waiting) / workers)}
     from distributed import as_completed
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -87,8 +89,7 @@ class StoredEmbeddings:
                    "std": self.network.pixel_std}  # fmt: skip
         return self._encoder.get(tensors.values(), lambda: state_sha256(tensors))
 
-    @staticmethod
-    def _load(file: Path) -> Tensor | None:
+    def _load(self, file: Path) -> Tensor | None:
         if not file.is_file():
             return None
         try:
@@ -128,15 +129,17 @@ class PrecomputedEmbeddings(StoredEmbeddings):
         network: the network; nothing of its encoder trains any more.
         folder: where embeddings are kept.
         writes: whether what is computed is kept there; else the folder is only read.
+        max_bytes: most bytes of what is kept; those that were used least recently are removed. None removes nothing.
     """
 
-    def __init__(self, network: MedSA, folder: str | Path, writes: bool = False) -> None:
+    def __init__(self, network: MedSA, folder: str | Path, writes: bool = False, max_bytes: int | None = None) -> None:
         freeze_encoder(network)
         super().__init__(network, folder)
         self.writes = writes
+        self.max_bytes = max_bytes
+        self._bytes = 0 if max_bytes is None else self._make_room()
 
-    @staticmethod
-    def _load(file: Path) -> Tensor | None:
+    def _load(self, file: Path) -> Tensor | None:
         path = file.with_suffix(".safetensors")
         if not path.is_file():
             return None
@@ -144,6 +147,8 @@ class PrecomputedEmbeddings(StoredEmbeddings):
             with safe_open(str(path), framework="pt") as opened:
                 embedding: Tensor = opened.get_tensor("embedding")
                 expected = (opened.metadata() or {}).get("sha256")
+            if self.max_bytes is not None:
+                os.utime(path)
         except (SafetensorError, OSError) as error:
             logger.warning("%s: damaged (%s); computed anew", path, type(error).__name__)
             return None
@@ -158,21 +163,54 @@ class PrecomputedEmbeddings(StoredEmbeddings):
         make_folder(self.folder)
         embedding = embedding.contiguous()
         content = save({"embedding": embedding}, {"sha256": tensor_sha256(embedding)})
-        with temporary_name(file.with_suffix(".safetensors")) as part:
-            part.write_bytes(content)
+        if self.max_bytes is None:
+            with temporary_name(file.with_suffix(".safetensors")) as part:
+                part.write_bytes(content)
+            return
+        try:  # a full disk is no reason to stop answering
+            with temporary_name(file.with_suffix(".safetensors")) as part:
+                part.write_bytes(content)
+        except OSError as error:
+            logger.warning("an embedding can't be kept (%s)", error.strerror)
+            return
+        self._bytes += len(content)
+        if self._bytes > self.max_bytes:
+            self._bytes = self._make_room()
+
+    def _make_room(self) -> int:
+        """Remove those used least recently until a tenth is free; other processes may do the same. Bytes that stay."""
+        assert self.max_bytes is not None
+        found = []
+        for path in self.folder.glob("*.safetensors"):
+            with suppress(OSError):
+                known = path.stat()
+                found.append((known.st_mtime, known.st_size, path))
+        total = sum(size for _, size, _ in found)
+        if total <= self.max_bytes:
+            return total
+        for _, size, path in sorted(found):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            total -= size
+            if total <= 0.9 * self.max_bytes:
+                break
+        return total
 
 
-def read_embeddings(network: MedSA, folder: str | Path | None, writes: bool = False) -> MedSA:
+def read_embeddings(
+    network: MedSA, folder: str | Path | None, writes: bool = False, max_bytes: int | None = None
+) -> MedSA:
     """Let a network take embeddings from a folder where they are there; see :class:`PrecomputedEmbeddings`.
 
     Args:
         network: the network; it is changed in place.
         folder: where embeddings are kept; none leaves the network as it is.
         writes: whether others are kept there too.
+        max_bytes: most bytes of these, or none.
 
     Returns:
         ``network``.
     """
     if folder:
-        network.kept_embeddings = PrecomputedEmbeddings(network, folder, writes)
+        network.kept_embeddings = PrecomputedEmbeddings(network, folder, writes, max_bytes)
     return network

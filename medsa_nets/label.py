@@ -1,7 +1,8 @@
 """Set up a folder that MONAI Label serves: ``python -m medsa_nets.label APP --bundle bundles/medsa_btcv``.
 
-The server is MONAI Label's own (its ``monaibundle`` app, unmodified). This command copies that app and the bundle into
-``APP``, so that training from the viewer changes the copy, and prints the command that starts the server.
+The server is MONAI Label's own, with its ``monaibundle`` app, to which :mod:`medsa_nets.label_app` adds scribbles. This
+command copies that app and the bundle into ``APP``, so that training from the viewer changes the copy, and prints the
+command that starts the server.
 """
 
 from __future__ import annotations
@@ -18,10 +19,20 @@ from typing import Any
 
 from medsa_nets.bundles import ADAPTER, Bundle, copy_bundle
 from medsa_nets.commands import command
+from medsa_nets.data.atomic import temporary_name
 from medsa_nets.errors import DataError
 from medsa_nets.precomputed import precompute
 from medsa_nets.training import save_atomically
 
+STOCK = "bundle_app.py"  # MONAI Label's app as it came, beside MAIN, the file that the server looks for
+MAIN = '''"""MONAI Label's app for bundles (bundle_app.py, as it came), which takes scribbles too."""
+
+import bundle_app
+
+from medsa_nets.label_app import with_scribbles
+
+App = with_scribbles(bundle_app.MyApp)
+'''
 EMBEDDINGS = "embeddings"  # folder beside the models; an adapter that is trained later has embeddings of its own
 
 
@@ -44,12 +55,18 @@ def find_stock_app() -> Path:
 
 
 def add_app(app: Path, source: Path | None = None) -> None:
-    """Copy the stock app into ``app``, unless one is there."""
-    if (app / "main.py").is_file():
+    """Copy the stock app into ``app``, and let it take scribbles; an app that its owner changed stays as it is."""
+    main = app / "main.py"
+    if main.is_file() and (app / STOCK).is_file():
         return
     source = find_stock_app() if source is None else source
+    if main.is_file() and main.read_bytes() != (source / "main.py").read_bytes():
+        return
     ignored = shutil.ignore_patterns("logs", "model", "__pycache__")
     shutil.copytree(source, app, ignore=ignored, dirs_exist_ok=True)
+    os.replace(main, app / STOCK)
+    with temporary_name(main) as part:
+        part.write_text(MAIN, encoding="utf-8")
 
 
 def add_bundle(

@@ -26,6 +26,7 @@ TINY_VIT = {"embed_dims": [64, 128, 160, 320], "depths": [2, 2, 6, 2], "num_head
 _PACKAGES = {
     "models": "models",
     "models.sam": "models/sam",
+    "models.efficient_sam": "models/efficient_sam",
     "models.MobileSAMv2": "models/MobileSAMv2",
     "models.MobileSAMv2.mobilesamv2": "models/MobileSAMv2/mobilesamv2",
 }  # whose own __init__ imports more than the networks
@@ -82,12 +83,19 @@ def build(
 
     Args:
         code: its folder.
-        net: ``sam`` (a ViT) or ``mobile_sam`` (a TinyViT).
-        mod: ``sam_adpt`` or ``sam_lora``.
+        net: ``sam`` (a ViT), ``mobile_sam`` (a TinyViT) or ``efficient_sam``.
+        mod: ``sam_adpt``, ``sam_lora`` or ``sam_adalora``.
         image_size: side of its images.
-        encoder: widths and depths of the encoder; none takes those of ViT-B, or MobileSAM.
+        encoder: widths and depths of the encoder; none takes those of ViT-B, MobileSAM, or EfficientSAM's ViT-T.
         rank: of LoRA; none takes that code's, 4.
     """
+    if net == "efficient_sam":
+        (module,) = _import(code, ["models.efficient_sam.efficient_sam"])
+        args = types.SimpleNamespace(mod=mod, mid_dim=rank, thd=False, chunk=None, image_size=image_size)
+        widths = encoder or {"embed_dim": 192, "num_heads": 3, "depth": 12}
+        found: nn.Module = module.build_efficient_sam(args, widths["embed_dim"], widths["num_heads"])
+        found.image_encoder.blocks = found.image_encoder.blocks[: widths["depth"]]
+        return found.eval()
     place = "models.sam" if net == "sam" else "models.MobileSAMv2.mobilesamv2"
     modeling, common, encoders = _import(code, [f"{place}.modeling", "models.common", "models.ImageEncoder"])
     args = types.SimpleNamespace(mod=mod, mid_dim=rank, thd=False, chunk=None, image_size=image_size)
@@ -127,6 +135,12 @@ def segment(network: Any, photograph: Tensor, coords: Tensor, labels: Tensor) ->
         labels: (1, P).
     """
     embedding = network.image_encoder(network.preprocess(255 * photograph))
+    if hasattr(network, "decoder_max_num_input_points"):  # EfficientSAM: one click, as at 1024 x 1024; places for six
+        points = F.pad(1024 / photograph.shape[2] * coords, (0, 0, 0, 6 - coords.shape[1]), value=-1.0)
+        kinds = F.pad(labels, (0, 6 - labels.shape[1]), value=-1.0)
+        sparse = network.prompt_encoder(coords=points, labels=kinds).unsqueeze(1)
+        logits, _ = network.mask_decoder(embedding, network.prompt_encoder.get_dense_pe(), sparse, False)
+        return F.interpolate(logits, size=photograph.shape[2:], mode="bilinear", align_corners=False)
     sparse, dense = network.prompt_encoder(points=(coords, labels), boxes=None, masks=None)
     logits, _ = network.mask_decoder(
         image_embeddings=embedding,
@@ -160,6 +174,8 @@ def as_trained(network: nn.Module, base: dict[str, Tensor], seed: int = 0) -> di
         elif tensor.is_floating_point():
             fan_in = tensor[0].numel() if tensor.dim() > 1 and tensor.shape[0] > 1 else tensor.shape[-1]
             noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith(".ranknum"):
+                continue
             if ".lora_" in name:
                 tensor.copy_(noise * (fan_in**-0.5 if name.endswith("A") else 0.5))
             elif tensor.dim() > 1:  # logits of the size that a training gives

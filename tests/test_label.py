@@ -34,13 +34,27 @@ def stock(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_stock_app_is_copied_once(stock: Path, tmp_path: Path) -> None:
+def test_the_stock_app_is_copied_once_beside_what_adds_scribbles(stock: Path, tmp_path: Path) -> None:
     app = tmp_path / "app"
     add_app(app, stock)
-    assert sorted(p.name for p in app.iterdir()) == ["lib", "main.py"]
+    assert sorted(p.name for p in app.iterdir()) == ["bundle_app.py", "lib", "main.py"]
+    assert (app / "bundle_app.py").read_text() == "app"
+    assert "with_scribbles(bundle_app.MyApp)" in (app / "main.py").read_text()
     (app / "main.py").write_text("changed by its owner")
     add_app(app, stock)
     assert (app / "main.py").read_text() == "changed by its owner"
+
+
+@pytest.mark.parametrize("text", ["app", "changed by its owner"])
+def test_an_app_that_was_made_before_takes_scribbles_unless_its_owner_changed_it(
+    stock: Path, tmp_path: Path, text: str
+) -> None:
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "main.py").write_text(text)
+    add_app(app, stock)
+    assert (app / "bundle_app.py").is_file() == (text == "app")
+    assert (text in (app / "main.py").read_text().split("\n")) == (text != "app")
 
 
 def test_a_bundle_with_a_trained_adapter_is_served_with_it(tmp_path: Path) -> None:

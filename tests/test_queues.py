@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from medsa_nets.inferers.queues import AHEAD, DECODE, ENCODE, DeviceQueue
+from medsa_nets.inferers.queues import AHEAD, DECODE, ENCODE, NEAREST, DeviceQueue
 
 
 class Encoder(nn.Module):
@@ -120,3 +120,20 @@ def test_a_stopped_queue_lets_go_of_encoders_and_cancels_what_waits(log):
     assert waiting.cancelled()
     assert log == ["last 0", "last 1", "last 2"]
     assert not any(block._forward_pre_hooks for block in encoder.blocks)
+
+
+def test_two_slabs_are_half_encoded_at_most(queue, encoder, log):
+    pieces = [queue.submit(lambda: encoder("ahead"), AHEAD)]
+    assert encoder.begun.wait(10)
+    pieces.append(queue.submit(lambda: encoder("whole"), ENCODE))
+    encoder.begun.clear()
+    encoder.go_on.release()
+    assert encoder.begun.wait(10)
+    pieces.append(queue.submit(lambda: encoder("nearest"), NEAREST))
+    pieces.append(queue.submit(note(log, "decode"), DECODE))
+    for _ in range(8):
+        encoder.go_on.release()
+    for piece in pieces:
+        piece.result(10)
+    nearest = [f"nearest {number}" for number in range(3)]
+    assert log == ["ahead 0", "whole 0", "decode", "whole 1", "whole 2", *nearest, "ahead 1", "ahead 2"]

@@ -29,7 +29,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engines", "handlers", "session_training", "stages"),  # names of before, which configurations of users hold
     ("medsa_nets",),  # what the package offers by name
     ("precomputed",),
-    ("cluster", "demo", "deploy", "label", "server", "__main__"),
+    ("cluster", "demo", "deploy", "label", "label_app", "server", "__main__"),
+    ("sweep",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 WITHOUT_MONAI = ("layers", "networks")

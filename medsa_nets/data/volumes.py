@@ -555,12 +555,12 @@ def volume_writer(output_ext: str) -> type[NibabelWriter] | type[ITKWriter]:
 
 
 def _read_dicom(path: Path, files: Sequence[Path]) -> MetaTensor:
-    found = [Slice(file, read_slice_header(file)) for file in files] if files else _dicom_series(path)
+    found = [Slice(file, read_slice_header(file)) for file in files] if files else series_slices(path)
     slices = order_slices(split_frames(found), str(path))
     return MetaTensor(torch.from_numpy(read_slices(slices)), affine=torch.from_numpy(grid_affine(slices)))
 
 
-def _dicom_series(path: Path) -> list[Slice]:
+def series_slices(path: Path) -> list[Slice]:
     """Slices of the largest DICOM series of a folder, or of one file."""
     series: dict[str, list[Slice]] = {}
     others = []

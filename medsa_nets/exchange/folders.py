@@ -22,6 +22,7 @@ from medsa_nets.networks import MedSA
 from medsa_nets.networks.identity import decode_identity, decode_task, encode_identity, encode_task
 from medsa_nets.training import save_atomically
 from medsa_nets.weights import check_adapter, get_base
+from medsa_nets.weights.hub import load_hub
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 FORMAT = "medsa"
@@ -198,14 +199,6 @@ def convert(source: str | Path, target: str | Path, **card: Any) -> Path:
     return write_folder(torch.load(check_adapter(source), map_location="cpu", weights_only=True), target, **card)
 
 
-def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise WeightsError("A hub needs huggingface_hub: pip install 'medsa[hub]'.") from error
-    return huggingface_hub
-
-
 def pull(repository: str, folder: str | Path | None = None, revision: str | None = None) -> Path:
     """Fetch an adapter's folder from a hub, and check it.
 
@@ -218,7 +211,7 @@ def pull(repository: str, folder: str | Path | None = None, revision: str | None
         WeightsError: when it can't be had, or is damaged.
     """
     try:
-        place = _hub().snapshot_download(
+        place = load_hub().snapshot_download(
             repository,
             revision=revision,
             local_dir=folder,
@@ -251,7 +244,7 @@ def push(folder: str | Path, repository: str, revision: str | None = None, priva
         WeightsError: when the folder is damaged or the hub refuses it.
     """
     read_folder(folder)
-    api = _hub().HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    api = load_hub().HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         sent = api.upload_folder(

@@ -22,9 +22,12 @@ from medsa_nets.build import build_medsa
 from medsa_nets.errors import WeightsError, describe
 from medsa_nets.networks import MedSA
 from medsa_nets.weights import BASES
+from medsa_nets.weights.formats import from_efficient_sam
 
 WINDOW = 14  # tokens along a window's side in a ViT
 _WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
+_EFFICIENT_WIDTHS = {192: "efficient_sam_vitt", 384: "efficient_sam_vits"}
+ROUNDING = 1e-5  # what that code adds to AdaLoRA's rank
 _ADAPTER = re.compile(r"\.(Space|MLP|Depth)_Adapter\.")
 _NAMES = (
     (".Space_Adapter.D_fc1.", ".attn_adapter.down."),
@@ -35,6 +38,7 @@ _NAMES = (
     (".mlp.fc.", ".mlp.lin2."),
     (".lora_A", ".lora.A"),
     (".lora_B", ".lora.B"),
+    (".lora_E", ".lora.E"),
 )
 # never used there (a classifier's head), or without meaning in inference
 _UNUSED = ("image_encoder.head.", "image_encoder.norm_head.", "pixel_mean", "pixel_std")
@@ -64,6 +68,11 @@ class Published:
     def mobile(self) -> bool:
         """Whether its encoder is a TinyViT."""
         return "mobile" in self.adaptation
+
+    @property
+    def efficient(self) -> bool:
+        """Whether its base is EfficientSAM."""
+        return "efficient" in self.adaptation
 
 
 def read_checkpoint(path: str | Path) -> Published:
@@ -123,6 +132,7 @@ def _adaptation(path: Path, state: Mapping[str, Tensor]) -> str:
     def has(part: str) -> bool:
         return any(part in name for name in state)
 
+    efficient = "prompt_encoder.invalid_points.weight" in state
     vit, tiny_vit = "image_encoder.pos_embed" in state, has("image_encoder.layers.")
     of_sam, of_mobile_sam = (
         has("mask_decoder.transformer.layers.0.mlp.fc."),
@@ -136,13 +146,17 @@ def _adaptation(path: Path, state: Mapping[str, Tensor]) -> str:
             f"{path}: holds what trained in the encoder alone. The mask decoder of that code trains too; expected its "
             "whole checkpoint (best_dice_checkpoint.pth)."
         )
-    if has(".lora_E"):
-        raise WeightsError(f"{path}: is of -mod sam_adalora, which can't be imported; sam_adpt and sam_lora can.")
+    if has("image_encoder.backbone."):
+        raise WeightsError(
+            f"{path}: is of -encoder efficientvit_l2, which can't be imported: that code puts no adapters into this "
+            "encoder, sees every image at 512 x 512, and shrinks the embedding to a sixteenth of the image's size, "
+            "which is not computed here. Train on the base efficientvit_sam_l2 anew."
+        )
     if vit == tiny_vit or of_sam == of_mobile_sam or not (adapters or lora):
         raise WeightsError(
             f"{path}: no checkpoint with adapters or LoRA of the published Medical SAM Adapter code (first name: "
-            f"{next(iter(state))}). Expected one of -net sam, or of -net mobile_sam -encoder tiny_vit, with -mod "
-            "sam_adpt or sam_lora."
+            f"{next(iter(state))}). Expected one of -net sam, -net efficient_sam, or -net mobile_sam -encoder "
+            "tiny_vit, with -mod sam_adpt, sam_lora or sam_adalora."
         )
     if vit != of_sam:
         raise WeightsError(
@@ -150,7 +164,8 @@ def _adaptation(path: Path, state: Mapping[str, Tensor]) -> str:
             f"{'sam' if of_sam else 'mobile_sam'}, which can't be imported. Expected -net sam, or -net mobile_sam "
             "-encoder tiny_vit."
         )
-    return f"published_{'' if vit else 'mobile_'}{'adapters' if adapters else 'lora'}"
+    net = "efficient_" if efficient else "" if vit else "mobile_"
+    return f"published_{net}{'adapters' if adapters else 'adalora' if has('.lora_E') else 'lora'}"
 
 
 def _image_size(state: Mapping[str, Tensor]) -> int | None:
@@ -206,8 +221,10 @@ def read_published(
     read = read_checkpoint(path)
     if read.volumes:
         raise WeightsError(
-            f"{path}: was trained on volumes (-thd True): its depth adapters moved. That code mixes windows and slices "
-            "along depth, which is not computed here; checkpoints of images can be imported."
+            f"{path}: was trained on volumes (-thd True): its depth adapters moved. In blocks with windows, that code "
+            "attends along the list of all windows of all slices, -chunk at a time, so that tokens of different places "
+            "of one slice count as depth; what is computed here is depth at one place. Checkpoints of images can be "
+            "imported."
         )
     size = _choose_size(read, image_size)
     name = base or _guess_base(read)
@@ -219,7 +236,7 @@ def read_published(
         img_size=size,
         adaptation=read.adaptation,
         lora_rank=max(1, read.rank),
-        task={"intensity": _intensity(intensity_maximum)},
+        task={"intensity": _intensity(intensity_maximum, read.efficient)},
     )
     state = _translate(read, network, size)
     _check_names(read, state, network, name)
@@ -253,18 +270,22 @@ def _choose_size(read: Published, asked: int | None) -> int:
 def _guess_base(read: Published) -> str:
     if read.mobile:
         return "mobile_sam"
-    width = read.state["image_encoder.pos_embed"].shape[-1]
-    if width not in _WIDTHS:
+    width, known = read.state["image_encoder.pos_embed"].shape[-1], _EFFICIENT_WIDTHS if read.efficient else _WIDTHS
+    if width not in known:
         raise WeightsError(f"{read.path}: its encoder has tokens of width {width}, that of no base; pass --base.")
-    return _WIDTHS[width]
+    return known[width]
 
 
-def _intensity(maximum: float) -> dict[str, Any]:
-    """What photographs become before the network, as a task names it (MONAI's ``ScaleIntensityRange``)."""
+def _intensity(maximum: float, efficient: bool) -> dict[str, Any]:
+    """What photographs become before the network, as a task names it (MONAI's ``ScaleIntensityRange``).
+
+    EfficientSAM's statistics are those of intensities in [0, 1], which that code applies to those in [0, maximum].
+    """
     if maximum not in (1.0, 255.0):
         raise WeightsError(f"--intensity_maximum must be 255, or 1 for older checkpoints, got {maximum}.")
     return {
-        "transform": "ScaleIntensityRange", "a_min": 0.0, "a_max": 255.0, "b_min": 0.0, "b_max": maximum / 255.0,
+        "transform": "ScaleIntensityRange", "a_min": 0.0, "a_max": 255.0, "b_min": 0.0,
+        "b_max": maximum if efficient else maximum / 255.0,
         "clip": True,
     }  # fmt: skip
 
@@ -274,9 +295,11 @@ def _translate(read: Published, network: MedSA, size: int) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     own = network.full_state_dict()
     unused_adapters = tuple(f"image_encoder.{name}.attn_adapter.up." for name in _whole_maps(read, size))
-    for name, tensor in read.state.items():
-        if name.startswith(_UNUSED) or name.endswith(".num_batches_tracked") or ".Depth_Adapter." in name:
+    for name, tensor in (from_efficient_sam(read.state) if read.efficient else read.state).items():
+        if name.startswith(_UNUSED) or name.endswith((".num_batches_tracked", ".ranknum")) or ".Depth_Adapter." in name:
             continue
+        if name.endswith(".lora_E"):
+            tensor = tensor / (read.state[name.replace(".lora_E", ".ranknum")] + ROUNDING)
         if name.endswith((".attn.rel_h", ".attn.rel_w")):
             if tensor.any():
                 raise WeightsError(
@@ -286,7 +309,7 @@ def _translate(read: Published, network: MedSA, size: int) -> dict[str, Tensor]:
             continue
         for theirs, ours in _NAMES:
             name = name.replace(theirs, ours)
-        if name.endswith((".lora.A", ".lora.B")) and name in own and tensor.numel() == own[name].numel():
+        if name.endswith((".lora.A", ".lora.B", ".lora.E")) and name in own and tensor.numel() == own[name].numel():
             tensor = tensor.reshape(own[name].shape)  # parts lie one after the other
         state[name] = torch.zeros_like(tensor) if name.startswith(unused_adapters) else tensor
     return state
@@ -294,7 +317,7 @@ def _translate(read: Published, network: MedSA, size: int) -> dict[str, Tensor]:
 
 def _whole_maps(read: Published, size: int) -> Iterable[str]:
     """Blocks of a TinyViT whose map is one window: that code leaves out their first adapter."""
-    if read.adaptation == "published_mobile_adapters":
+    if read.mobile and not read.rank:
         for stage, side, window in ((1, size // 8, 7), (2, size // 16, 14), (3, size // 16, 7)):
             if side == window:
                 yield from (f"layers.{stage}.blocks.{block}" for block in range(len(read.state)))
@@ -337,14 +360,18 @@ def _same(name: str, theirs: Tensor, ours: Tensor) -> bool:
 
 def _notes(read: Published, base: str, size: int, maximum: float) -> list[str]:
     """What the user of an imported checkpoint should know."""
-    what = f"LoRA of rank {read.rank}, alpha 1" if read.rank else "bottleneck adapters with GELU"
+    low_rank = f"{'AdaLoRA' if read.adaptation.endswith('adalora') else 'LoRA'} of rank {read.rank}, alpha 1"
+    what = low_rank if read.rank else "bottleneck adapters with GELU"
     notes = [f"read: {what} in the encoder, the whole mask decoder; base {base}, images of {size} x {size} pixels"]
     if read.mobile:
         notes.append("kept: batch normalisation has the statistics of its training data")
         if not read.rank:
             notes.append("kept: the adapter beside an MLP sees tokens before the norm")
-        else:
+        elif read.adaptation.endswith("_lora"):
             notes.append("kept: in the attention, the first and the last third of the fused layer change")
+    elif read.efficient:
+        notes.append("kept: the encoder's MLPs have weights of their own (that code does not load EfficientSAM's)")
+        notes.append("kept: points lie where an image of 1024 x 1024 would have them, whatever the size")
     else:
         notes.append("kept: SAM's relative-position tables are zero (that code does not load them)")
         notes.append("kept: self-attention in the decoder reads prompt embeddings as values, and adds them")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medsa_nets.inferers.queues import AHEAD, DECODE, ENCODE, DeviceQueue
+from medsa_nets.inferers.queues import AHEAD, DECODE, ENCODE, NEAREST, DeviceQueue
 from medsa_nets.inferers.slabs import Around, SlabInferer, Slabs, VolumeInferer, rebuilt, slab_inferer
 from medsa_nets.inferers.spread import SpreadInferer
 from medsa_nets.networks import VolumeMedSA
@@ -19,7 +19,7 @@ class QueuedSlabInferer(SlabInferer):
     """An inferer in slabs, each of which is a piece of work of its own in a device's queue."""
 
     queue: DeviceQueue
-    ahead: bool  # whether nobody waits for what it decodes
+    priority: int  # with which slabs are encoded; ahead of need, with which they are decoded too
     opened: dict[tuple[int, ...], Slabs] | None  # of the only volume that it answers
 
     @classmethod
@@ -49,7 +49,8 @@ class QueuedSlabInferer(SlabInferer):
                 return own
             out = cls.__new__(cls)
             out.__dict__.update(own.__dict__)
-            out.queue, out.ahead, out.opened, out.progress = queue, ahead, opened, False
+            out.queue, out.opened, out.progress = queue, opened, False
+            out.priority = AHEAD if ahead else NEAREST if near else ENCODE
             return out
 
         return rebuilt(inferer, change)
@@ -65,13 +66,13 @@ class QueuedSlabInferer(SlabInferer):
     def prepare(self, slabs: Slabs, g: int) -> None:
         """Wait until a group of slabs is encoded."""
         if slabs.known is None:
-            encode(self.queue, slabs, g, AHEAD if self.ahead else ENCODE).result()
+            encode(self.queue, slabs, g, self.priority).result()
 
     def decode(self, slabs: Slabs, g: int, prompts: Prompts) -> Tensor:
         """Logits of the slabs of a group, as a piece of work."""
         self.prepare(slabs, g)
         own = super().decode
-        return self.queue.run(lambda: own(slabs, g, prompts), AHEAD if self.ahead else DECODE)
+        return self.queue.run(lambda: own(slabs, g, prompts), AHEAD if self.priority == AHEAD else DECODE)
 
 
 class NearestInferer(Around):

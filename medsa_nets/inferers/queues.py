@@ -1,4 +1,8 @@
-"""A queue per device: small pieces of work, decoding before encoding before what is only computed ahead."""
+"""A queue per device: small pieces of work, in the order in which somebody waits for them.
+
+Decoding comes first, then the encoding of what a first answer shows, of what whole answers need, and of what is only
+computed ahead.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 Result = TypeVar("Result")
-DECODE, ENCODE, AHEAD = 0, 1, 2  # which of several pieces of work is done first
+DECODE, NEAREST, ENCODE, AHEAD = 0, 1, 2, 3  # which of several pieces of work is done first
 
 
 @dataclass(order=True)
@@ -41,8 +45,8 @@ class DeviceQueue:
 
     A piece is the encoding or the decoding of one slab. Pieces of one priority are done in their order. Where a network
     is watched (:meth:`watch`), the encoding of a slab stops between two blocks of the encoder while more urgent pieces
-    are done, and goes on after them. So whoever decodes waits for the decoding of others before it, and never for the
-    encoding of a slab or for a whole answer.
+    are done, and goes on after them; two slabs are half encoded at most. So whoever decodes waits for the decoding of
+    others before it, and never for the encoding of a slab or for a whole answer.
 
     Args:
         name: of the thread.
@@ -131,6 +135,8 @@ class DeviceQueue:
             with self._change:
                 if not self._waiting or self._waiting[0].priority >= self._running[-1].priority:
                     return
+                if self._waiting[0].priority > DECODE and len(self._running) > 1:
+                    return  # each slab that is half encoded takes memory: two at most
                 piece = heapq.heappop(self._waiting)
                 self._running.append(piece)
             self._do(piece)

@@ -21,7 +21,7 @@ def replay(
     """Make the mask of a saved session again, bit for bit.
 
     Args:
-        log: the .session.json file that was saved beside the mask.
+        log: the .session.json file that was saved beside the mask, or a DICOM segmentation that holds one.
         image: the image: a file, or the folder of a DICOM series.
         output: where the mask is written, and a log beside it.
         bundle: folder of the bundle; default: this one.

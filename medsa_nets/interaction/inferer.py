@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ class SessionInferer(Inferer):
 
     A request lists the clicks of each kind in their order, but not in which order kinds followed each other. They are
     taken in the order in which requests brought them; in the listed order where no kept session holds the beginning.
+    Scribbles may come as one drawing that grows: what it has beyond the scribbles of a kept session is a new scribble.
 
     With ``patience``, the first answers on a volume that was not encoded yet show what the slab around the newest click
     shows, and nothing of other classes, while the rest is encoded in the background; the next request afterwards gets
@@ -162,10 +164,10 @@ class SessionInferer(Inferer):
             self._close(key)
             if whole is not None:
                 self._sessions.append((key, whole))
-        brought = max((said for kept, said in self._brought if kept == key), key=lambda said: _shared(said, prompts),
-                      default=[])  # fmt: skip
-        known = brought[: _shared(brought, prompts)]
-        session, self._sessions = _going_on(self._sessions, key, [*known, *_missing(known, prompts)],
+        earlier = [(said, _divided(said, prompts)) for kept, said in self._brought if kept == key]
+        brought, wanted = max(earlier, key=lambda pair: _shared(*pair), default=([], list(prompts)))
+        known = brought[: _shared(brought, wanted)]
+        session, self._sessions = _going_on(self._sessions, key, [*known, *_missing(known, wanted)],
                                             lambda: self._fresh(network, image))  # fmt: skip
         return session
 
@@ -226,13 +228,14 @@ def _going_on(
         prompts: as a request lists them.
         fresh: makes a session of the image.
     """
-    best: tuple[int, InteractiveSession | None] = (-1, None)
+    shared, found, wanted = -1, None, list(prompts)
     for kept, known in sessions:
         if kept == key:
-            best = max(best, (_shared(known.prompts(), prompts), known), key=lambda one: one[0])
-    shared, found = best
+            divided = _divided(known.prompts(), prompts)
+            if (own := _shared(known.prompts(), divided)) > shared:
+                shared, found, wanted = own, known, divided
     session = fresh() if found is None else found
-    if found is not None and not shared == len(found.prompts()) == len(prompts):
+    if found is not None and not shared == len(found.prompts()) == len(wanted):
         session = found.fork()  # others may go on with what was there
     _bring(session, prompts)
     others = [(kept, one) for kept, one in sessions if one is not session][1 - SESSIONS :]
@@ -240,11 +243,12 @@ def _going_on(
 
 
 def _bring(session: InteractiveSession, prompts: Sequence[UserPrompt]) -> None:
-    """Let exactly these prompts hold in a session."""
-    shared = _shared(session.prompts(), prompts)
+    """Let exactly these prompts hold in a session; a scribble may go on from those that it holds."""
+    wanted = _divided(session.prompts(), prompts)
+    shared = _shared(session.prompts(), wanted)
     while len(session.prompts()) > shared:
         session.undo()
-    for prompt in _missing(session.prompts(), prompts):
+    for prompt in _missing(session.prompts(), wanted):
         session.apply(prompt)
 
 
@@ -262,6 +266,33 @@ def _same(one: UserPrompt, other: UserPrompt) -> bool:
     if _kind(one) != _kind(other) or not np.array_equal(one.positions, other.positions):
         return False
     return one.mask is None or other.mask is None or np.array_equal(one.mask, other.mask)
+
+
+def _divided(held: Sequence[UserPrompt], wanted: Sequence[UserPrompt]) -> list[UserPrompt]:
+    """A request's prompts, each scribble as those that a session holds of it, and what it has beyond them."""
+    left: dict[tuple[Any, ...], list[UserPrompt]] = {}
+    for prompt in held:
+        if prompt.kind == "scribble":
+            left.setdefault(_kind(prompt), []).append(prompt)
+    out = []
+    for prompt in wanted:
+        rest, own = prompt, left.get(_kind(prompt), [])
+        while own and prompt.kind == "scribble" and len(rest.positions):
+            beyond = _beyond(rest.positions, own[0].positions)
+            if len(beyond) != len(rest.positions) - len(own[0].positions):
+                break  # a part of what was drawn is gone
+            out.append(own.pop(0))
+            rest = replace(rest, positions=beyond)
+        if len(rest.positions) or rest is prompt:
+            out.append(rest)
+    return out
+
+
+def _beyond(positions: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Those of some positions (N, dims) that are none of others (M, dims), in their order."""
+    places = {row.tobytes() for row in np.ascontiguousarray(known)}
+    kept = [row.tobytes() not in places for row in np.ascontiguousarray(positions)]
+    return positions[np.array(kept, dtype=bool)]
 
 
 def _shared(held: Sequence[UserPrompt], wanted: Sequence[UserPrompt]) -> int:

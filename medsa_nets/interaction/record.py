@@ -18,8 +18,10 @@ from monai.data import MetaTensor
 from medsa_nets.checksums import file_sha256
 from medsa_nets.data import save_png, volume_writer
 from medsa_nets.data.atomic import temporary_name
+from medsa_nets.data.slices import is_dicom
 from medsa_nets.errors import DataError, describe
 from medsa_nets.interaction.answers import AnswerSettings, answer_identity
+from medsa_nets.interaction.dicom import find_log, write_segmentation
 from medsa_nets.prompts.observations import Kernel
 from medsa_nets.prompts.user import prompt_from_json, prompt_to_json
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 SUFFIX = ".session.json"
+DICOM = ".dcm"
 PACKAGES = ("medsa", "torch", "monai", "numpy", "scipy")
 
 
@@ -77,17 +80,22 @@ def _versions() -> dict[str, str]:
 
 
 def save_session(session: InteractiveSession, path: Path, class_name: str | int | None) -> tuple[Path, Path]:
-    """Write a mask and the log beside it; see :meth:`InteractiveSession.save`."""
+    """Write a mask and the log beside it, or in it; see :meth:`InteractiveSession.save`."""
+    if path.suffix.lower() == DICOM:
+        log = describe_session(session)
+        chosen = session.classes if class_name is None else [class_name]
+        write_segmentation(session, [(name, session.mask(name)) for name in chosen], log, path)
+        return path, path
     if class_name is None and (session.segmenter.exclusive or len(session.classes) == 1):
         label = session.label_map()
     else:
         label = session.mask(class_name).astype(np.uint8)
     text = json.dumps(describe_session(session), indent=1)
     write_label(label, session.image, path)
-    log = path.with_name(path.name + SUFFIX)
-    with temporary_name(log) as part:
+    beside = path.with_name(path.name + SUFFIX)
+    with temporary_name(beside) as part:
         part.write_text(text + "\n", encoding="utf-8")
-    return path, log
+    return path, beside
 
 
 def write_label(label: np.ndarray, image: MetaTensor, path: Path) -> None:
@@ -113,7 +121,7 @@ def write_label(label: np.ndarray, image: MetaTensor, path: Path) -> None:
 
 
 def read_log(path: Path) -> dict[str, Any]:
-    """Read a log and check its form.
+    """Read a log, or that which a DICOM object holds, and check its form.
 
     Raises:
         DataError: when it is missing, damaged, or of a newer form.
@@ -121,7 +129,7 @@ def read_log(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{path}: there is no such log. Expected the {SUFFIX} file beside a saved mask.")
     try:
-        log = json.loads(path.read_text(encoding="utf-8"))
+        log = json.loads(find_log(path) if is_dicom(path) else path.read_text(encoding="utf-8"))
         if log["schema"] != SCHEMA:
             raise DataError(f"{path}: its schema is {log['schema']!r}, this version reads {SCHEMA}. Update medsa.")
         shape = tuple(int(n) for n in log["image"]["size"])

@@ -167,6 +167,7 @@ class NetworkSegmenter:
         self.network = network.eval()
         self.preprocessing = preprocessing
         self.classes: Sequence[str] = list(classes)
+        self.codes: dict[str, Any] = {}  # of the classes, by name, as DICOM writes them: code and meaning of SNOMED CT
         self.volumes = isinstance(network, VolumeMedSA)
         # a label map has one class at each voxel
         overlap = inferer.overlap if isinstance(inferer, ClassesInferer) else True
@@ -214,7 +215,9 @@ class NetworkSegmenter:
         network, checkpoint = read(parser, "network"), read(parser, "checkpoint")
         load_adapter(network, checkpoint)
         inferer, preprocessing = read(parser, "inferer"), read(parser, "preprocessing")
-        return cls(network, preprocessing, opened.classes, getattr(inferer, "inferer", inferer), beside(checkpoint))
+        found = cls(network, preprocessing, opened.classes, getattr(inferer, "inferer", inferer), beside(checkpoint))
+        found.codes = dict((opened.value("deploy") or {}).get("codes") or {})
+        return found
 
     def open(self, source: Any) -> MetaTensor:
         """Read and preprocess an image from its path; an image that the network can see stays as it is."""

@@ -23,6 +23,7 @@ from medsa_nets.prompts.user import UserPrompt, make_lasso, read_positions
 
 STARTS = ("automatic", "nothing")
 START_LOGIT = 4.0  # of a mask that came without logits: sure, but a click on it is no surprise
+HISTORY = 2**30  # bytes by which prompts are taken back at once
 FACE = 1e-3  # weight of a changed voxel from which on a voxel of the file may have changed
 
 
@@ -35,6 +36,17 @@ class _Step:
     logits: Tensor | None
     mask_place: Place | None  # where the mask was another, none where it was the same
     mask: np.ndarray | None
+    held: bool = True  # else it was dropped: what there was before is computed again
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes, its prompt not among it."""
+        return sum(part.nbytes for part in (self.logits, self.mask) if part is not None)
+
+    def drop(self) -> None:
+        """Forget what there was before."""
+        self.place = self.logits = self.mask_place = self.mask = None
+        self.held = False
 
     def mask_before(self, mask: np.ndarray) -> np.ndarray:
         """The mask that there was, given the one that followed."""
@@ -86,17 +98,26 @@ class InteractiveSession:
         segmenter: asks the network.
         settings: how answers are made; none takes the usual ones.
         start: what a class starts from: its ``automatic`` mask, or ``nothing``.
+        history: bytes that are kept to take prompts back at once. Taking back what is older computes the answers of
+            the prompts before it once more, with the same masks.
 
     Raises:
         ValueError: when ``start`` is unknown.
     """
 
-    def __init__(self, segmenter: Segmenter, settings: AnswerSettings | None = None, start: str = "automatic") -> None:
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        settings: AnswerSettings | None = None,
+        start: str = "automatic",
+        history: int = HISTORY,
+    ) -> None:
         if start not in STARTS:
             raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}.")
         self.segmenter = segmenter
         self.settings = settings or AnswerSettings()
         self.start = start
+        self.history = history
         self.source: Any = None
         self._image: MetaTensor | None = None
 
@@ -290,6 +311,8 @@ class InteractiveSession:
         state = self._known.get(index)
         if state is None or not state.steps:
             raise DataError("undo: there is nothing to take back.")
+        if not state.steps[-1].held:
+            state = self._known[index] = self._again(index, state.prompts)
         step = state.steps.pop()
         state.mask = step.mask_before(state.mask)
         if step.logits is None or step.place is None:
@@ -350,6 +373,28 @@ class InteractiveSession:
         found = [prompt for index in chosen if index in self._known for prompt in self._known[index].prompts]
         return sorted(found, key=lambda prompt: prompt.number)
 
+    def restore(
+        self, prompts: Sequence[UserPrompt], logits: Tensor, mask: np.ndarray, class_name: str | int | None = None
+    ) -> None:
+        """Go on where another session of the same image and network was, without answering its prompts again.
+
+        Args:
+            prompts: of the class, oldest first; what was said of it here before is forgotten.
+            logits: (spatial…) of the last answer, as :meth:`logits` gave them.
+            mask: (file's spatial…), boolean, as :meth:`mask` gave it.
+            class_name: see :meth:`point`.
+
+        Raises:
+            DataError: when sizes differ from the image's, or there is no prompt.
+        """
+        index = self._index(class_name)
+        if not prompts or tuple(logits.shape) != tuple(self.grids.shape) or mask.shape != self.file_shape:
+            raise DataError("restore: expected prompts, and logits and a mask of the image's size.")
+        said = [replace(prompt, index=index, number=self._count + k) for k, prompt in enumerate(prompts, 1)]
+        steps = [_Step(prompt, None, None, None, None, held=False) for prompt in said]
+        self._known[index] = _Class(logits.clone(), mask.copy(), steps)
+        self._count += len(said)
+
     def label_map(self) -> np.ndarray:
         """All masks in one (file's spatial…), uint8: 0 background, 1 + id of a class, in the session's precedence.
 
@@ -392,7 +437,8 @@ class InteractiveSession:
 
         Args:
             path: of the mask: ``.png`` for images, ``.nii.gz``, ``.nii``, ``.nrrd`` or ``.mha`` for volumes. The log
-                has the same name and ``.session.json`` behind it.
+                has the same name and ``.session.json`` behind it. ``.dcm`` is a DICOM segmentation of the series that
+                is open, with a segment for each class and the log in it (:mod:`medsa_nets.interaction.dicom`).
             class_name: a class; none takes the label map.
 
         Returns:
@@ -408,7 +454,7 @@ class InteractiveSession:
         """Open an image and give all prompts of a log again: the masks are those that were saved, bit for bit.
 
         Args:
-            log: path of the log that :meth:`save` wrote.
+            log: path of the log that :meth:`save` wrote, or of a DICOM segmentation that holds one.
             source: path of the image.
 
         Raises:
@@ -474,7 +520,27 @@ class InteractiveSession:
         state.logits, state.mask = logits, mask
         self._known[index] = state
         self._count += 1
+        self._bound_history([step for own in self._known.values() for step in own.steps])
         return self.mask(index)
+
+    def _bound_history(self, steps: Sequence[_Step]) -> None:
+        """Drop what the oldest of some prompts changed, but not what the newest did."""
+        held = [step for step in steps if step.held]
+        total = sum(step.bytes for step in held)
+        for step in sorted(held, key=lambda own: own.prompt.number)[:-1]:
+            if total <= self.history:
+                return
+            total -= step.bytes
+            step.drop()
+
+    def _again(self, index: int, prompts: Sequence[UserPrompt]) -> _Class:
+        """A class after prompts that were answered before, with what they changed."""
+        out = _Class(self._first_logits(index), self._first[index])
+        for prompt in prompts:
+            step, out.logits, out.mask = self._computed(out, prompt)
+            out.steps.append(step)
+            self._bound_history(out.steps)
+        return out
 
     def _computed(self, state: _Class, prompt: UserPrompt) -> tuple[_Step, Tensor | None, np.ndarray]:
         before, logits = state.logits, state.logits

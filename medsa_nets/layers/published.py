@@ -2,7 +2,7 @@
 
 These adaptations exist so that checkpoints of that code give the masks that they gave there. What they change in a
 frozen network stands at its layers, as attributes: ``relative``, ``norm_padding``, ``embed_values``,
-``norm_mlp_adapter``, ``own_statistics``.
+``norm_mlp_adapter``, ``own_statistics``, ``own_weights``.
 
 Source: github.com/SuperMedIntel/Medical-SAM-Adapter, commit 0add836.
 """
@@ -27,12 +27,24 @@ def _set(module: nn.Module, **attributes: bool) -> None:
                 setattr(layer, name, value)
 
 
+def _install_plain(encoder: nn.Module) -> None:
+    """Change EfficientSAM's encoder, in place: another constant in its norms, MLPs that are not the base's."""
+    for layer in encoder.modules():
+        if isinstance(layer, nn.LayerNorm):
+            layer.eps = 1e-5
+    _set(encoder, own_weights=True)
+
+
+def _name(net: str, mod: str) -> str:
+    return "_".join(filter(None, ("published", net, mod)))
+
+
 @dataclass(frozen=True)
 class PublishedDecoder(Frozen):
-    """The mask decoder of the published code's ``-net sam``, all of which trains.
+    """The mask decoder of the published code's ``-net sam`` and ``efficient_sam``, all of which trains.
 
     In each block's self-attention the tokens' prompt embeddings are part of the values and of the residual, and the
-    first block has a residual too.
+    first block has a residual too; EfficientSAM's is so by itself.
     """
 
     def install(self, module: nn.Module) -> None:
@@ -46,13 +58,14 @@ class PublishedAdapters(Bottlenecks):
 
     In a ViT, SAM's relative-position tables are zero, and tokens that pad a window are normalised with the others; in a
     TinyViT, the adapter beside the MLP sees tokens before the norm, and batch normalisation has statistics of the
-    training data.
+    training data; in EfficientSAM's ViT, the MLPs have weights of their own, and norms another constant.
 
     Attributes:
-        mobile: whether the base is a TinyViT (``-net mobile_sam``).
+        net: the base: empty for a ViT (``-net sam``), ``mobile`` for a TinyViT (``-net mobile_sam``), ``efficient`` for
+            EfficientSAM's ViT.
     """
 
-    mobile: bool = False
+    net: str = ""
 
     def adapter(self, features: int, *, skip: bool = False) -> Adapter:
         """A bottleneck adapter with GELU."""
@@ -61,35 +74,50 @@ class PublishedAdapters(Bottlenecks):
     def install(self, module: nn.Module) -> None:
         """Change an encoder's layers, in place."""
         _set(module, relative=False, norm_padding=True, norm_mlp_adapter=False, own_statistics=True)
+        if self.net == "efficient":
+            _install_plain(module)
 
     def describe(self) -> dict[str, Any]:
         """Its name."""
-        return {"adaptation": "published_mobile_adapters" if self.mobile else "published_adapters"}
+        return {"adaptation": _name(self.net, "adapters")}
 
 
 @dataclass(frozen=True)
 class PublishedLoRA(LoRA):
-    """LoRA of the published code, in an encoder: a weight of 1 / rank, in both layers of an MLP and in the attention.
+    """LoRA and AdaLoRA of the published code, in an encoder: in both layers of an MLP and in the attention.
 
-    What changes in the attention is the first and the last third of the fused layer's output: queries and values of a
-    ViT, a mixture of all three of a TinyViT, whose heads have them side by side. Of a ViT, SAM's relative-position
-    tables are zero; a TinyViT's batch normalisation has statistics of the training data.
+    What LoRA changes in the attention, with a weight of 1 / rank, is the first and the last third of the fused layer's
+    output: queries and values of a ViT, a mixture of all three of a TinyViT, whose heads have them side by side.
+    AdaLoRA changes the whole fused layer by one product, and a TinyViT's projection after the attention too. The rest
+    is as with adapters (:class:`PublishedAdapters`); tokens that pad a window are not normalised.
 
     Attributes:
-        mobile: whether the base is a TinyViT (``-net mobile_sam``).
+        net: see :class:`PublishedAdapters`.
     """
 
-    mobile: bool = False
+    net: str = ""
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of each product, those of AdaLoRA too."""
+        return self.rank
 
     def install(self, module: nn.Module) -> None:
         """Put changes into an encoder, and change its layers, in place."""
         super().install(module)
         _set(module, relative=False, own_statistics=True)
+        if self.net == "efficient":
+            _install_plain(module)
 
     def _places(self, module: nn.Module) -> Iterator[tuple[nn.Module, str, dict[str, Any]]]:
         for parent, name, settings in super()._places(module):
-            yield parent, name, {**settings, "groups": 1}
+            if not self.singular:
+                yield parent, name, {**settings, "groups": 1}
+                continue
+            yield parent, name, {}  # one product
+            if name == "qkv" and self.net == "mobile":
+                yield parent, "proj", {}
 
     def describe(self) -> dict[str, Any]:
         """Name and rank."""
-        return {"adaptation": "published_mobile_lora" if self.mobile else "published_lora", "rank": self.rank}
+        return {"adaptation": _name(self.net, "adalora" if self.singular else "lora"), "rank": self.rank}

@@ -28,6 +28,7 @@ class EfficientSAMPromptEncoder(PromptEncoder):
         """Make the parameters beside the positional encoding."""
         self.places = 6
         self.nowhere = -0.5 / 1024  # x and y of a place without prompt: half a pixel outside of an image of 1024
+        self.enlarged = 1.0  # what coordinates of points are multiplied by (medsa_nets.adaptations.install_prompts)
         self.invalid_points = nn.Embedding(1, self.embed_dim)
         self.point_embeddings = nn.Embedding(1, self.embed_dim)  # type: ignore[assignment]
         self.bbox_top_left_embeddings = nn.Embedding(1, self.embed_dim)
@@ -49,7 +50,7 @@ class EfficientSAMPromptEncoder(PromptEncoder):
     def embed_points(self, coords: Tensor, labels: Tensor, height: int, width: int) -> Tensor:
         """Embed points (N, P, 2) in (x, y) pixels with labels (N, P) in {1, 0, -1}: (N, P, embed_dim)."""
         size = torch.tensor([float(width), float(height)], device=coords.device)
-        embedding = self.pe_layer((coords.float() + 0.5) / size)
+        embedding = self.pe_layer((self.enlarged * coords.float() + 0.5) / size)
         kind = labels.unsqueeze(-1)
         embedding = embedding + (kind == 1) * self.point_embeddings.weight  # type: ignore[operator]
         return torch.where(kind == -1, self.nothing(), embedding)

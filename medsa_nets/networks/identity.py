@@ -151,6 +151,8 @@ class Adapted(nn.Module):
         for prefix, module in self.named_modules():
             if getattr(module, "own_statistics", False):
                 self._trained_names |= {f"{prefix}.bn.running_mean", f"{prefix}.bn.running_var"}
+            if getattr(module, "own_weights", False):
+                self._trained_names |= {f"{prefix}.{name}" for name, _ in module.named_parameters()}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in self._trained_names)
 

@@ -35,9 +35,9 @@ from medsa_nets.server.errors import CapacityError, LeaseOverError, RequestError
 from medsa_nets.server.leases import Lease, Leases
 from medsa_nets.server.logs import SessionLog, SessionLogs, hash_image
 from medsa_nets.server.settings import ServerSettings
+from medsa_nets.server.store import Embeddings
 from medsa_nets.server.studies import (
     FOREGROUND,
-    Embeddings,
     Properties,
     StoppedError,
     Study,
@@ -140,8 +140,9 @@ class Server:
         self.store = Embeddings(self.settings.memory)
         self.computing = ThreadPoolExecutor(2 * self.settings.max_sessions + 2, "computing")
         self.requests = ThreadPoolExecutor(self.settings.max_sessions + 2, "requests")
+        share = self.settings.memory // self.settings.max_sessions
         self.leases: Leases[Work] = Leases(
-            lambda: Work(self.open_study, self.computing, self.answers, self.settings.patience),
+            lambda: Work(self.open_study, self.computing, self.answers, self.settings.patience, share),
             Work.close,
             self.settings.max_sessions,
             self.settings.idle,
@@ -173,13 +174,13 @@ class Server:
             study = self._shades((1, WARM_UP, WARM_UP, 48))  # mm
             widest = max(study.image.shape[1:3])
             if widest > WARM_UP:  # a fine grid: everybody would wait for so many voxels
-                study.close()
+                study.close(forget=True)
                 narrow = max(1, WARM_UP * WARM_UP // widest)
                 study = self._shades((1, narrow, narrow, 48))
         try:
             study.automatic_logits(np.array(study.grids.file_shape) / 2.0)
         finally:
-            study.close()
+            study.close(forget=True)
 
     def _shades(self, shape: tuple[int, ...]) -> Study:
         values = np.arange(int(np.prod(shape))).reshape(shape) % 251

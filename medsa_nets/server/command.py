@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from medsa_nets.commands import command
+from medsa_nets.data.atomic import make_writable
 from medsa_nets.embeddings import read_embeddings
 from medsa_nets.errors import DataError, SettingError
 from medsa_nets.interaction.segmenters import NetworkSegmenter
@@ -33,6 +34,8 @@ def serve(
     device: str = "",
     amp: str = "",
     precomputed: str = "",
+    embeddings: str = "",
+    embeddings_gib: float = 20.0,
     sessions: str = "",
     api_key: str = "",
     ssl_certfile: str = "",
@@ -55,6 +58,10 @@ def serve(
         device: cpu, cuda, …; by default the bundle's choice.
         amp: precision, auto, true or false; by default the bundle's choice.
         precomputed: folder of embeddings that python -m medsa_nets precompute has kept; it is only read.
+        embeddings: folder in which embeddings are kept, so that an image that was open before, also in a server that
+            was killed, is not encoded again. They are made of the images, and need the same care. Where memory does
+            not hold those of all open images, they are read from there.
+        embeddings_gib: most GiB of that folder; the embeddings that were used least recently are removed.
         sessions: folder in which sessions are kept: what was said and the masks of finished objects, no images. A
             client that comes back with the same image goes on where it was, also after the server was killed.
         api_key: what clients must send; by default the environment variable NN_INTERACTIVE_API_KEY. Where there is
@@ -93,7 +100,14 @@ def serve(
     segmenter = NetworkSegmenter.from_bundle(bundle, [name for name in overlays if name], config)
     if precomputed and not Path(precomputed).is_dir():
         raise DataError(f"{precomputed}: there is no such folder. Make it by python -m medsa_nets precompute.")
-    read_embeddings(segmenter.network, precomputed)
+    if embeddings:
+        if precomputed:
+            raise SettingError("--embeddings reads what is in its folder too: give it, or --precomputed, not both.")
+        if not float(embeddings_gib) > 0:
+            raise SettingError(f"--embeddings_gib: expected more than 0, got {embeddings_gib}.")
+        make_writable(embeddings, "--embeddings")
+    limit = int(float(embeddings_gib) * 2**30) if embeddings else None
+    read_embeddings(segmenter.network, embeddings or precomputed, bool(embeddings), limit)
     settings = ServerSettings(
         max_sessions=max_sessions,
         idle=float(idle_timeout_seconds),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +17,17 @@ from monai.transforms import Compose, Spacingd
 from nibabel.orientations import axcodes2ornt
 from torch import Tensor
 
+from medsa_nets.checksums import tensor_sha256
 from medsa_nets.inferers import PromptInferer, Slabs, VolumeInferer, slab_inferer
 from medsa_nets.inferers.near import QueuedSlabInferer, bytes_when_encoded, nearest_group
-from medsa_nets.inferers.queues import AHEAD, ENCODE, DeviceQueue
+from medsa_nets.inferers.queues import AHEAD, ENCODE, NEAREST, DeviceQueue
 from medsa_nets.interaction.grids import Grids
 from medsa_nets.interaction.segmenters import Asked, NetworkSegmenter
 from medsa_nets.networks import MedSA, VolumeMedSA
 from medsa_nets.precision import autocast
 from medsa_nets.prompts import Prompts
 from medsa_nets.server.errors import RequestError
+from medsa_nets.server.store import Embeddings, Key
 
 logger = logging.getLogger(__name__)
 FOREGROUND = "foreground"  # name of what has no class
@@ -34,56 +35,6 @@ FOREGROUND = "foreground"  # name of what has no class
 
 class StoppedError(Exception):
     """The work was stopped: nobody waits for its result any more."""
-
-
-class Embeddings:
-    """Embeddings of all open images, bounded by bytes: those that were used least recently leave first.
-
-    Args:
-        max_bytes: most memory for all.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.bytes = 0
-        self._kept: OrderedDict[tuple[int, int, int], Tensor] = OrderedDict()
-        self._open: set[int] = set()
-        self._lock = threading.Lock()
-
-    def open(self, study: int) -> None:
-        """Keep embeddings of an image until it is forgotten."""
-        with self._lock:
-            self._open.add(study)
-
-    def get(self, key: tuple[int, int, int]) -> Tensor | None:
-        """An embedding, or none."""
-        with self._lock:
-            found = self._kept.get(key)
-            if found is not None:
-                self._kept.move_to_end(key)
-            return found
-
-    def put(self, key: tuple[int, int, int], embedding: Tensor) -> None:
-        """Keep an embedding."""
-        with self._lock:
-            self._remove(key)
-            if key[0] not in self._open:  # closed while it was computed
-                return
-            self._kept[key] = embedding
-            self.bytes += embedding.nbytes
-            while self.bytes > self.max_bytes and len(self._kept) > 1:
-                self._remove(next(iter(self._kept)))
-
-    def forget(self, study: int) -> None:
-        """Drop an image's."""
-        with self._lock:
-            self._open.discard(study)
-            for key in [key for key in self._kept if key[0] == study]:
-                self._remove(key)
-
-    def _remove(self, key: tuple[int, int, int]) -> None:
-        found = self._kept.pop(key, None)
-        self.bytes -= 0 if found is None else found.nbytes
 
 
 class _StudySlabs(Slabs):
@@ -94,13 +45,13 @@ class _StudySlabs(Slabs):
         self.study = study
         self.number = number
 
-    def prepare(self, g: int, priority: int = ENCODE) -> None:
+    def prepare(self, g: int, priority: int) -> None:
         """Wait until a group is encoded."""
-        self.study.prepare((self.study.number, self.number, g), lambda: self.embeddings(g), priority)
+        self.study.prepare((self.study.key, self.number, g), lambda: self.embeddings(g), priority)
 
     def embeddings(self, g: int) -> Tensor:
         """Embeddings of a group; called in the device's thread."""
-        key = (self.study.number, self.number, g)
+        key = (self.study.key, self.number, g)
         found = self.study.store.get(key)
         if found is None:
             found = self._encode(self.groups[g])
@@ -109,7 +60,7 @@ class _StudySlabs(Slabs):
 
     def encoded_groups(self) -> list[bool]:
         """Which groups are encoded."""
-        return [self.study.store.get((self.study.number, self.number, g)) is not None for g in range(len(self.groups))]
+        return [self.study.store.get((self.study.key, self.number, g)) is not None for g in range(len(self.groups))]
 
     def finish(self) -> None:
         """Nothing: the study encodes the rest by itself."""
@@ -138,7 +89,7 @@ class _StudySlabInferer(QueuedSlabInferer):
 
     def automatic_slabs(self, slabs: Slabs, g: int, index: int) -> Tensor:
         assert isinstance(slabs, _StudySlabs)
-        key = (self.study.number, slabs.number, -1 - g - index * len(slabs.groups))  # beside those of embeddings
+        key = (self.study.key, slabs.number, -1 - g - index * len(slabs.groups))  # beside those of embeddings
         found = self.study.store.get(key)
         if found is None:
             found = super().automatic_slabs(slabs, g, index)
@@ -148,7 +99,7 @@ class _StudySlabInferer(QueuedSlabInferer):
     def prepare(self, slabs: Slabs, g: int) -> None:
         assert isinstance(slabs, _StudySlabs)
         self.study.check()
-        slabs.prepare(g)
+        slabs.prepare(g, self.priority)
         self.study.check()
 
 
@@ -156,6 +107,7 @@ class _StudyPromptInferer(PromptInferer):
     """The bundle's inferer on one open image."""
 
     study: Study
+    priority: int  # with which it is encoded
 
     @classmethod
     def of(cls, inferer: PromptInferer, study: Study, near: bool = False) -> _StudyPromptInferer:
@@ -168,7 +120,7 @@ class _StudyPromptInferer(PromptInferer):
         """
         out = cls.__new__(cls)
         out.__dict__.update(inferer.__dict__)
-        out.study, out.cache = study, None
+        out.study, out.cache, out.priority = study, None, NEAREST if near else ENCODE
         if near:
             out.turns = out.turns[:1]
         return out
@@ -180,22 +132,23 @@ class _StudyPromptInferer(PromptInferer):
         self.study.check()
         return self.study.queue.run(lambda: super(_StudyPromptInferer, self).decode(inputs, network, prompts))
 
-    def prepare(self, inputs: Tensor, network: MedSA, priority: int = ENCODE) -> None:
+    def prepare(self, inputs: Tensor, network: MedSA, priority: int | None = None) -> None:
         """Wait until the image is encoded, in all positions that it is seen in."""
+        chosen = self.priority if priority is None else priority
 
         def encode(view: Tensor, turn: int) -> None:
             with autocast(self.amp, inputs.device):
                 self._embed(view, network, turn)
 
         for turn, view in self.views(inputs):
-            self.study.prepare((self.study.number, 0, turn), partial(encode, view, turn), priority)
+            self.study.prepare((self.study.key, 0, turn), partial(encode, view, turn), chosen)
 
     def encoded(self) -> bool:
         """Whether the image is encoded."""
-        return all(self.study.store.get((self.study.number, 0, turn)) is not None for turn in self.turns)
+        return all(self.study.store.get((self.study.key, 0, turn)) is not None for turn in self.turns)
 
     def _embed(self, inputs: Tensor, medsa: MedSA, turn: int) -> Tensor:
-        key = (self.study.number, 0, turn)
+        key = (self.study.key, 0, turn)
         found = self.study.store.get(key)
         if found is None:
             found = medsa.encode_image(inputs)
@@ -378,12 +331,13 @@ class Study:
         properties: Properties,
     ) -> None:
         self.queue, self.store, self.number = queue, store, number
-        store.open(number)
         self.closed = False
         self.stopping = threading.local()
         self.client_shape = tuple(int(n) for n in array.shape[1:])
         self.slice_axis: int | None = None  # of length 1, for images
         self.image = self._read(segmenter, array, properties)
+        self.key = tensor_sha256(self.image)
+        store.open(self.key)
         self.grids = Grids(self.image)
         self.segmenter = copy.copy(segmenter)
         self.near_segmenter = self.segmenter
@@ -470,10 +424,11 @@ class Study:
             return self.segmenter.inferer.encoded()
         return all(all(slabs.encoded_groups()) for slabs in self.slabs.values())
 
-    def close(self) -> None:
-        """Stop encoding, and forget the embeddings."""
-        self.closed = True
-        self.store.forget(self.number)
+    def close(self, forget: bool = False) -> None:
+        """Stop encoding, and give the embeddings up; with ``forget``, nobody will come back for them."""
+        if not self.closed:
+            self.closed = True
+            self.store.close(self.key, forget)
 
     def check(self) -> None:
         """Stop what is computed for nobody.
@@ -485,21 +440,9 @@ class Study:
         if self.closed or not wanted():
             raise StoppedError
 
-    def prepare(self, key: tuple[int, int, int], encode: Callable[[], Any], priority: int) -> None:
-        """Wait until an embedding is there; what is being encoded already goes on, with this priority at least.
-
-        Args:
-            key: of the embedding.
-            encode: computes it, and keeps it.
-            priority: in the device's queue.
-        """
-
-        def work() -> None:
-            if not self.closed and self.store.get(key) is None:
-                encode()
-
-        if self.store.get(key) is None:
-            self.queue.share(key, work, priority).result()
+    def prepare(self, key: Key, encode: Callable[[], Any], priority: int) -> None:
+        """Wait until an embedding is there (:meth:`Embeddings.prepare`)."""
+        self.store.prepare(key, encode, self.queue, priority)
 
     def automatic_logits(self, position: np.ndarray) -> np.ndarray:
         """Logits (K,) of every class without prompts at a position (dims,) of the image's grid.
@@ -521,7 +464,7 @@ class Study:
                 with autocast(amp, slabs.place):
                     return network.decode(slabs.embeddings(g)[s : s + 1, ..., z : z + 1].to(slabs.place))
 
-            slabs.prepare(g)
+            slabs.prepare(g, NEAREST)
             return self.queue.run(decode)[0, :, voxel[0], voxel[1], 0].float().cpu().numpy()
         inferer = self.near_segmenter.inferer
         assert isinstance(inferer, _StudyPromptInferer)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from medsa_nets.errors import MedSAError
 from medsa_nets.interaction.answers import AGREEMENT, AnswerSettings
@@ -23,12 +24,13 @@ from medsa_nets.interaction.grids import Place, bounding_place
 from medsa_nets.interaction.session import InteractiveSession
 from medsa_nets.prompts.user import UserPrompt, make_lasso, prompt_from_json, prompt_to_json
 from medsa_nets.server.errors import RequestError
-from medsa_nets.server.logs import SessionLog
+from medsa_nets.server.logs import SessionLog, hash_said
 from medsa_nets.server.outlines import areas_of, corners_of
 from medsa_nets.server.studies import FOREGROUND, ObjectSegmenter, StoppedError, Study
 
 logger = logging.getLogger(__name__)
 MAX_INTERACTIONS = 10_000  # with one object
+MAX_MARKED = 250_000  # voxels of a scribble
 MAX_CORNERS = 2_000  # of a drawn line
 MAX_AREAS = 8  # drawn at once, and slices of a box that excludes: each is a prompt, and every answer minds all of them
 PATIENT = 5.0  # seconds from which on a wait is one for the whole answer
@@ -61,12 +63,13 @@ class Part:
     def __init__(self, mask: np.ndarray) -> None:
         self.place = bounding_place(mask)
         self.shape = () if self.place is None else mask[self.place].shape
-        self.bits = np.empty(0, np.uint8) if self.place is None else np.packbits(mask[self.place])
+        bits = np.empty(0, np.uint8) if self.place is None else np.packbits(mask[self.place])
+        self.packed = zlib.compress(bits.tobytes(), 1)
 
     def to_json(self) -> dict[str, Any]:
         """The object as it stands in a log."""
         place = None if self.place is None else [[own.start, own.stop] for own in self.place]
-        return {"place": place, "bits": base64.b64encode(zlib.compress(self.bits.tobytes(), 1)).decode("ascii")}
+        return {"place": place, "bits": base64.b64encode(self.packed).decode("ascii")}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any], shape: Sequence[int]) -> Part:
@@ -83,10 +86,9 @@ class Part:
             raise ValueError("an object lies outside the image")
         out.place, out.shape = tuple(slice(a, b) for a, b in ends), tuple(b - a for a, b in ends)
         count = -(-math.prod(out.shape) // 8)
-        bits = zlib.decompressobj().decompress(base64.b64decode(entry["bits"]), count + 1)
-        if len(bits) != count:
+        out.packed = base64.b64decode(entry["bits"])
+        if len(zlib.decompressobj().decompress(out.packed, count + 1)) != count:
             raise ValueError("an object has another size")
-        out.bits = np.frombuffer(bits, np.uint8)
         return out
 
     def add_to(self, mask: np.ndarray) -> None:
@@ -102,8 +104,8 @@ class Part:
         return 2.0 * int((own & mask[self.place]).sum()) >= AGREEMENT * (int(own.sum()) + int(mask.sum()))
 
     def _own(self) -> np.ndarray:
-        count = int(np.prod(self.shape))
-        return np.unpackbits(self.bits, count=count).reshape(self.shape).astype(bool)
+        bits = np.frombuffer(zlib.decompress(self.packed), np.uint8)
+        return np.unpackbits(bits, count=int(np.prod(self.shape))).reshape(self.shape).astype(bool)
 
 
 class SegmentedObject:
@@ -114,15 +116,26 @@ class SegmentedObject:
         index: id of the class; none for a foreground without one.
         settings: how answers are made.
         executor: runs what is computed.
+        history: bytes that are kept to take back at once what was said.
+        log: keeps an answer now and then, or none.
     """
 
-    def __init__(self, study: Study, index: int | None, settings: AnswerSettings | None, executor: Executor) -> None:
+    def __init__(
+        self,
+        study: Study,
+        index: int | None,
+        settings: AnswerSettings | None,
+        executor: Executor,
+        history: int,
+        log: SessionLog | None = None,
+    ) -> None:
         self.study = study
         self.index = index
         self.decided = True  # whether what was said showed the class
         self.settings = settings or AnswerSettings()
         self.executor = executor
-        self.session = InteractiveSession(ObjectSegmenter(study, index), self.settings, "nothing")
+        self.log = log
+        self.session = InteractiveSession(ObjectSegmenter(study, index), self.settings, "nothing", history)
         self.session.open(None)
         self.interactions: list[int] = []  # prompts of each
         self._todo: deque[UserPrompt] = deque()  # not in the session yet; the first one is being answered
@@ -146,6 +159,20 @@ class SegmentedObject:
         with self._lock:
             self._todo.extend(prompts)
         self._ahead.extend(prompts)
+
+    def restore(self, groups: Sequence[Sequence[UserPrompt]], known: tuple[int, Tensor, np.ndarray]) -> None:
+        """Go on where an earlier session was.
+
+        Args:
+            groups: all that was said, oldest first.
+            known: how many of these prompts have an answer, its logits and its mask.
+        """
+        said = [prompt for own in groups for prompt in own]
+        count, logits, mask = known
+        self.session.restore(said[:count], logits, mask)
+        self.interactions = [len(own) for own in groups]
+        self._preview, self._ahead, self._shown = self._look_ahead(), said[count:], 0
+        self._todo.extend(said[count:])
 
     def said(self) -> list[UserPrompt]:
         """All prompts, oldest first."""
@@ -273,6 +300,15 @@ class SegmentedObject:
                 self._todo.popleft()
             else:  # taken back in the meantime
                 self.session.undo()
+            answered = not self._todo
+        if answered and self.log is not None and self.log.wants_answer:
+            self._keep_answer(self.log)
+
+    def _keep_answer(self, log: SessionLog) -> None:
+        prompts, logits = self.session.prompts(), self.session.logits()
+        if prompts and logits is not None:
+            about = hash_said(self.index, [_entry(prompt) for prompt in prompts])
+            log.write_answer(about, len(prompts), logits, self.session.mask())
 
 
 class Work:
@@ -283,6 +319,7 @@ class Work:
         executor: computes answers.
         settings: how they are made.
         patience: seconds after which a first answer comes from the clicked slab alone.
+        memory: most bytes of what was said of an object, and as many to take it back at once.
     """
 
     def __init__(
@@ -291,11 +328,13 @@ class Work:
         executor: Executor,
         settings: AnswerSettings | None = None,
         patience: float = 1.0,
+        memory: int = 2**28,
     ) -> None:
         self.open_study = open_study
         self.executor = executor
         self.settings = settings
         self.patience = patience
+        self.memory = memory
         self.autozoom = True
         self._log: SessionLog | None = None
         self._opening: Future[Study] | None = None
@@ -397,13 +436,13 @@ class Work:
             self._object.stop()
         self._object, self._shown, self._queued = None, None, []
 
-    def add(self, kind: str, runs: bool, **said: Any) -> Answer:
+    def add(self, kind: str, runs: bool, **given: Any) -> Answer:
         """Something that the user says of the object.
 
         Args:
             kind: ``point``, ``box``, ``scribble``, ``lasso`` or ``mask``.
             runs: whether it is answered; else it waits for the next one that is, or for :meth:`predict`.
-            said: of that kind, see the methods that read it.
+            given: of that kind, see the methods that read it.
 
         Raises:
             RequestError: when no image is open, or what was said can't be used; nothing changes then.
@@ -412,13 +451,20 @@ class Work:
         self._resume()
         mask: np.ndarray | None = None
         if kind == "mask":
-            mask = self._read_mask(study, said["mask"], None)
+            mask = self._read_mask(study, given["mask"], None)
             prompts = [_prompt("mask", np.empty((0, study.grids.dims)), mask=mask)]
         else:
-            prompts = getattr(self, f"_read_{kind}")(study, **said)
+            prompts = getattr(self, f"_read_{kind}")(study, **given)
         count = len(self._queued) + (0 if self._object is None else len(self._object.interactions))
         if count >= MAX_INTERACTIONS:
             raise RequestError(f"There are {MAX_INTERACTIONS} interactions already. Begin another object.", 409)
+        said = [] if self._object is None else self._object.said()
+        if sum(map(_bytes, [*said, *(prompt for _, own, _ in self._queued for prompt in own), *prompts])) > self.memory:
+            raise RequestError(
+                f"What was said of this object takes more than the {self.memory >> 20} MiB that the server has for a "
+                "client. Begin another object.",
+                413,
+            )
         self._check_taken(study, prompts)
         if mask is not None:  # clients show it at once
             self._reopen(mask)
@@ -459,13 +505,12 @@ class Work:
         known = self._object
         counts = ([] if known is None else list(known.interactions)) + [len(said) for _, said, _ in self._queued]
         prompts = ([] if known is None else known.said()) + [prompt for _, said, _ in self._queued for prompt in said]
-        entries = [prompt_to_json(prompt, [FOREGROUND], prompt.positions) for prompt in prompts]
-        for entry in entries:
-            entry.pop("world", None)
+        entries = [_entry(prompt) for prompt in prompts]
         self._log.write(
             {
                 "class": None if known is None else known.index,
                 "decided": known is not None and known.decided,
+                "answered": None if known is None else len(known.interactions),
                 "interactions": counts,
                 "prompts": entries,
                 "finished": [part.to_json() for part in self._finished],
@@ -487,6 +532,9 @@ class Work:
             counts, index, decided = [int(n) for n in saved["interactions"]], saved["class"], bool(saved["decided"])
             if sum(counts) != len(said) or min(counts, default=1) < 1 or len(counts) > MAX_INTERACTIONS:
                 raise ValueError("interactions and prompts do not agree")
+            answered = len(counts) if decided else saved.get("answered")
+            if answered is not None and answered not in range(len(counts) + 1):
+                raise ValueError("more is answered than was said")
             if index is not None and index not in range(len(study.segmenter.classes)):
                 raise ValueError("its class is unknown")
         except (KeyError, TypeError, ValueError, zlib.error) as error:
@@ -496,11 +544,18 @@ class Work:
         if not counts:
             return
         groups = [[said.popleft() for _ in range(count)] for count in counts]
-        if not decided:  # the first thing said that shows the class chooses it, as it would have
-            self._queued = [(own[0].kind, own, own[0].mask) for own in groups]
+        # the first thing said that shows the class chooses it, as it would have
+        self._queued = [(own[0].kind, own, own[0].mask) for own in groups[answered or 0 :]]
+        if answered is None:
             return
-        self._object = SegmentedObject(study, index, self.settings, self.executor)
-        for own in groups:
+        self._object = SegmentedObject(study, index, self.settings, self.executor, self.memory, self._log)
+        self._object.decided = decided
+        entries = saved["prompts"][: sum(counts[:answered])]
+        known = None if self._log is None else self._log.read_answer(index, entries, shape)
+        if known is not None and tuple(known[1].shape) == tuple(study.grids.shape):
+            self._object.restore(groups[:answered], known)
+            return
+        for own in groups[:answered]:
             self._object.add(own)
 
     def _current(self) -> np.ndarray:
@@ -537,7 +592,7 @@ class Work:
         if known is not None and known.index == index:
             known.decided = decided
             return known
-        out = SegmentedObject(study, index, self.settings, self.executor)
+        out = SegmentedObject(study, index, self.settings, self.executor, self.memory, self._log)
         out.decided = decided
         if known is not None:  # what was said before what showed the class
             known.stop()
@@ -612,7 +667,14 @@ class Work:
         return [_prompt("point", study.to_file(place), label)]
 
     def _read_scribble(self, study: Study, mask: np.ndarray, box: Any, label: int) -> list[UserPrompt]:
-        voxels = np.argwhere(self._read_mask(study, mask, box))
+        drawn = self._read_mask(study, mask, box)
+        if int(np.count_nonzero(drawn)) > MAX_MARKED:
+            raise RequestError(
+                f"scribble: it marks more than {MAX_MARKED} voxels. Draw less at once, or give a mask to start from "
+                "(initial segmentation).",
+                413,
+            )
+        voxels = np.argwhere(drawn)
         if not len(voxels):
             raise RequestError("scribble: nothing is drawn.")
         return [_prompt("scribble", voxels.astype(np.float64), label)]
@@ -722,6 +784,18 @@ def _rectangle(first: np.ndarray, last: np.ndarray) -> np.ndarray:
 
 def _prompt(kind: str, positions: np.ndarray, label: int = 1, mask: np.ndarray | None = None) -> UserPrompt:
     return UserPrompt(kind, 0, 0, time.time(), np.asarray(positions, dtype=np.float64), label=label, mask=mask)
+
+
+def _entry(prompt: UserPrompt) -> dict[str, Any]:
+    """A prompt as it stands in a log."""
+    out = prompt_to_json(prompt, [FOREGROUND], prompt.positions)
+    out.pop("world", None)
+    return out
+
+
+def _bytes(prompt: UserPrompt) -> int:
+    """Memory that a prompt takes."""
+    return prompt.positions.nbytes + (0 if prompt.mask is None else prompt.mask.nbytes)
 
 
 def _middle(prompt: UserPrompt) -> np.ndarray | None:

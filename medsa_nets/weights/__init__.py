@@ -13,6 +13,7 @@ from medsa_nets.weights.adapters import check_adapter, describe_adapter, is_adap
 from medsa_nets.weights.bases import BASES, Base, get_base
 from medsa_nets.weights.files import WEIGHTS_DIR_VARIABLE, check_sha256, fetch, find_base_file, weights_dir
 from medsa_nets.weights.formats import from_hugging_face, read_base_file, read_state
+from medsa_nets.weights.hub import find_file
 from medsa_nets.weights.loading import guess_base, load_base
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "describe_file",
     "fetch",
     "find_base_file",
+    "find_file",
     "from_hugging_face",
     "get_base",
     "guess_base",
@@ -37,9 +39,13 @@ __all__ = [
 def describe_file(path: str | Path) -> str:
     """What a file is: an adapter, the published file of a base, or one that fits a base.
 
+    Args:
+        path: as :func:`~medsa_nets.weights.hub.find_file` takes it.
+
     Raises:
         WeightsError: when it is none of these.
     """
+    path = find_file(path)
     state = read_state(path, "an adapter or the weights of a base model")
     digest = file_sha256(path)
     if is_adapter(state):

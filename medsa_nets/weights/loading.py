@@ -17,6 +17,7 @@ from medsa_nets.networks import MedSA
 from medsa_nets.weights.bases import BASES, Base
 from medsa_nets.weights.files import find_base_file
 from medsa_nets.weights.formats import read_base_file
+from medsa_nets.weights.hub import find_file
 
 
 def load_base(network: MedSA, base: Base, path: str | Path | None = None) -> str:
@@ -25,7 +26,8 @@ def load_base(network: MedSA, base: Base, path: str | Path | None = None) -> str
     Args:
         network: the network, built on the same kind of base.
         base: the base.
-        path: its file; none finds it (:func:`~medsa_nets.weights.files.find_base_file`).
+        path: its file, a folder of it, or its id on a hub (:func:`~medsa_nets.weights.hub.find_file`); none finds it
+            (:func:`~medsa_nets.weights.files.find_base_file`).
 
     Returns:
         Fingerprint of the weights (:func:`~medsa_nets.checksums.state_sha256`, before interpolation).
@@ -33,7 +35,7 @@ def load_base(network: MedSA, base: Base, path: str | Path | None = None) -> str
     Raises:
         WeightsError: when parameters are missing, left over, or of another shape.
     """
-    file = Path(path) if path else find_base_file(base)
+    file = find_file(path) if path else find_base_file(base)
     state = read_base_file(file)
     expected = network.base_state_dict()
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())

@@ -21,10 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import published_code
 from conftest import randomise_weights
+from networks.test_efficient_sam import as_published
 
 from medsa_nets import build_medsa
 from medsa_nets.exchange import read_published
 from medsa_nets.measurements import machine
+from medsa_nets.networks.identity import decode_task
 
 
 def main() -> None:
@@ -35,12 +37,16 @@ def main() -> None:
     logging.disable(logging.WARNING)
     size = options.image_size
     print(f"{machine()}; single precision, {size} x {size}")
-    for net, base in (("sam", "vit_b"), ("mobile_sam", "mobile_sam")):
+    for net, base, mods in (
+        ("sam", "vit_b", ("sam_adpt", "sam_lora")),
+        ("mobile_sam", "mobile_sam", ("sam_adpt", "sam_lora", "sam_adalora")),
+        ("efficient_sam", "efficient_sam_vitt", ("sam_adpt", "sam_lora", "sam_adalora")),
+    ):
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "base.pth"
             bare = randomise_weights(build_medsa(base, pretrained=False, adaptation="none"))
-            torch.save(bare.base_state_dict(), weights)
-            for mod in ("sam_adpt", "sam_lora"):
+            torch.save(as_published(bare) if net == "efficient_sam" else bare.base_state_dict(), weights)
+            for mod in mods:
                 theirs = published_code.build(options.code, net, mod, size)
                 saved = published_code.as_trained(theirs, torch.load(weights, weights_only=True))
                 torch.save(saved, Path(folder) / "best_dice_checkpoint.pth")
@@ -50,7 +56,10 @@ def main() -> None:
                 click = torch.tensor([[[0.6 * size, 0.3 * size]]])
                 expected = published_code.segment(theirs, photograph, click, torch.ones(1, 1))
                 with torch.no_grad():
-                    found = ours.eval()(photograph, point_coords=click.flip(-1)[None], point_labels=torch.ones(1, 1, 1))
+                    white = decode_task(ours.task)["intensity"]["b_max"]
+                    found = ours.eval()(
+                        white * photograph, point_coords=click.flip(-1)[None], point_labels=torch.ones(1, 1, 1)
+                    )
                 difference = float((found - expected).abs().max())
                 print(f"-net {net} -mod {mod}: largest logit {float(expected.abs().max()):.1f}, "
                       f"largest difference {difference:.1e}")  # fmt: skip

@@ -4,17 +4,19 @@
         --limit 36 --variants default,network --output_dir results
 
 Each variant corrects the same images (the validation split of the bundle's ``train.yaml``) by clicks at the centre of
-the largest error of its own masks, from the automatic mask and from nothing. ``--starts`` takes masks of another
-tool, made from the truth, as well (eroded, dilated, shifted, leaked, other), and ``--users`` other users. Lesions are
-measured at the size of their files, hippocampi on their own grid, both parts as sessions of their own. The surface
-Dice has a tolerance of 2 mm (lesions: 2 pixels). Measured sessions are kept in ``sessions.json`` and not repeated;
-``sessions.md`` holds the table.
+the largest error of its own masks, from the automatic mask and from nothing. ``--starts`` takes masks of another tool,
+made from the truth, as well (eroded, dilated, shifted, leaked, other), and ``--users`` other users. Variants of
+``peers.py`` (boxes, feedback, oracle, walker) are other means of the same user: ``boxes`` is one answer without clicks,
+and ``walker`` needs scikit-image. Lesions are measured at the size of their files, hippocampi on their own grid, both
+parts as sessions of their own. The surface Dice has a tolerance of 2 mm (lesions: 2 pixels). Measured sessions are kept
+in ``sessions.json`` and not repeated; ``sessions.md`` holds the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -24,12 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 from monai.transforms import LoadImage
+from peers import PEERS
 
 from medsa_nets.data import PhotographReader, load_datalist, load_volume_datalist, read_volume, stable_seed
 from medsa_nets.interaction.answers import AnswerSettings
 from medsa_nets.interaction.evaluation import run_simulated
 from medsa_nets.interaction.metrics import STEPS, SessionCurve, summarise
-from medsa_nets.interaction.session import InteractiveSession
+from medsa_nets.interaction.session import STARTS, InteractiveSession
 from medsa_nets.interaction.users import SimulatedUser
 from medsa_nets.prompts.observations import Kernel
 from medsa_nets.training.sessions import SPOILT, spoil
@@ -45,7 +48,11 @@ USERS = {"centre": {}, "uniform": {"centre": 0, "uniform": 1}, "border": {"centr
 
 
 def variant(text: str) -> AnswerSettings:
-    """``default``, or settings as ``rule=free:reach=4:length=3:contrast=0.15:network=first:interpolate=0``."""
+    """``default``, or settings as ``rule=free:reach=4:length=3:contrast=0.15:network=first:interpolate=0``.
+
+    ``refinement=`` goes without what clicks were learned to mean; ``refinement=:network=first`` asks the network no
+    more once there is a mask, so that clicks are interpolated (kriging) and nothing else.
+    """
     values: dict[str, Any] = {}
     kernel: dict[str, float] = {}
     for part in [] if text == "default" else text.split(":"):
@@ -89,7 +96,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=36, help="images of each kind")
     parser.add_argument("--skip", type=int, default=0, help="images to leave out: those of a smaller limit")
     parser.add_argument("--clicks", type=int, default=10)
-    parser.add_argument("--variants", default="default", help="settings, separated by commas; see variant()")
+    parser.add_argument(
+        "--variants", default="default", help=f"settings, separated by commas; see variant(). Or {', '.join(PEERS)}"
+    )
+    parser.add_argument("--peer_base", default="lite_medsam", help="the base of boxes and feedback")
     parser.add_argument("--starts", default="automatic,nothing", help=", ".join(["automatic", "nothing", *SPOILT]))
     parser.add_argument("--users", default="centre", help=", ".join(USERS))
     parser.add_argument("--checkpoint", help="another adapter")
@@ -106,29 +116,34 @@ def main() -> None:
         config = {"checkpoint": options.checkpoint} if options.checkpoint else {}
         first = InteractiveSession.from_bundle(BUNDLES / bundle, overlays, config=config)
         for path, targets, spacing in items(kind, folder, options.limit, options.skip):
-            for start in options.starts.split(","):
-                for text in options.variants.split(","):
-                    session = InteractiveSession(
-                        first.segmenter, variant(text), "automatic" if start in SPOILT else start
-                    )
-                    opened = False
-                    for place in options.users.split(","):
-                        for name, target in targets:
-                            key = " | ".join([kind, start, text, place, Path(path).name, name or ""])
-                            if key in report or not target.any():
-                                continue
-                            if not opened:
-                                session.open(path)
-                                opened = True
-                            random = np.random.default_rng(stable_seed(0, Path(path).name, name or ""))
-                            wrong = spoil(target, random, start) if start in SPOILT else None
-                            began = time.perf_counter()
-                            curve = run_simulated(
-                                session, target, name, SimulatedUser(**USERS[place]), random, options.clicks, spacing,
-                                start_from=wrong,
-                            )  # fmt: skip
-                            seconds = (time.perf_counter() - began) / max(1, len(curve.obeyed))
-                            report[key] = {**dataclasses.asdict(curve), "seconds": [seconds]}
+            for start, text in itertools.product(options.starts.split(","), options.variants.split(",")):
+                start = "truth" if text == "boxes" else start  # the box's: once, whatever else starts from
+                own = InteractiveSession(
+                    first.segmenter,
+                    AnswerSettings() if text in PEERS else variant(text),
+                    start if start in STARTS else "automatic",
+                )
+                session: Any = PEERS[text](own, options.peer_base) if text in PEERS else own
+                opened = False
+                for place in options.users.split(","):
+                    for name, target in targets:
+                        key = " | ".join([kind, start, text, place, Path(path).name, name or ""])
+                        if key in report or not target.any():
+                            continue
+                        if not opened:
+                            session.open(path)
+                            opened = True
+                        random = np.random.default_rng(stable_seed(0, Path(path).name, name or ""))
+                        wrong = spoil(target, random, start) if start in SPOILT else None
+                        began = time.perf_counter()
+                        if text in ("boxes", "oracle"):
+                            session.show(target, random)
+                        curve = run_simulated(
+                            session, target, name, SimulatedUser(**USERS[place]), random,
+                            0 if text == "boxes" else options.clicks, spacing, start_from=wrong,
+                        )  # fmt: skip
+                        seconds = (time.perf_counter() - began) / max(1, len(curve.obeyed))
+                        report[key] = {**dataclasses.asdict(curve), "seconds": [seconds]}
             state.write_text(json.dumps(report))
     write(report, root)
 
@@ -142,7 +157,8 @@ def write(report: dict[str, dict[str, list[float]]], root: Path) -> None:
         rows = [v for k, v in report.items() if k.rsplit(" | ", 2)[0] == group]
         curves = [SessionCurve(row["dice"], row["nsd"], row["obeyed"]) for row in rows]
         values = summarise(curves)
-        cells = [f"{values[name]:.3f}" for name in columns]
+        clicked = any(curve.obeyed for curve in curves)  # what takes no clicks has one figure
+        cells = [f"{values[name]:.3f}" if clicked or name == "dice_after_0" else "" for name in columns]
         lines.append(f"| {group.replace(' | ', ', ')} | {len(curves)} | " + " | ".join(cells) + " |")
     (root / "sessions.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -27,6 +27,8 @@ from medsa_nets.weights import BASES
 from medsa_nets.weights.__main__ import main
 
 from .. import published_code
+from ..narrow_bases import narrow
+from ..networks.test_efficient_sam import as_published
 
 TOLERANCE = 1e-4  # of logits around 10
 HEADS, GLOBAL = 2, (1,)  # of the ViT of these tests (tests/conftest.py)
@@ -56,16 +58,38 @@ def _lora(state, block, width, mlp, noise):
         state[f"{block}.mlp.{name}.lora_B"] = noise(shape[0], RANK)
 
 
+def _adalora(state, block, width, mlp, noise, projection):
+    """Of the whole fused layer, of both layers of the MLP, and of a TinyViT's projection."""
+    layers = {"attn.qkv": (3 * width, width), f"mlp.{mlp[0]}": (4 * width, width), f"mlp.{mlp[1]}": (width, 4 * width)}
+    if projection:
+        layers["attn.proj"] = (width, width)
+    for name, shape in layers.items():
+        state[f"{block}.{name}.lora_A"], state[f"{block}.{name}.lora_B"] = noise(RANK, shape[1]), noise(shape[0], RANK)
+        state[f"{block}.{name}.lora_E"] = noise(RANK, 1)
+        state[f"{block}.{name}.ranknum"] = torch.tensor([float(RANK)])
+
+
+def _adapt_block(state, kind, block, width, mlp, noise):
+    if kind.endswith("adapters"):
+        _adapters(state, block, width, noise)
+    elif kind.endswith("adalora"):
+        _adalora(state, block, width, mlp, noise, "mobile" in kind)
+    else:
+        _lora(state, block, width, mlp, noise)
+
+
 def checkpoint(base, kind, size, seed=0):
-    """What that code saves after a training on ``base``, a state dictionary under segment-anything's names."""
+    """What that code saves after a training on ``base``, a state dictionary as its file holds it."""
     noise = partial(_noise, generator=torch.Generator().manual_seed(seed))
-    mobile, lora = "mobile" in kind, kind.endswith("lora")
+    mobile, lora, efficient = "mobile" in kind, kind.endswith("lora"), "efficient" in kind
     state = {}
     for name, tensor in base.items():
         if name.startswith("mask_decoder."):
             tensor = noise(*tensor.shape, scale=3.0 if "hypernetworks" in name else 1.0)
             if not mobile:  # -net sam has a decoder with other names there
                 name = name.replace(".mlp.lin1.", ".mlp.layers.0.0.").replace(".mlp.lin2.", ".mlp.fc.")
+        elif efficient and ".mlp.fc" in name:  # that code does not find them, and leaves its own as they began
+            name, tensor = name.replace(".mlp.fc", ".mlp.lin"), noise(*tensor.shape)
         elif name.endswith(("running_mean", "running_var")):
             tensor = 1.1 * tensor
         elif name.endswith((".rel_pos_h", ".rel_pos_w")):
@@ -75,14 +99,14 @@ def checkpoint(base, kind, size, seed=0):
         state["image_encoder.norm_head.weight"] = torch.ones(STAGES[-1][0])
         for stage in (1, 2, 3):
             block, width = f"image_encoder.layers.{stage}.blocks.0", STAGES[stage][0]
-            _lora(state, block, width, ("fc1", "fc2"), noise) if lora else _adapters(state, block, width, noise)
+            _adapt_block(state, kind, block, width, ("fc1", "fc2"), noise)
     else:
         for i in range(2):
             block = f"image_encoder.blocks.{i}"
-            side = 14 if i not in GLOBAL else 64 if lora else size // 16
+            side = 14 if i not in GLOBAL and not efficient else 64 if lora else size // 16
             for table in ("rel_h", "rel_w"):
                 state[f"{block}.attn.{table}"] = torch.zeros(2 * side - 1, 16)
-            _lora(state, block, 32, ("lin1", "lin2"), noise) if lora else _adapters(state, block, 32, noise)
+            _adapt_block(state, kind, block, 32, ("lin1", "lin2"), noise)
     return {"epoch": 3, "model": "mobile_sam" if mobile else "sam", "state_dict": state, "best_tol": 0.0,
             "optimizer": {"state": {}, "param_groups": []}, "path_helper": {"prefix": "logs/run"}}  # fmt: skip
 
@@ -94,6 +118,8 @@ def _linear(s, name, x):
         return y
     a, b = s[f"{name}.lora_A"], s[f"{name}.lora_B"]
     rank = b.shape[1]
+    if f"{name}.lora_E" in s:
+        return y + x @ (a * s[f"{name}.lora_E"]).T @ b.T / (s[f"{name}.ranknum"] + 1e-5)
     if a.shape[0] == rank:
         return y + (x @ a.T @ b.T) / rank
     third = b.shape[0] // 2
@@ -165,6 +191,24 @@ def plain_vit(s, x):
     return _neck(s, x.permute(0, 3, 1, 2))
 
 
+def plain_efficient_vit(s, x):
+    x = F.conv2d(x, s["image_encoder.patch_embed.proj.weight"], s["image_encoder.patch_embed.proj.bias"], stride=16)
+    table = s["image_encoder.pos_embed"][:, 1:]  # without that of the class token
+    table = table.transpose(1, 2).unflatten(2, (math.isqrt(table.shape[1]), -1))
+    x = (x + F.interpolate(table, size=x.shape[2:], mode="bicubic", align_corners=False)).permute(0, 2, 3, 1)
+    for i in range(2):
+        name = f"image_encoder.blocks.{i}"
+        qkv = _linear(s, f"{name}.attn.qkv", _norm(s, f"{name}.norm1", x)).flatten(1, 2).unflatten(2, (3, HEADS, -1))
+        attended = _softmax(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).reshape(x.shape)
+        attended = _linear(s, f"{name}.attn.proj", attended)
+        adapters = f"{name}.Space_Adapter.D_fc1.weight" in s
+        x = x + attended + (_adapt(s, f"{name}.Space_Adapter", attended) if adapters else 0.0)
+        normed = _norm(s, f"{name}.norm2", x)
+        x = x + _linear(s, f"{name}.mlp.lin2", F.gelu(_linear(s, f"{name}.mlp.lin1", normed)))
+        x = x + 0.5 * _adapt(s, f"{name}.MLP_Adapter", normed) if adapters else x
+    return _neck(s, x.permute(0, 3, 1, 2))
+
+
 def plain_tiny_vit(s, x):
     name = "image_encoder.patch_embed.seq"
     x = _conv(s, f"{name}.2", F.gelu(_conv(s, f"{name}.0", x, 2)), 2)
@@ -220,15 +264,23 @@ def plain_decoder(s, embedding, coords, labels, size):
         angles = 2 * math.pi * ((2 * xy - 1) @ matrix)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
-    side = embedding.shape[2]
+    side, efficient = embedding.shape[2], "prompt_encoder.invalid_points.weight" in s
+    act = F.gelu if efficient else F.relu
     y, x = torch.meshgrid(*[(torch.arange(side) + 0.5) / side] * 2, indexing="ij")
     image_pe = place(torch.stack([x, y], dim=-1)).flatten(0, 1).unsqueeze(0)
-    kinds = torch.stack([s[f"prompt_encoder.point_embeddings.{label}.weight"][0] for label in labels[0].tolist()])
-    points = torch.cat(
-        [place((coords + 0.5) / size) + kinds, s["prompt_encoder.not_a_point_embed.weight"][None]], dim=1
-    )
+    if efficient:  # points as at 1024 x 1024, and six places
+        points = place((1024 / size * coords + 0.5) / size)
+        points = points + (labels == 1).unsqueeze(-1) * s["prompt_encoder.point_embeddings.weight"]
+        nowhere = place(torch.full((1, 6 - coords.shape[1], 2), -0.5 / size))
+        points = torch.cat([points, nowhere + s["prompt_encoder.invalid_points.weight"]], dim=1)
+    else:
+        kinds = torch.stack([s[f"prompt_encoder.point_embeddings.{label}.weight"][0] for label in labels[0].tolist()])
+        points = torch.cat(
+            [place((coords + 0.5) / size) + kinds, s["prompt_encoder.not_a_point_embed.weight"][None]], dim=1
+        )
     prompt = torch.cat([s["mask_decoder.iou_token.weight"], s["mask_decoder.mask_tokens.weight"], points[0]])[None]
-    keys = (embedding + s["prompt_encoder.no_mask_embed.weight"][0].reshape(1, -1, 1, 1)).flatten(2).transpose(1, 2)
+    no_mask = 0.0 if efficient else s["prompt_encoder.no_mask_embed.weight"][0].reshape(1, -1, 1, 1)
+    keys = (embedding + no_mask).flatten(2).transpose(1, 2)
     queries, of_sam = prompt, "mask_decoder.transformer.layers.0.mlp.fc.weight" in s
     for i in range(2):
         name = f"mask_decoder.transformer.layers.{i}"
@@ -243,7 +295,7 @@ def plain_decoder(s, embedding, coords, labels, size):
         attended = _cross(s, f"{name}.cross_attn_token_to_image", queries + prompt, keys + image_pe, keys)
         queries = _norm(s, f"{name}.norm2", queries + attended)
         first, second = ("layers.0.0", "fc") if of_sam else ("lin1", "lin2")
-        hidden = F.relu(_linear(s, f"{name}.mlp.{first}", queries))
+        hidden = act(_linear(s, f"{name}.mlp.{first}", queries))
         queries = _norm(s, f"{name}.norm3", queries + _linear(s, f"{name}.mlp.{second}", hidden))
         attended = _cross(s, f"{name}.cross_attn_image_to_token", keys + image_pe, queries + prompt, queries)
         keys = _norm(s, f"{name}.norm4", keys + attended)
@@ -251,22 +303,31 @@ def plain_decoder(s, embedding, coords, labels, size):
     attended = _cross(s, f"{name}.final_attn_token_to_image", queries + prompt, keys + image_pe, keys)
     queries = _norm(s, f"{name}.norm_final_attn", queries + attended)
     up = keys.transpose(1, 2).reshape(1, -1, side, side)
-    for i, norm in ((0, True), (3, False)):
-        name = "mask_decoder.output_upscaling"
-        up = F.conv_transpose2d(up, s[f"{name}.{i}.weight"], s[f"{name}.{i}.bias"], stride=2)
-        up = F.gelu(_norm_map(s, f"{name}.1", up) if norm else up)
+    name = "mask_decoder.output_upscaling"
+    layers, norm, last = (f"{name}.0", f"{name}.3"), f"{name}.1", ("layers.0", "layers.1", "layers.2")
+    if efficient:
+        name = "mask_decoder.final_output_upscaling_layers"
+        layers, norm, last = (f"{name}.0.0", f"{name}.1.0"), f"{name}.0.1", ("layers.0.0", "layers.1.0", "fc")
+    for i, layer in enumerate(layers):
+        up = F.conv_transpose2d(up, s[f"{layer}.weight"], s[f"{layer}.bias"], stride=2)
+        if i == 0:  # EfficientSAM's norm is over the whole map
+            own = (s[f"{norm}.weight"], s[f"{norm}.bias"])
+            up = F.group_norm(up, 1, *own) if efficient else _norm_map(s, norm, up)
+        up = F.gelu(up)
     weights = queries[:, 1]
-    for i in range(3):
-        weights = _linear(s, f"mask_decoder.output_hypernetworks_mlps.0.layers.{i}", weights)
-        weights = F.relu(weights) if i < 2 else weights
+    for i, layer in enumerate(last):
+        weights = _linear(s, f"mask_decoder.output_hypernetworks_mlps.0.{layer}", weights)
+        weights = act(weights) if i < 2 else weights
     logits = torch.einsum("bc,bchw->bhw", weights, up).unsqueeze(1)
     return F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
 
 
 def plain(state, photograph, coords, labels):
     """Logits of a photograph in [0, 1] (1, 3, H, W), which that code's data sets multiply by 255."""
-    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in published_code.SAM_PIXELS)
-    encode = plain_vit if "image_encoder.pos_embed" in state else plain_tiny_vit
+    pixels, encode = published_code.SAM_PIXELS, plain_vit if "image_encoder.pos_embed" in state else plain_tiny_vit
+    if "prompt_encoder.invalid_points.weight" in state:  # whose statistics are those of [0, 1]
+        pixels, encode = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), plain_efficient_vit
+    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in pixels)
     embedding = encode(state, (255 * photograph - mean) / std)
     return plain_decoder(state, embedding, coords, labels, photograph.shape[2])
 
@@ -280,6 +341,11 @@ def photograph(size):
     return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(3))
 
 
+def seen(network, size):
+    """The photograph as the adapter's task says that the network sees it."""
+    return decode_task(network.task)["intensity"]["b_max"] * photograph(size)
+
+
 @pytest.fixture
 def bases(monkeypatch, tiny_base, make_sam, randomise, tmp_path):
     """A small base of either kind by name: its settings, and its weights under segment-anything's names."""
@@ -291,6 +357,11 @@ def bases(monkeypatch, tiny_base, make_sam, randomise, tmp_path):
     weights = {"tiny": make_sam(1024).state_dict()}
     weights["mobile"] = randomise(build_medsa("mobile", pretrained=False, adaptation="none")).base_state_dict()
     found = {}
+    plain = dataclasses.replace(narrow(BASES["efficient_sam_vitt"]), name="plain")
+    monkeypatch.setitem(BASES, "plain", plain)
+    weights["plain"] = as_published(
+        randomise(build_medsa("plain", pretrained=False, img_size=224, adaptation="none"), seed=1)
+    )
     for name, state in weights.items():
         state = {key: tensor.clone() for key, tensor in state.items() if not key.startswith("pixel_")}
         torch.save(state, tmp_path / f"{name}.pth")
@@ -303,11 +374,14 @@ def _tiny_vit(*, img_size, **settings):
 
 
 def _of(bases, kind):
-    return bases["mobile" if "mobile" in kind else "tiny"]
+    return bases["mobile" if "mobile" in kind else "plain" if "efficient" in kind else "tiny"]
 
 
-@pytest.mark.parametrize("kind", PUBLISHED)
-@pytest.mark.parametrize("size", [224, 64, 256])  # no padding (and, of a TinyViT, a map of one window), padding
+# of bases with windows: no padding (and, of a TinyViT, a map of one window), padding
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [(kind, size) for kind in PUBLISHED for size in (224, 64, 256) if "efficient" not in kind or size == 64],
+)
 def test_logits_are_those_of_a_computation_by_hand(bases, kind, size, tmp_path):
     settings, base = _of(bases, kind)
     saved = checkpoint(base, kind, size)
@@ -317,13 +391,14 @@ def test_logits_are_those_of_a_computation_by_hand(bases, kind, size, tmp_path):
     with torch.no_grad():
         expected = plain(saved["state_dict"], photograph(size), COORDS, LABELS)
         assert expected.abs().max() > 1.0
-        torch.testing.assert_close(network.eval()(photograph(size), **CLICKS), expected, atol=TOLERANCE, rtol=0)
+        found = network.eval()(seen(network, size), **CLICKS)
+        torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
 
 
 def _leave_out(network, name):
     for layer in network.modules():
         if hasattr(layer, name):
-            usual = {"relative": True, "norm_mlp_adapter": True, "activation": nn.ReLU()}
+            usual = {"relative": True, "norm_mlp_adapter": True, "activation": nn.ReLU(), "enlarged": 1.0, "eps": 1e-3}
             setattr(layer, name, usual.get(name, False))
 
 
@@ -333,6 +408,7 @@ def _leave_out(network, name):
         *(("published_adapters", one) for one in ("relative", "norm_padding", "embed_values", "activation")),
         *(("published_lora", one) for one in ("relative", "embed_values")),
         *(("published_mobile_adapters", one) for one in ("norm_mlp_adapter", "activation")),
+        *(("published_efficient_adapters", one) for one in ("enlarged", "eps", "activation")),
     ],
 )
 def test_each_kept_difference_changes_logits(bases, kind, difference, tmp_path):
@@ -342,7 +418,7 @@ def test_each_kept_difference_changes_logits(bases, kind, difference, tmp_path):
     network = read_published(tmp_path / "found.pth", **settings, image_size=64)[0].eval()
     _leave_out(network, difference)
     with torch.no_grad():
-        change = network(photograph(64), **CLICKS) - plain(saved["state_dict"], photograph(64), COORDS, LABELS)
+        change = network(seen(network, 64), **CLICKS) - plain(saved["state_dict"], photograph(64), COORDS, LABELS)
     assert change.abs().max() > 10 * TOLERANCE
 
 
@@ -356,16 +432,17 @@ def test_the_published_code_gives_the_same_logits(bases, kind, tmp_path):
     encoder = {"embed_dim": 32, "depth": 2, "num_heads": HEADS, "global_attn_indexes": GLOBAL}
     if mobile:
         encoder = {"embed_dims": [w for w, *_ in STAGES], "depths": [1] * 4, "num_heads": [h for _, h, _ in STAGES]}
-    mod = "sam_lora" if kind.endswith("lora") else "sam_adpt"
-    net = "mobile_sam" if mobile else "sam"
+    mod = {"adapters": "sam_adpt", "lora": "sam_lora", "adalora": "sam_adalora"}[kind.rpartition("_")[2]]
+    net = "mobile_sam" if mobile else "efficient_sam" if "efficient" in kind else "sam"
     with torch.random.fork_rng():
-        theirs = published_code.build(code, net, mod, 256, encoder, RANK if mod == "sam_lora" else None)
+        theirs = published_code.build(code, net, mod, 256, encoder, None if mod == "sam_adpt" else RANK)
     torch.save(published_code.as_trained(theirs, base), tmp_path / "best_dice_checkpoint.pth")
     network, _ = read_published(tmp_path / "best_dice_checkpoint.pth", **settings, image_size=256)
     expected = published_code.segment(theirs, photograph(256), COORDS, LABELS)
     assert expected.abs().max() > 1.0
     with torch.no_grad():
-        torch.testing.assert_close(network.eval()(photograph(256), **CLICKS), expected, atol=TOLERANCE, rtol=0)
+        found = network.eval()(seen(network, 256), **CLICKS)
+        torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("target", ["model.pt", "folder"])
@@ -380,7 +457,7 @@ def test_the_command_writes_an_adapter_that_is_read_back(bases, kind, target, ca
     network = from_pretrained(tmp_path / target, sam_checkpoint=settings["sam_checkpoint"]).eval()
     with torch.no_grad():
         expected = plain(saved["state_dict"], photograph(64), COORDS, LABELS)
-        torch.testing.assert_close(network(photograph(64), **CLICKS), expected, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(network(seen(network, 64), **CLICKS), expected, atol=TOLERANCE, rtol=0)
     with pytest.raises(SettingError):
         merge_adapter(network)
     with pytest.raises(WeightsError):
@@ -434,6 +511,8 @@ def _change(saved, what):
         saved["state_dict"] = {name: t for name, t in state.items() if "_Adapter." in name}
     elif what == "base":
         saved["state_dict"] = {name: t for name, t in state.items() if "_Adapter." not in name}
+    elif what == "efficientvit":
+        saved["state_dict"] = {name.replace(".blocks.", ".backbone.stages."): t for name, t in state.items()}
     elif what == "object":
         saved["path_helper"] = {"log_path": Path("logs")}
     elif what == "volumes":
@@ -456,7 +535,8 @@ def _change(saved, what):
         ("alone", {}, "holds what trained in the encoder alone"),
         ("base", {}, "no checkpoint with adapters or LoRA of the published"),
         ("object", {}, r"holds an object beside its tensors \(pathlib.*keep its tensors alone"),
-        ("volumes", {}, "was trained on volumes"),
+        ("volumes", {}, r"was trained on volumes .*attends along the list of all windows"),
+        ("efficientvit", {}, r"-encoder efficientvit_l2, which can't be imported: .*sees every image at 512 x 512"),
         ("", {"image_size": 32}, "was trained at --image_size 64, got 32"),
         ("", {"base": None}, "tokens of width 32, that of no base; pass --base"),
         ("", {"base": "nobody"}, "There is no base 'nobody'"),
@@ -496,6 +576,7 @@ def test_a_missing_or_damaged_file_is_one_line_and_writes_nothing(bases, content
     [
         ({"base": "mobile", "adaptation": "published_adapters"}, "goes with a ViT base"),
         ({"base": "tiny", "adaptation": "published_mobile_lora"}, "goes with a TinyViT base"),
+        ({"base": "tiny", "adaptation": "published_efficient_lora"}, "goes with an EfficientSAM base, not with 'tiny'"),
         ({"base": "medsam", "adaptation": "published_lora"}, "reads SAM's pixel statistics, not with 'medsam'"),
         ({"base": "tiny", "adaptation": "published_lora", "spatial_dims": 3}, "is for images"),
         ({"base": "tiny", "adaptation": "published_lora", "train_decoder": "frozen"}, "train_decoder must be whole"),

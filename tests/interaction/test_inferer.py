@@ -111,6 +111,35 @@ def test_clicks_are_taken_in_the_order_in_which_requests_brought_them(make: Any)
     assert torch.equal(again(with_user_prompts(image, [first, against, second])[None], NETWORK), found)
 
 
+def drawing(*voxels: tuple[int, int, int], label: int = 1) -> UserPrompt:
+    return UserPrompt("scribble", 0, 0, 0.0, np.array(voxels, dtype=float), label=label)
+
+
+def test_a_drawing_that_grows_is_a_new_scribble_and_one_that_shrinks_an_undo(make: Any, stand_in: type) -> None:
+    inferer, segmenter, image = make(True)
+    first, more = ((4, 5, 1), (4, 6, 1)), ((1, 1, 1), (4, 5, 1), (4, 6, 1))
+    against = drawing((2, 2, 3), label=0)
+    maps = [[drawing(*first)], [drawing(*more)], [drawing(*more), against]]  # as a label map lists them
+    masks = []
+    for count, said in enumerate(maps, start=1):
+        masks.append(inferer(with_user_prompts(image, said)[None], NETWORK))
+        assert segmenter.decoded == count
+    session = InteractiveSession(stand_in(volumes=True))
+    session.open(image)
+    for scribble in (drawing(*first), drawing((1, 1, 1)), against):
+        session.apply(scribble)
+    expected = session.logits(0)
+    assert expected is not None
+    assert torch.equal(masks[2][0, 0] > 0, expected > 0)
+    assert torch.equal(inferer(with_user_prompts(image, maps[1])[None], NETWORK), masks[1])
+    assert torch.equal(inferer(with_user_prompts(image, maps[0])[None], NETWORK), masks[0])
+    assert segmenter.decoded == 3  # what was erased was taken back
+    erased = [drawing((4, 5, 1)), drawing((4, 6, 1), label=0)]  # a part of the first stroke is something else now
+    fresh, _, _ = make(True)
+    found = inferer(with_user_prompts(image, erased)[None], NETWORK)
+    assert torch.equal(found, fresh(with_user_prompts(image, erased)[None], NETWORK))
+
+
 def test_two_users_of_an_image_do_not_see_each_other(make: Any) -> None:
     inferer, _, image = make(True)
     one, two = [click(4, 5, 1), click(2, 2, 3, label=0)], [click(4, 5, 1), click(7, 1, 2)]

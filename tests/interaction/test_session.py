@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -321,3 +322,35 @@ def test_reset_forgets_a_class_or_all(stand_in: Callable[..., Any]) -> None:
     assert [prompt.index for prompt in session.prompts()] == [2]
     session.reset()
     assert_same(snapshot(fresh), snapshot(session))
+
+
+@pytest.mark.parametrize("start", ["automatic", "nothing"])
+def test_undo_is_exact_where_the_history_is_short(segmenter: Any, start: str) -> None:
+    for seed in range(12):
+        random = np.random.default_rng(seed)
+        sessions = [begin(segmenter, seed, start=start, history=size) for size in (2**30, 0)]
+        for _ in range(8):
+            verb, arguments = draw(sessions[0], random)
+            for session in sessions:
+                with suppress(DataError):
+                    getattr(session, verb)(*arguments)
+        held = [step.held for state in sessions[1]._known.values() for step in state.steps]
+        assert held.count(True) <= 1
+        while sessions[0].prompts():
+            assert_same(*map(snapshot, sessions))
+            fork = sessions[1].fork()
+            for session in (*sessions, fork):
+                session.undo()
+            assert_same(snapshot(sessions[1]), snapshot(fork))
+        assert_same(*map(snapshot, sessions))
+
+
+def test_the_history_is_bounded(segmenter: Any) -> None:
+    session = begin(segmenter, history=3000)
+    random = np.random.default_rng(3)
+    for _ in range(12):
+        session.start_from(random.random(session.file_shape) > 0.5, 0)
+    steps = session._known[0].steps
+    assert sum(step.bytes for step in steps) <= max(3000, steps[-1].bytes)
+    assert not steps[0].held
+    assert steps[-1].held

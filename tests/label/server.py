@@ -120,9 +120,12 @@ class Server:
         log = Path(self.log.name).read_text(errors="replace")
         return sum(all(part in line for part in parts) for line in log.splitlines())
 
-    def infer(self, model: str, image: str, output: str = "image", **params: Any) -> requests.Response:
-        """A request as the viewers send it: parameters as JSON in a form field."""
-        return requests.post(f"{self.url}/infer/{model}", params={"image": image, "output": output},
+    def infer(
+        self, model: str, image: str, output: str = "image", drawn: Path | None = None, **params: Any
+    ) -> requests.Response:
+        """A request as the viewers send it: parameters as JSON in a form field, a label map of scribbles as a file."""
+        files = {} if drawn is None else {"label": (drawn.name, drawn.read_bytes())}
+        return requests.post(f"{self.url}/infer/{model}", params={"image": image, "output": output}, files=files,
                              data={"params": json.dumps({"device": "cpu", **params})}, timeout=600)  # fmt: skip
 
     def picture(self, model: str, image: str, **params: Any) -> np.ndarray:

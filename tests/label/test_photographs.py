@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import requests
@@ -81,7 +82,8 @@ def test_photographs_are_segmented_clicked_and_learned_from(own: Path, serve) ->
     server = serve(own)
     models = server.info["models"]
     assert models[LESION]["dimension"] == 2
-    assert set(models) == {LESION, AUTOMATIC}
+    scribbles = LESION.replace("_deepedit", "_scribbles")
+    assert set(models) == {LESION, AUTOMATIC, scribbles}
     for name in names(own):
         truth = truth_of(own, name)
         automatic = server.picture(AUTOMATIC, name) > 0
@@ -93,6 +95,12 @@ def test_photographs_are_segmented_clicked_and_learned_from(own: Path, serve) ->
     assert not clicked[3, 3]
     in_three = server.picture(LESION, name, foreground=[[column, row, 0]], background=[])  # DeepGrow's form, as OHIF's
     assert in_three[row, column] > 0
+    drawn = np.zeros((*truth.T.shape, 1), dtype=np.uint8)  # background 2 and foreground 3, as where nothing names them
+    drawn[column, row - 2 : row + 3], drawn[1:9, 3] = 2, 3
+    nib.save(nib.Nifti1Image(drawn, np.eye(4)), own / "label.nii.gz")
+    answered = server.picture(scribbles, name, drawn=own / "label.nii.gz").T > 0
+    assert not answered[drawn[..., 0] == 2].any()
+    assert answered[drawn[..., 0] == 3].all()
     outside = server.infer(LESION, name, "json", lesion=[[column, 99999]])
     assert "lies outside the image" in " ".join(outside.json()["messages"])
     save_labels(server, own, 1)

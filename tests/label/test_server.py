@@ -14,6 +14,7 @@ from .conftest import HIPPOCAMPUS, SIDES, UNSEEN
 from .server import Server
 
 pytestmark = pytest.mark.label
+SCRIBBLES = HIPPOCAMPUS.replace("_deepedit", "_scribbles")
 
 
 def click_in(truth: Path, value: int) -> list[int]:
@@ -28,7 +29,9 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_the_server_offers_the_bundle_with_clicks_and_training(server: Server) -> None:
     models = server.info["models"]
-    assert set(models) == {HIPPOCAMPUS, f"{HIPPOCAMPUS}_seg"}
+    assert set(models) == {HIPPOCAMPUS, f"{HIPPOCAMPUS}_seg", SCRIBBLES}
+    assert models[SCRIBBLES]["type"] == "scribbles"
+    assert models[SCRIBBLES]["labels"] == {"anterior": 1, "posterior": 2}
     assert models[HIPPOCAMPUS]["type"] == "deepedit"
     assert models[HIPPOCAMPUS]["labels"] == {"background": 0, "anterior": 1, "posterior": 2}
     assert models[f"{HIPPOCAMPUS}_seg"]["dimension"] == 3
@@ -61,6 +64,41 @@ def test_a_clicked_voxel_is_inside_the_mask(server: Server, studies: Path, side:
     values = np.asarray(mask.dataobj)
     changed = (values != automatic) & (values != value) & (automatic != value)
     assert not changed.any()
+
+
+@pytest.mark.parametrize("side", ["anisotropic", "LAS", "oblique"])
+def test_scribbles_as_slicer_sends_them_are_obeyed_and_taken_back(
+    server: Server, studies: Path, tmp_path: Path, side: str
+) -> None:
+    source = nib.load(studies / "studies" / f"{side}.nii.gz")
+    automatic = np.asarray(server.mask(f"{HIPPOCAMPUS}_seg", side).dataobj)
+    wrong = np.argwhere(automatic == 1)[:40]  # a part of the mask that the user takes for none of it
+    beside = np.argwhere(automatic == 0)[:3]
+    # all segments of the viewer in one map: its masks, and two layers that are drawn on
+    info = [{"name": name, "id": i + 1} for i, name in enumerate(
+        ["background", "anterior", "posterior", "background_scribbles", "foreground_scribbles"])]  # fmt: skip
+    shown = np.where(automatic == 1, 2, np.where(automatic == 2, 3, 0)).astype(np.uint8)
+
+    def answer(against: np.ndarray, of_it: np.ndarray) -> np.ndarray:
+        values = shown.copy()
+        values[tuple(against.T)], values[tuple(of_it.T)] = 4, 5
+        nib.save(nib.Nifti1Image(values, source.affine), tmp_path / "label.nii.gz")
+        params = {"label_info": info, "selected_label_name": "anterior", "roi": []}
+        mask = server.mask(SCRIBBLES, side, drawn=tmp_path / "label.nii.gz", **params)
+        assert mask.shape == source.shape
+        np.testing.assert_allclose(mask.affine, source.affine, atol=1e-3)
+        assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1}
+        return np.asarray(mask.dataobj) > 0
+
+    none = np.empty((0, 3), dtype=int)
+    one = answer(wrong, none)
+    assert not one[tuple(wrong.T)].any()
+    assert dice(one, automatic == 1) > 0.5  # the rest stays
+    both = answer(wrong, beside)
+    assert not both[tuple(wrong.T)].any()
+    assert both[tuple(beside.T)].all()
+    np.testing.assert_array_equal(answer(wrong, none), one)  # what was drawn last was erased
+    np.testing.assert_array_equal(answer(none, none), automatic == 1)
 
 
 def test_the_second_click_runs_the_decoder_alone(server: Server, studies: Path) -> None:

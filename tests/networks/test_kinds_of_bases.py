@@ -1,4 +1,4 @@
-"""Adapters at the identity, volumes, export, fast layers and less memory, for kinds of bases beside ViT and TinyViT.
+"""Volumes, export, fast layers and less memory, for kinds of bases beside ViT and TinyViT.
 
 These two have tests of their own (``test_medsa.py``, ``test_volume_medsa.py``, ``test_plain_form.py``).
 """
@@ -6,32 +6,25 @@ These two have tests of their own (``test_medsa.py``, ``test_volume_medsa.py``, 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
 
 from medsa_nets import build_medsa
 from medsa_nets.layers import fast
-from medsa_nets.networks import PlainViTEncoder
 from medsa_nets.weights import BASES
 
 from ..conftest import randomise_weights
+from ..narrow_bases import narrow
 
-# Of each kind, a base and a narrow encoder; what is made here is as that base is otherwise.
-KINDS = {
-    "efficientvit_sam_l0": partial(
-        BASES["efficientvit_sam_l0"].encoder, features=(8, 8, 16, 16, 32), head_features=16, neck_features=16
-    ),
-    "efficient_sam_vitt": partial(PlainViTEncoder, embed_dim=32, num_heads=2, depth=2),
-}
+KINDS = ("efficientvit_sam_l0", "efficient_sam_vitt")
 SIZE = 64
 POINTS = {"point_coords": torch.tensor([[[[30.0, 20.0], [4.0, 60.0]]]]), "point_labels": torch.tensor([[[1, 0]]])}
 
 
-@pytest.fixture(params=list(KINDS))
+@pytest.fixture(params=KINDS)
 def build(request, monkeypatch):
-    base = dataclasses.replace(BASES[request.param], name="narrow", encoder=KINDS[request.param])
+    base = dataclasses.replace(narrow(BASES[request.param]), name="narrow")
     monkeypatch.setitem(BASES, "narrow", base)
 
     def make(**settings):
@@ -55,26 +48,6 @@ def _trained(network, seed=2):
             tensor = network.get_parameter(name)
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
     return network
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"adaptation": "lora", "lora_targets": ("q", "k", "v", "mlp"), "train_decoder": "adapted"},
-        {"adaptation": "adalora"},
-    ],
-    ids=["adapters", "lora", "adalora"],
-)
-def test_a_fresh_adapted_network_equals_the_frozen_base_and_a_trained_one_does_not(build, settings):
-    frozen, adapted = build(adaptation="none"), build(**settings)
-    image = torch.rand(1, 3, SIZE, SIZE)
-    expected = frozen(image, **POINTS)
-    torch.testing.assert_close(adapted(image, **POINTS), expected, atol=1e-5, rtol=1e-5)
-    assert any(name.startswith("image_encoder.") for name in adapted.trained_names)
-    before = adapted.encode_image(image)
-    assert (_trained(adapted).encode_image(image) - before).abs().max() > 1e-3
 
 
 @torch.no_grad()

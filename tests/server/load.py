@@ -340,7 +340,9 @@ def run(
         The users, the server, and what its log complains of.
     """
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--sessions", str(Path(folder) / "sessions"), "--max_sessions", str(seats)]
+        options = ["--max_sessions", str(seats)]
+        for name in ("sessions", "embeddings"):
+            options += [f"--{name}", str(Path(folder) / name)]
         server = ServerProcess([*arguments, *options], Path(folder) / "log")
         try:
             users = [

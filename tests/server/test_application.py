@@ -163,7 +163,7 @@ def test_a_photograph_answers_before_it_is_encoded_in_all_positions(
         client.set_target_buffer(np.zeros(client.original_image_shape[1:], np.uint8))
     hurried.add_point_interaction([20, 10, 0], True)
     study = next(iter(server.leases._leases.values())).held._study()
-    assert [study.store.get((study.number, 0, turn)) is not None for turn in (0, 2)] == [True, False]
+    assert [study.store.get((study.key, 0, turn)) is not None for turn in (0, 2)] == [True, False]
     assert not study.encoded
     assert hurried.target_buffer[20, 10, 0]
     first = hurried.target_buffer.copy()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +16,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from medsa_nets.data.atomic import temporary_name
+from medsa_nets.interaction import session
+from medsa_nets.server import logs
 from medsa_nets.server.logs import SessionLogs, hash_image
 
 from .scenes import SPACING, make_photograph, make_volume, random_action
@@ -76,6 +82,78 @@ def test_a_client_of_a_killed_server_goes_on_where_it_was(request, kind, serve, 
     assert went_on
 
 
+@pytest.mark.parametrize("damage", [None, "cut", "changed"])
+def test_what_was_answered_before_is_not_answered_again(volumes, serve, connect, tmp_path, monkeypatch, damage, caplog):
+    monkeypatch.setattr(logs, "ANSWER_PAUSE", 0.0)
+    monkeypatch.setattr(logs, "ANSWER_RATE", math.inf)
+    answered: list[int] = []
+    make_answer = session.make_answer
+
+    def count(*arguments):
+        answered.append(1)
+        return make_answer(*arguments)
+
+    first = connect(serve(volumes, sessions=str(tmp_path))[0])
+    open_image(first, make_volume())
+    for place, label in (([9, 11, 8], True), ([3, 5, 6], True), ([10, 11, 8], False)):
+        first.add_point_interaction(place, label)
+    (path,) = tmp_path.glob("*.answer")
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-50])
+    elif damage == "changed":
+        tensors = load_file(path)
+        with safe_open(str(path), framework="pt") as opened:
+            facts = opened.metadata()
+        tensors["logits"].view(-1)[0] += 1.0
+        save_file(tensors, path, facts)
+    monkeypatch.setattr(session, "make_answer", count)
+    second = connect(serve(volumes, sessions=str(tmp_path))[0])
+    open_image(second, make_volume())
+    second._predict()
+    assert np.array_equal(second.target_buffer, first.target_buffer)
+    assert len(answered) == (3 if damage else 0)
+    assert bool(damage) == (path.name in caplog.text)
+    for _ in range(4):
+        second.add_point_interaction([12, 12, 12], True)
+        first.add_point_interaction([12, 12, 12], True)
+        assert np.array_equal(second.target_buffer, first.target_buffer)
+        for _ in range(2):
+            assert first.undo() == second.undo()
+            assert np.array_equal(second.target_buffer, first.target_buffer)
+
+
+def test_an_answer_to_something_else_is_left_alone(volumes, serve, connect, tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "ANSWER_PAUSE", 0.0)
+    kept = connect(serve(volumes, sessions=str(tmp_path))[0])
+    open_image(kept, make_volume())
+    kept.add_point_interaction([9, 11, 8], True)
+    kept.add_point_interaction([3, 5, 6], True)
+    (path,) = tmp_path.glob("*.answer")
+    content = path.read_bytes()
+    kept.undo()
+    kept.undo()
+    kept.add_point_interaction([12, 12, 12], False)  # of no class yet: it shows none
+    path.write_bytes(content)
+    other = connect(serve(volumes, sessions=str(tmp_path))[0])
+    open_image(other, make_volume())
+    other._predict()
+    assert np.array_equal(other.target_buffer, kept.target_buffer)
+    kept.add_point_interaction([9, 11, 8], True)
+    other.add_point_interaction([9, 11, 8], True)
+    assert np.array_equal(other.target_buffer, kept.target_buffer)
+
+
+def test_answers_are_bounded(tmp_path, monkeypatch):
+    for number in range(4):
+        (tmp_path / f"{number}.answer").write_bytes(bytes(100))
+        os.utime(tmp_path / f"{number}.answer", (time.time(), time.time() - 10 + number))
+    (tmp_path / "4.answer").write_bytes(bytes(100))
+    os.utime(tmp_path / "4.answer", (0, 0))
+    monkeypatch.setattr(logs, "MAX_ANSWERS", 250)
+    SessionLogs(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2.answer", "3.answer"]
+
+
 def test_a_lease_of_a_killed_server_is_over(volumes, serve, connect, tmp_path):
     client = connect(serve(volumes, sessions=str(tmp_path))[0])
     open_image(client, make_volume())
@@ -115,7 +193,7 @@ def test_a_client_that_ends_by_itself_leaves_nothing_unless_it_named_its_session
             client._predict()
         masks.append(client.target_buffer.copy())
         client.close()
-        assert len(list(tmp_path.iterdir())) == (0 if name == "" else 1)
+        assert {path.suffix for path in tmp_path.iterdir()} == (set() if name == "" else {".session", ".answer"})
     assert masks[1].any()
     assert np.array_equal(masks[1], masks[2])
 
@@ -124,7 +202,7 @@ def test_logs_hold_no_image_and_no_name(volumes, serve, connect, tmp_path):
     client = connect(serve(volumes, sessions=str(tmp_path))[0])
     open_image(client, make_volume(), session="John Doe")
     client.add_point_interaction([9, 11, 8], True)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.session")
     assert "John" not in path.name + path.read_text(encoding="utf-8")
     assert set(json.loads(path.read_text(encoding="utf-8"))["prompts"][0]) == {
         "kind", "class", "number", "time", "label", "voxels"
@@ -147,7 +225,7 @@ def test_a_damaged_log_begins_a_session_anew(volumes, serve, connect, tmp_path, 
     open_image(client, make_volume())
     client.add_point_interaction([9, 11, 8], True)
     expected = client.target_buffer.copy()
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.session")
     damaged = damage(path.read_text(encoding="utf-8"))
     assert damaged != path.read_text(encoding="utf-8")
     path.write_text(damaged, encoding="utf-8")

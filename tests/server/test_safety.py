@@ -13,6 +13,7 @@ import pytest
 
 from medsa_nets.interaction.segmenters import NetworkSegmenter
 from medsa_nets.server.arrays import pack_array
+from medsa_nets.server.work import MAX_MARKED
 
 from .scenes import make_volume
 
@@ -169,3 +170,26 @@ def test_failure_inside_tells_the_client_nothing(
     client.add_point_interaction([9, 9, 9], True)  # goes on from where it was
     assert client.undo()
     np.testing.assert_array_equal(client.target_buffer, shown)
+
+
+def test_what_is_said_of_an_object_is_bounded(
+    volumes: NetworkSegmenter, serve: Callable[..., Any], connect: Callable[..., Any]
+) -> None:
+    volume = np.tile(make_volume(), (1, 3, 3, 3))
+    size = volume[0].size
+    address, _ = serve(volumes, memory=3 * 2 * size, max_sessions=2)  # three masks, as large as the volume
+    client = connect(address)
+    client.set_image(volume, {"class": "anterior"})
+    client.set_target_buffer(np.zeros(volume.shape[1:], np.uint8))
+    mask = np.zeros(volume.shape[1:], np.uint8)
+    for number in range(3):
+        mask[number] = 1
+        client.add_initial_seg_interaction(mask, run_prediction=False)
+    with pytest.raises(httpx.HTTPStatusError, match="413") as error:
+        client.add_initial_seg_interaction(mask, run_prediction=False)
+    assert "Begin another object" in error.value.response.json()["detail"]
+    with pytest.raises(httpx.HTTPStatusError, match="413") as error:
+        client.add_scribble_interaction(np.ones(volume.shape[1:], np.uint8), True, run_prediction=False)
+    assert str(MAX_MARKED) in error.value.response.json()["detail"]
+    client.reset_interactions()
+    client.add_initial_seg_interaction(mask, run_prediction=False)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd, Spacingd
 
-from medsa_nets.prompts import Prompts, prompts_of, prompts_of_batch
+from medsa_nets.prompts import Prompts, prompts_of, prompts_of_batch, user_prompts_of
 from medsa_nets.transforms import PromptsToNetworkd, ReadClicksd
 
 CLASSES = ["Spleen", "left kidney", "liver"]
@@ -81,6 +85,8 @@ def test_without_clicks_there_is_no_prompt(request_: dict) -> None:
         ({"spleen": [[1, float("nan"), 1]]}, "is no click"),
         ({"foreground": [[1, 1, 1]]}, "label: expected the class that is clicked on, one of spleen"),
         ({"foreground": [[1, 1, 1]], "label": "heart"}, "label: 'heart' is unknown"),
+        ({"foreground": [[1, 1, 1]], "label": "h" * 5000}, "is unknown"),
+        ({"foreground": [[1, 1, 1]], "label": "h\0"}, "is unknown"),
         ({"background": [[1, 1, 1]]}, "label: expected the class that is clicked on"),
     ],
 )
@@ -116,3 +122,85 @@ def test_prompts_travel_with_the_image_to_the_inferer(signs: tuple[int, int, int
     assert batch[0, 0][tuple(place)] > 0.5 * batch.max()
     without = transforms({"image": source})["image"][None]
     assert prompts_of_batch(without) == [Prompts()]
+
+
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: np.ndarray, affine: np.ndarray) -> str:
+    """A label map that came with a request, in the folder for temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    nib.save(nib.Nifti1Image(values.astype(np.uint8), affine), tmp_path / "label.nii.gz")
+    return str(tmp_path / "label.nii.gz")
+
+
+def marks(data: dict) -> list[tuple[int, str, int, list[list[float]]]]:
+    said = user_prompts_of(data["image"])
+    return [(p.index, p.kind, p.label, sorted(p.positions.tolist())) for p in said]
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_label_map_of_scribbles_marks_voxels_of_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirrored: bool
+) -> None:
+    values, affine = np.zeros((20, 24, 9)), np.diag([2.0, 1.5, 3.0, 1.0])
+    values[4, 5, 6] = values[4, 6, 6] = 9
+    values[1, 2, 3] = 8
+    values[7] = 1  # a mask that the viewer shows
+    source = image(affine=affine)
+    if mirrored:  # the same places, written along an axis that runs the other way
+        values = values[::-1]
+        affine = affine @ np.array([[-1, 0, 0, 19], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    path = drawn(tmp_path, monkeypatch, values, affine)
+    info = [{"name": "liver", "id": 1}, {"name": "background_scribbles", "id": 8},
+            {"name": "foreground_scribbles", "id": 9}]  # fmt: skip
+    request_ = {"image": source, "label": path, "label_info": info, "selected_label_name": "Liver", "roi": []}
+    expected = [(2, "scribble", 1, [[4, 5, 6], [4, 6, 6]]), (2, "scribble", 0, [[1, 2, 3]])]
+    data = ReadClicksd(CLASSES)(request_)
+    assert marks(data) == expected
+    assert "result" not in data
+    boxed = ReadClicksd(CLASSES)({**request_, "roi": [0, 12, 2, 20, 30, 1]})
+    assert marks(boxed) == [(2, "box", 1, [[0, 2, 1], [12, 20, 8]]), *expected]
+
+
+def test_without_names_scribbles_have_the_values_after_the_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.zeros((20, 24, 9))
+    values[1, 1, 1], values[2, 2, 2], values[3, 3, 3] = 1, 2, 3
+    path = drawn(tmp_path, monkeypatch, values, np.eye(4))
+    data = ReadClicksd(["lesion"])({"image": image(), "label": path, "lesion": [[5, 5, 5]]})
+    expected = [(0, "point", 1, [[5, 5, 5]]), (0, "scribble", 1, [[3, 3, 3]]), (0, "scribble", 0, [[2, 2, 2]])]
+    assert marks(data) == expected
+    flat = drawn(tmp_path, monkeypatch, values[:, :, 2:4].sum(2, keepdims=True), np.eye(4))
+    photograph = MetaTensor(torch.zeros(3, 20, 24), affine=np.eye(4), meta={"original_affine": np.eye(4)})
+    data = ReadClicksd(["lesion"])({"image": photograph, "label": flat})
+    assert marks(data) == [(0, "scribble", 1, [[3, 3]]), (0, "scribble", 0, [[2, 2]])]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"selected_label_name": "heart"}, "selected_label_name: 'heart' is unknown; expected one of spleen"),
+        ({}, "selected_label_name: expected one of spleen"),
+        ({"selected_label_name": "liver", "shape": (10, 12, 9)}, "label: the scribbles (20 x 24 x 9 voxels) do not"),
+        ({"selected_label_name": "liver", "roi": [1, 2, 3]}, "roi: expected 6 voxel indices"),
+        ({"selected_label_name": "liver", "roi": [30, 40, 1, 2, 3, 4]}, "roi: [30, 40, 1, 2, 3, 4] lies outside"),
+    ],
+)
+def test_scribbles_that_cannot_be_used_are_said_in_the_reply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: dict, message: str
+) -> None:
+    values = np.zeros((20, 24, 9))
+    values[15, 15, 5] = 5
+    path = drawn(tmp_path, monkeypatch, values, np.eye(4))
+    source = image(request_.pop("shape", (20, 24, 9)))
+    data = ReadClicksd(CLASSES)({"image": source, "label": path, **request_})
+    assert message in " ".join(data["result"]["messages"])
+    assert prompts_of(data["image"]) == Prompts()
+
+
+def test_files_that_did_not_come_with_a_request_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.full((20, 24, 9), 3)
+    path = drawn(tmp_path, monkeypatch, values, np.eye(4))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    data = ReadClicksd(["lesion"])({"image": image(), "label": path, "lesion": [[5, 5, 5]]})
+    assert marks(data) == [(0, "point", 1, [[5, 5, 5]])]
+    assert "is unknown" in " ".join(data["result"]["messages"])
