@@ -56,7 +56,9 @@ def main() -> None:
     nearest = np.clip(np.rint(places).astype(int), 0, np.array(grids.file_shape) - 1)
     labels = np.asarray(nibabel.load(options.labels).dataobj)[tuple(nearest.T)].reshape(grids.shape)
     print(processor(), f"precision {inferer.amp}, grid {' x '.join(map(str, grids.shape))}")
-    print("| square | encode | decode | Dice | touch its border |\n| --- | --- | --- | --- | --- |")
+    print(
+        "| square | encode | decode | Dice | touch its border | Dice of each |\n| --- | --- | --- | --- | --- | --- |"
+    )
     for size in [0, *options.sizes]:
         seconds = np.full((options.rounds, len(options.classes), 2), np.inf)
         found, touching = [], 0
@@ -87,7 +89,8 @@ def main() -> None:
             touching += any(bool(side.any()) and inside for side, inside in sides)
         encode, decode = seconds.min(0).mean(0)
         label = f"{size} x {size}" if size else "whole"
-        print(f"| {label} | {encode:.2f} s | {decode:.2f} s | {np.mean(found):.3f} | {touching} of {len(found)} |",
+        print(f"| {label} | {encode:.2f} s | {decode:.2f} s | {np.mean(found):.3f} | {touching} of {len(found)} | "
+              f"{', '.join(f'{value:.3f}' for value in found)} |",
               flush=True)  # fmt: skip
 
 

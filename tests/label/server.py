@@ -17,8 +17,13 @@ import numpy as np
 import requests
 from PIL import Image
 
-# MONAI Label imports torchvision, which does not import beside a CPU build of torch unless these operators are known.
+# MONAI Label puts the folder that holds its environment before all others: the caller's paths go before that again.
+# It imports torchvision, which does not import beside a CPU build of torch unless these operators are known.
 STAND_IN = """
+import os
+import sys
+
+sys.path[:0] = [path for path in os.environ.get("MEDSA_CALLER_PATH", "").split(os.pathsep) if path]
 try:
     import torch
     library = torch.library.Library("torchvision", "DEF")  # which lives as long as this name
@@ -84,9 +89,9 @@ class Server:
                    "--host", "127.0.0.1", "--port", str(self.port), "--conf", "models", models,
                    "--conf", "zoo_source", "local", "--conf", "sam2", "false",
                    *(part for name, value in conf.items() for part in ("--conf", name, value))]  # fmt: skip
-        paths = os.pathsep.join(filter(None, [str(folder / "stand_in"), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "",
+        environment = {**os.environ, "PYTHONPATH": str(folder / "stand_in"), "CUDA_VISIBLE_DEVICES": "",
                        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+                       "MEDSA_CALLER_PATH": os.environ.get("PYTHONPATH", ""),
                        "MONAI_LABEL_DATASTORE_CACHE_PATH": str(folder / "cache")}  # fmt: skip
         self.process = subprocess.Popen(
             command, stdout=self.log, stderr=self.log, env=environment, cwd=folder, start_new_session=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import nibabel as nib
@@ -11,7 +10,7 @@ import pytest
 import requests
 from scipy.ndimage import distance_transform_edt
 
-from .conftest import HIPPOCAMPUS, MOVED, NEW, SIDES, UNSEEN
+from .conftest import HIPPOCAMPUS, SIDES, UNSEEN
 from .server import Server
 
 pytestmark = pytest.mark.label
@@ -113,22 +112,6 @@ def test_the_second_click_runs_the_decoder_alone(server: Server, studies: Path) 
     assert encoded[1:] == [encoded[1]] * 3
 
 
-def test_clicks_on_a_new_study_come_to_the_same_as_on_one_that_was_encoded(server: Server, studies: Path) -> None:
-    click = click_in(studies / "truth" / "RAS.nii.gz", 1)
-    partly, end = "the answer shows the slab around the newest click", time.monotonic() + 120
-    mask = server.mask(HIPPOCAMPUS, NEW, anterior=[click])
-    assert np.asarray(mask.dataobj)[tuple(click)] == 1
-    count = -1
-    while count != server.lines(partly):  # what is asked for again comes from all slabs, sooner or later
-        assert time.monotonic() < end
-        count = server.lines(partly)
-        mask = server.mask(HIPPOCAMPUS, NEW, anterior=[click])
-    server.mask(f"{HIPPOCAMPUS}_seg", MOVED)
-    known = server.mask(HIPPOCAMPUS, MOVED, anterior=[click])
-    np.testing.assert_array_equal(np.asarray(mask.dataobj), np.asarray(known.dataobj))
-    assert (np.asarray(mask.dataobj) == 2).any()  # others are there, too
-
-
 @pytest.mark.parametrize(
     ("params", "message"),
     [
@@ -151,7 +134,7 @@ def test_saved_labels_train_the_model_and_the_next_inference_uses_it(server: Ser
         reply = server.save_label(side, studies / "truth" / f"{side}.nii.gz")
         assert reply.status_code == 200, reply.text
     sample = requests.post(f"{server.url}/activelearning/random", json={}, timeout=60).json()
-    assert sample["id"] in ("LAS", "oblique", UNSEEN, NEW, MOVED)  # what has no label yet
+    assert sample["id"] in ("LAS", "oblique", UNSEEN)  # what has no label yet
     assert server.train(HIPPOCAMPUS, max_epochs=2) == "DONE", server.tail()
     assert model.read_bytes() != old
     after = np.asarray(server.mask(f"{HIPPOCAMPUS}_seg", "oblique").dataobj)
