@@ -76,7 +76,7 @@ def combinations(vary: Mapping[str, Any], draws: int = 0, seed: int = 0) -> list
 
 
 def _check_range(name: str, values: Mapping[str, Any], draws: int) -> None:
-    low, high = values.get("low"), values.get("high")
+    low, high = values.get("low", math.nan), values.get("high", math.nan)
     if set(values) - RANGE or not all(isinstance(end, (int, float)) for end in (low, high)) or not low < high:
         raise SettingError(f"--vary: the range of {name} needs low < high (and log, if wanted), got {dict(values)}.")
     if str2bool(values.get("log", False)) and low <= 0:
