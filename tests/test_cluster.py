@@ -105,6 +105,7 @@ def test_each_study_is_segmented_once_and_damaged_ones_are_reported(tmp_path, ad
     assert all((alone[name] != shared[name]).mean() < 1e-4 for name in alone)
 
 
+@pytest.mark.slow
 def test_the_studies_of_a_killed_worker_are_done_again(tmp_path, adapted):
     pytest.importorskip("distributed")
     studies, out = photographs(tmp_path / "studies", 10), tmp_path / "out"

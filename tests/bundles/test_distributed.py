@@ -101,6 +101,7 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_batch(phantoms: Pat
     assert_alike(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_started_again_and_the_training_ends(phantoms: Path, alone: Path, tmp_path: Path) -> None:
     psutil = pytest.importorskip("psutil")
     process = begin(command(phantoms, tmp_path, 2, "--max-restarts=1"))

@@ -241,14 +241,6 @@ def test_a_killed_training_is_not_resumed_with_another_learning_rate(
     assert "--resume false" in last
 
 
-def test_two_processes_train_together(phantoms: Path, tmp_path: Path, cli: Command) -> None:
-    overlay = BUNDLE / "configs" / "multi_gpu_train.yaml"
-    result = cli("run", "training", processes=2, config_file=f"['{TRAIN}','{overlay}']", dataset_dir=phantoms,
-                 ckpt_dir=tmp_path, output_dir=tmp_path, max_epochs=1, **COMMON, **SMALL)  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert {p.name for p in tmp_path.glob("*.pt")} == {"model.pt", "model_last.pt"}
-
-
 def test_evaluation_agrees_with_the_official_scorer(phantoms: Path, tmp_path: Path) -> None:
     pytest.importorskip("isic_challenge_scoring")
     from isic_challenge_scoring.segmentation import SegmentationScore
