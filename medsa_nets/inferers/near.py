@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medsa_nets.inferers.mirror import MirrorInferer
 from medsa_nets.inferers.queues import AHEAD, DECODE, ENCODE, NEAREST, DeviceQueue
 from medsa_nets.inferers.slabs import Around, SlabInferer, Slabs, VolumeInferer, rebuilt, slab_inferer
 from medsa_nets.inferers.spread import SpreadInferer
@@ -37,7 +38,7 @@ class QueuedSlabInferer(SlabInferer):
         Args:
             inferer: of volumes, with others around it or not.
             queue: of the device.
-            near: whether the slab that lies best around the newest click is all that is decoded.
+            near: whether the slab that lies best around the newest click is all that is decoded, in no mirror image.
             ahead: whether others' work goes before what is decoded.
             opened: slabs of a volume and of its mirror images, which are opened once; none opens volumes at each call.
         """
@@ -45,6 +46,8 @@ class QueuedSlabInferer(SlabInferer):
         def change(own: VolumeInferer) -> VolumeInferer:
             if isinstance(own, SpreadInferer) and near:
                 return NearestInferer(own.inferer)
+            if isinstance(own, MirrorInferer) and near:
+                return own.inferer
             if not isinstance(own, SlabInferer):
                 return own
             out = cls.__new__(cls)
@@ -72,7 +75,12 @@ class QueuedSlabInferer(SlabInferer):
         """Logits of the slabs of a group, as a piece of work."""
         self.prepare(slabs, g)
         own = super().decode
-        return self.queue.run(lambda: own(slabs, g, prompts), AHEAD if self.priority == AHEAD else DECODE)
+        return self.queue.run(lambda: own(slabs, g, prompts), self.urgency)
+
+    @property
+    def urgency(self) -> int:
+        """Priority with which slabs are decoded."""
+        return AHEAD if self.priority == AHEAD else DECODE
 
 
 class NearestInferer(Around):

@@ -20,7 +20,7 @@ from torch import Tensor
 from medsa_nets.checksums import tensor_sha256
 from medsa_nets.inferers import PromptInferer, Slabs, VolumeInferer, slab_inferer
 from medsa_nets.inferers.near import QueuedSlabInferer, bytes_when_encoded, nearest_group
-from medsa_nets.inferers.queues import AHEAD, ENCODE, NEAREST, DeviceQueue
+from medsa_nets.inferers.queues import AHEAD, DECODE, ENCODE, NEAREST, DeviceQueue
 from medsa_nets.interaction.grids import Grids
 from medsa_nets.interaction.segmenters import Asked, NetworkSegmenter
 from medsa_nets.networks import MedSA, VolumeMedSA
@@ -101,6 +101,11 @@ class _StudySlabInferer(QueuedSlabInferer):
         self.study.check()
         slabs.prepare(g, self.priority)
         self.study.check()
+
+    @property
+    def urgency(self) -> int:
+        """First answers go before whole ones on images that are not encoded yet: their clients are shown something."""
+        return DECODE if self.priority == NEAREST or self.study.encoded else ENCODE
 
 
 class _StudyPromptInferer(PromptInferer):
