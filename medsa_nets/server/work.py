@@ -219,8 +219,11 @@ class SegmentedObject:
         return self._preview.mask(0), not self._ahead
 
     def stop(self) -> None:
-        """Stop computing; to be called once, at the end."""
+        """Stop computing; to be called once, at the end. What is being computed ends by itself, and is not kept."""
         self._stopped = True
+
+    def wait(self) -> None:
+        """Wait until nothing is being computed any more."""
         self._wait(LONGEST)
 
     def _follow(self, patience: float = 0.0) -> bool:
@@ -344,6 +347,7 @@ class Work:
 
     def _forget(self) -> None:
         self._object: SegmentedObject | None = None
+        self._left: SegmentedObject | None = None  # the object before, which may still be computing
         self._finished: list[Part] = []
         self._given_up: Part | None = None
         self._taken: np.ndarray | None = None  # voxels of finished objects
@@ -433,7 +437,10 @@ class Work:
 
     def _begin(self) -> None:
         if self._object is not None:
+            if self._left is not None:
+                self._left.wait()  # one that still computes, and no more of them
             self._object.stop()
+            self._left = self._object
         self._object, self._shown, self._queued = None, None, []
 
     def add(self, kind: str, runs: bool, **given: Any) -> Answer:
@@ -596,6 +603,7 @@ class Work:
         out.decided = decided
         if known is not None:  # what was said before what showed the class
             known.stop()
+            known.wait()
             said = deque(known.said())
             for count in known.interactions:
                 out.add([said.popleft() for _ in range(count)])

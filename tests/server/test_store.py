@@ -131,6 +131,19 @@ def test_what_a_first_answer_shows_is_encoded_before_what_whole_ones_need(volume
     assert set(order) == {NEAREST, DECODE, ENCODE}
 
 
+def test_a_first_answer_sees_no_mirror_image(make_segmenter, serve, connect, monkeypatch):
+    address, server = serve(make_segmenter("medsa_btcv", slab_depth=6, mirror_axes=[0, 1]), patience=0.0)
+    order: list[int] = []
+    submit = server.queue.submit
+    monkeypatch.setattr(
+        server.queue, "submit", lambda work, priority=DECODE: order.append(priority) or submit(work, priority)
+    )
+    monkeypatch.setattr(Study, "encode_ahead", lambda self: None)
+    ask(connect(address), make_volume())
+    assert order.count(NEAREST) == 1
+    assert order.count(ENCODE) >= 4
+
+
 def test_a_server_that_was_killed_encodes_nothing_again(volumes, serve, connect, passes, tmp_path):
     read_embeddings(volumes.network, tmp_path / "kept", True, 2**28)
     expected = ask(connect(serve(volumes)[0]), make_volume())
