@@ -28,15 +28,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import fire
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from medsa_nets.backends import expect_images
 from medsa_nets.bundles import Bundle, read
+from medsa_nets.commands import command_with_settings
 from medsa_nets.data import check_names, image_path
 from medsa_nets.data.atomic import make_writable, temporary_name
-from medsa_nets.errors import ClusterError, DataError, MedSAError, OutputError, describe, find_cause
+from medsa_nets.errors import ClusterError, DataError, OutputError, describe, find_cause
 from medsa_nets.transforms import check_prompt_keys
 
 SHARE = "studies_of_a_worker"  # beside the bundle's own settings: how many a worker is going to segment
@@ -329,19 +329,7 @@ def segment_studies(config_file: Any, dataset_dir: str, output_dir: str, **setti
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; an error of this package ends it with 2, a study that failed with 1."""
-    status: list[int] = []
-
-    def run(config_file: Any, dataset_dir: str, output_dir: str, **settings: Any) -> None:
-        status.append(segment_studies(config_file, dataset_dir, output_dir, **settings))
-
-    run.__doc__ = segment_studies.__doc__
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        fire.Fire(run, ["--", "--help"] if "--help" in given else given, name="python -m medsa_nets cluster")
-    except MedSAError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return status[0] if status else 0
+    return command_with_settings(segment_studies, arguments, name="python -m medsa_nets cluster")
 
 
 if __name__ == "__main__":

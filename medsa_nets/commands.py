@@ -78,6 +78,27 @@ def command(
     return result[0] if result and isinstance(result[0], int) else 0
 
 
+def command_with_settings(function: Callable[..., int], arguments: Sequence[str] | None = None, *, name: str) -> int:
+    """Run a function as a command whose further options are settings of a configuration, of types that Fire guesses.
+
+    Args:
+        function: what is run; it returns the exit status.
+        arguments: of the command line; none takes the process's own.
+        name: of the command, for its help.
+
+    Returns:
+        The exit status; 2 after an error of this package, which is printed.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = ["--", "--help"] if "--help" in given else given
+    try:
+        status = fire.Fire(function, given, name=name, serialize=lambda _: None)
+    except MedSAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status if isinstance(status, int) else 0
+
+
 def _gather(arguments: Sequence[str], several: Sequence[str]) -> list[str]:
     """Put the values of each option that may be given more than once into one."""
     values: dict[str, list[str]] = {}

@@ -163,15 +163,15 @@ class PrecomputedEmbeddings(StoredEmbeddings):
         make_folder(self.folder)
         embedding = embedding.contiguous()
         content = save({"embedding": embedding}, {"sha256": tensor_sha256(embedding)})
-        if self.max_bytes is None:
-            with temporary_name(file.with_suffix(".safetensors")) as part:
-                part.write_bytes(content)
-            return
-        try:  # a full disk is no reason to stop answering
+        try:
             with temporary_name(file.with_suffix(".safetensors")) as part:
                 part.write_bytes(content)
         except OSError as error:
-            logger.warning("an embedding can't be kept (%s)", error.strerror)
+            if self.max_bytes is None:
+                raise
+            logger.warning("an embedding can't be kept: %s", error)  # a full disk is no reason to stop answering
+            return
+        if self.max_bytes is None:
             return
         self._bytes += len(content)
         if self._bytes > self.max_bytes:

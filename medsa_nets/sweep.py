@@ -30,14 +30,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fire
 from monai.utils import str2bool
 from PIL import Image, ImageDraw
 
 from medsa_nets.bundles import Bundle, read
 from medsa_nets.cluster import connect
+from medsa_nets.commands import command_with_settings
 from medsa_nets.data.atomic import make_folder, make_writable, temporary_name
-from medsa_nets.errors import MedSAError, SettingError, describe, find_cause
+from medsa_nets.errors import SettingError, describe, find_cause
 
 logger = logging.getLogger(__name__)
 OWN = ("bundle_root", "ckpt_dir", "output_dir", "resume")  # settings that each run gets from the sweep
@@ -304,9 +304,8 @@ def _as_number(text: str) -> tuple[float, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; an error of this package ends it with 2, a run that failed with 1."""
-    status: list[int] = []
 
-    def run(config_file: Any, dataset_dir: str, output_dir: str, vary: Any, **settings: Any) -> None:
+    def run(config_file: Any, dataset_dir: str, output_dir: str, vary: Any, **settings: Any) -> int:
         """Train a bundle with several settings, and compare what they reach; other options are settings of the bundle.
 
         Args:
@@ -318,15 +317,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         """
         rows = sweep(config_file=config_file, dataset_dir=dataset_dir, output_dir=output_dir, vary=vary, **settings)
         print((Path(output_dir).expanduser() / "sweep.md").read_text(encoding="utf-8"), end="")
-        status.append(1 if any(row["status"] == "failed" for row in rows) else 0)
+        return 1 if any(row["status"] == "failed" for row in rows) else 0
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        fire.Fire(run, ["--", "--help"] if "--help" in given else given, name="python -m medsa_nets sweep")
-    except MedSAError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return status[0] if status else 0
+    return command_with_settings(run, arguments, name="python -m medsa_nets sweep")
 
 
 if __name__ == "__main__":

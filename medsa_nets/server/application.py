@@ -200,7 +200,7 @@ class Server:
             "preferred_scribble_thickness": [2, 2, 2],
             "interaction_decay": 1.0,
             "inference_session_version": 2,
-            "do_autozoom": False,  # accepted and kept; answers come from whole slices, with or without it
+            "do_autozoom": False,  # accepted; answers come from whole slices, with or without it
             "license": "Apache-2.0",
             "server": f"MedSA {__version__}",
             "bundle": self.name,
@@ -483,8 +483,8 @@ def _add_work(application: FastAPI, server: Server) -> None:
 
     @application.post("/set_do_autozoom")
     async def set_do_autozoom(request: Request) -> dict[str, bool]:
-        chosen = _flag(await server.read_json(request), "do_autozoom", True)
-        await server.act(request, lambda held: setattr(held, "autozoom", chosen))  # changes no answer (capabilities)
+        _flag(await server.read_json(request), "do_autozoom", True)
+        await server.act(request, lambda held: None)  # it changes no answer (capabilities)
         return {"ok": True}
 
     @application.post("/reset_interactions")

@@ -73,7 +73,7 @@ class SessionLog:
                 with temporary_name(self.path) as part:
                     part.write_text(text, encoding="utf-8")
             except OSError as error:
-                logger.warning("a session's log can't be written (%s)", error.strerror)
+                logger.warning("a session's log can't be written: %s", error)
 
     @property
     def wants_answer(self) -> bool:
@@ -101,7 +101,7 @@ class SessionLog:
                 with temporary_name(self._answer_path) as part:
                     part.write_bytes(content)
             except OSError as error:
-                logger.warning("a session's answer can't be kept (%s)", error.strerror)
+                logger.warning("a session's answer can't be kept: %s", error)
                 return
             self.logs.bound_answers()
 

@@ -338,7 +338,6 @@ class Work:
         self.settings = settings
         self.patience = patience
         self.memory = memory
-        self.autozoom = True
         self._log: SessionLog | None = None
         self._opening: Future[Study] | None = None
         self._shape: tuple[int, ...] = ()
