@@ -105,8 +105,10 @@ def test_an_image_is_encoded_once_for_all_and_for_who_comes_back(volumes, serve,
     first = connect(address)
     expected = ask(first, image)
     once = len(passes)
-    assert np.array_equal(ask(connect(address), image), expected)
+    second = connect(address)
+    assert np.array_equal(ask(second, image), expected)
     assert len(passes) == once
+    second.close()
     ask(first, image[:, ::-1])  # another image in its place
     twice = len(passes)
     assert twice == 2 * once
