@@ -26,6 +26,7 @@ from medsa_nets import WeightsError, build_medsa
 from medsa_nets.data.phantoms import phantom, write_phantoms
 from medsa_nets.demo import read_metrics
 from medsa_nets.errors import find_cause
+from medsa_nets.interaction.refinement import Refinement
 from medsa_nets.networks.identity import decode_task
 from medsa_nets.prompts import prompts_of
 from medsa_nets.training import TrainingCheckpoint, save_atomically
@@ -184,6 +185,19 @@ def test_sessions_of_clicks_train_on_kept_embeddings_and_inference_answers_them(
     adapter = torch.load(tmp_path / "models" / "model_last.pt", weights_only=True)
     assert adapter["click_feedback.to_embedding.6.weight"].abs().sum() > 0
     run("evaluating", config_file=[TRAIN, EVALUATE], prompt="points3", **options)
+
+
+@pytest.mark.parametrize("kind", ["voxels", "crops"])
+def test_what_clicks_mean_is_learned_beside_the_adapter(phantoms: Path, tmp_path: Path, kind: str) -> None:
+    options = {**COMMON, **SMALL, "dataset_dir": str(phantoms), "output_dir": str(tmp_path),
+               "ckpt_dir": str(tmp_path / "models")}  # fmt: skip
+    run("training", config_file=TRAIN, max_epochs=1, start_from="", **options)
+    files = [TRAIN, EVALUATE, str(BUNDLE / "configs" / "refine.yaml")]
+    run("refining", config_file=files, refine_kind=kind, refine_rounds=1, refine_clicks=2, refine_epochs=1,
+        refine_steps=2, refine_batch=2, refine_reach=8, refine_certainty=0.25, **options)  # fmt: skip
+    found = Refinement.load(tmp_path / "models" / "model.clicks.pt")
+    assert (found.kind, found.dims, found.reach, found.certainty, found.asks) == (kind, 2, 8.0, 0.25, True)
+    assert (tmp_path / "refinement.png").is_file()
 
 
 def test_killed_training_resumes_to_the_same_weights(phantoms: Path, tmp_path: Path) -> None:

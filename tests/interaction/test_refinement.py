@@ -16,8 +16,12 @@ from medsa_nets.errors import DataError, WeightsError
 from medsa_nets.interaction import refinement_training as training
 from medsa_nets.interaction.answers import AnswerSettings, answer_identity, refinement_of
 from medsa_nets.interaction.record import read_settings
-from medsa_nets.interaction.refinement import NAMES, Refinement, beside, describe, kept, refine
-from medsa_nets.interaction.refinement_training import RefinementTraining, Samples, bend
+from medsa_nets.interaction.refinement import CropRefinement, Refinement, VoxelRefinement, beside, kept, refine
+from medsa_nets.interaction.refinement.crops import MAPS
+from medsa_nets.interaction.refinement.learning import CropLearner, Samples
+from medsa_nets.interaction.refinement.practice import bend
+from medsa_nets.interaction.refinement.voxels import NAMES, describe
+from medsa_nets.interaction.refinement_training import RefinementTraining
 from medsa_nets.interaction.session import InteractiveSession
 
 
@@ -34,29 +38,68 @@ def scene(dims: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     return target, logits, image, np.rint(np.argwhere(missing).mean(0)).astype(int)
 
 
-def perturbed(dims: int, reach: float, seed: int = 0) -> Refinement:
+def made(kind: str, dims: int, reach: float, **options: Any) -> Refinement:
+    if kind == "voxels":
+        return VoxelRefinement(dims, reach, **{"width": 8, **options})
+    return CropRefinement(dims, reach, **{"width": 4, "channels": 3 if dims == 2 else 1, **options})
+
+
+def perturbed(dims: int, reach: float, seed: int = 0, kind: str = "voxels", **options: Any) -> Refinement:
     torch.manual_seed(seed)
-    out = Refinement(dims, reach, 8)
+    out = made(kind, dims, reach, **options)
     for parameter in out.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return out.eval().requires_grad_(False)
 
 
+KINDS = pytest.mark.parametrize("kind", ["voxels", "crops"])
+
+
+@KINDS
 @pytest.mark.parametrize("dims", [2, 3])
-def test_one_that_learnt_nothing_changes_nothing(dims: int) -> None:
+def test_one_that_learnt_nothing_changes_nothing(dims: int, kind: str) -> None:
     _, logits, image, click = scene(dims)
-    found = refine(Refinement(dims, 8).eval(), logits, logits, image, click[None], np.ones(1), 1, [1.0] * dims)
+    found = refine(
+        made(kind, dims, 8, **({"channels": 1} if kind == "crops" else {})).eval(),
+        logits,
+        logits,
+        image,
+        click[None],
+        np.ones(1),
+        1,
+        [1.0] * dims,
+    )
     assert np.array_equal(found, logits)
 
 
+@KINDS
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.7, 0.7, 2.1)])
-def test_what_lies_beyond_its_reach_stays_bit_for_bit(spacing: tuple[float, ...]) -> None:
+def test_what_lies_beyond_its_reach_stays_bit_for_bit(spacing: tuple[float, ...], kind: str) -> None:
     _, logits, image, click = scene(3)
-    found = refine(perturbed(3, 5.0), logits, logits, image, click[None], np.ones(1), 1, spacing)
-    steps = np.array(spacing) / min(spacing)
+    found = refine(perturbed(3, 5.0, kind=kind), logits, logits, image, click[None], np.ones(1), 1, spacing)
+    steps = np.array(spacing) / (min(spacing) if kind == "voxels" else 1.0)
     away = np.sqrt((((np.indices(logits.shape).T - click) * steps) ** 2).sum(-1)).T
     assert np.array_equal(found[away > 5.0], logits[away > 5.0])
     assert (found[away <= 5.0] != logits[away <= 5.0]).mean() > 0.9
+
+
+@KINDS
+def test_voxels_change_sides_with_certainty_alone(kind: str) -> None:
+    _, logits, image, click = scene(3)
+    logits = 0.05 * logits
+    one = perturbed(3, 5.0, kind=kind)
+    args = (logits, logits, image, click[None], np.ones(1), 1, [1.0] * 3)
+    free = refine(one, *args)
+    changed = (free > 0) != (logits > 0)
+    one.certainty = float(np.median(np.abs(free[changed])))
+    found = refine(one, *args)
+    doubtful = changed & (np.abs(free) < one.certainty)
+    assert doubtful.any()
+    assert (changed & ~doubtful).any()
+    assert np.array_equal(found[doubtful], logits[doubtful])
+    assert np.array_equal(found[~doubtful], free[~doubtful])
+    with pytest.raises(ValueError, match="a certainty of 0 or more"):
+        made(kind, 3, 5.0, certainty=-1.0)
 
 
 def test_features_are_lengths_in_steps_and_exchange_both_sides() -> None:
@@ -75,6 +118,40 @@ def test_features_are_lengths_in_steps_and_exchange_both_sides() -> None:
     assert np.allclose(inverse[:, signed], found[:, signed], atol=1e-5)
 
 
+def test_a_crop_shows_the_same_whatever_the_grid_that_it_comes_from() -> None:
+    _, logits, image, click = scene(3)
+    other = click + np.array([2, 0, -3])
+    one = CropRefinement(3, 6.0, step=2.0, width=4)
+    seen = one.crop(logits, logits - 1.0, image, other[None], np.zeros(1), click, 1, (2.0, 2.0, 2.0))
+    fine = [np.repeat(np.repeat(a, 2, -3), 2, -2) for a in (logits, logits - 1.0, image)]
+    finer = one.crop(*fine, (other * [2, 2, 1])[None], np.zeros(1), click * [2, 2, 1], 1, (1.0, 1.0, 2.0))
+    assert seen.shape == (1 + len(MAPS), 8, 8, 8)
+    assert torch.allclose(seen, finer, atol=1e-4)
+    table = dict(zip(["image", *MAPS], seen))
+    assert table["foreground marks"][4, 4, 4] == table["click"][4, 4, 4] == 1.0
+    assert table["background marks"][6, 4, 1] == 1.0
+    assert table["logit before"][4, 4, 4] == pytest.approx(logits[tuple(click)] / 4.0)
+    edge = one.crop(logits, logits, image, np.empty((0, 3)), np.empty(0), np.array([0, 12, 24]), 0, (2.0, 2.0, 2.0))
+    table = dict(zip(["image", *MAPS], edge))
+    assert not table["within the image"][:4].any()
+    assert table["within the image"][4:, :, :5].all()
+    assert (table["logit before"][:4] == -2.0).all()
+    assert (table["image"][:4] == 0.0).all()
+    assert table["click"][4, 4, 4] == -1.0
+
+
+def test_what_a_crop_says_comes_back_to_its_place() -> None:
+    one = CropRefinement(3, 6.0, width=4)
+    where = np.indices((2 * one.arm,) * 3) - one.arm
+    shape, click, spacing = (20, 18, 11), np.array([3, 9, 6]), np.array([0.5, 1.0, 1.5])
+    place, inside, found = one.spread(torch.from_numpy(where[1].astype(np.float32)), click, spacing, shape)
+    away = (np.stack(np.meshgrid(*[np.arange(s.start, s.stop) for s in place], indexing="ij"), -1) - click) * spacing
+    assert np.array_equal(inside, np.sqrt((away**2).sum(-1)) <= 6.0)
+    assert np.allclose(found, away[inside][:, 1], atol=1e-4)
+    assert one.within_reach()[one.arm + 6, one.arm, one.arm] == 1.0
+    assert one.within_reach()[one.arm + 5, one.arm + 5, one.arm] == 0.0
+
+
 @pytest.mark.parametrize("empty", [True, False])
 def test_masks_without_a_border_are_described_too(empty: bool) -> None:
     _, logits, image, click = scene(2)
@@ -83,12 +160,15 @@ def test_masks_without_a_border_are_described_too(empty: bool) -> None:
     assert np.isfinite(found).all()
 
 
-def test_a_file_gives_back_what_was_saved_and_others_are_refused(tmp_path: Path, stand_in: Any) -> None:
-    one = perturbed(2, 7.0)
+@KINDS
+def test_a_file_gives_back_what_was_saved_and_others_are_refused(tmp_path: Path, stand_in: Any, kind: str) -> None:
+    one = perturbed(2, 7.0, kind=kind, asks=True)
     one.save(tmp_path / "r.pt")
     again = Refinement.load(tmp_path / "r.pt")
-    assert (again.dims, again.reach, again.width) == (2, 7.0, 8)
-    assert again.sha256 == one.sha256 != perturbed(2, 7.0, 1).sha256
+    assert type(again) is type(one)
+    assert again.form() == one.form()
+    assert (again.dims, again.reach, again.asks) == (2, 7.0, True)
+    assert again.sha256 == one.sha256 != perturbed(2, 7.0, 1, kind=kind, asks=True).sha256
     with pytest.raises(WeightsError, match=r"none\.pt: there is no such file"):
         Refinement.load(tmp_path / "none.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "r.pt").read_bytes()[:500])
@@ -100,11 +180,12 @@ def test_a_file_gives_back_what_was_saved_and_others_are_refused(tmp_path: Path,
         refinement_of(AnswerSettings(refinement=str(tmp_path / "r.pt")), stand_in(volumes=True))
 
 
+@KINDS
 @pytest.mark.parametrize("volumes", [True, False])
 def test_sessions_obey_and_undo_with_a_refinement_that_knows_nothing(
-    tmp_path: Path, stand_in: Any, volumes: bool
+    tmp_path: Path, stand_in: Any, volumes: bool, kind: str
 ) -> None:
-    perturbed(3 if volumes else 2, 6.0).save(tmp_path / "r.pt")
+    perturbed(3 if volumes else 2, 6.0, kind=kind).save(tmp_path / "r.pt")
     results = []
     for name in (str(tmp_path / "r.pt"), ""):
         session = InteractiveSession(stand_in(volumes=volumes, feedback=not volumes), AnswerSettings(refinement=name))
@@ -212,6 +293,46 @@ def test_training_helps_on_volumes_left_out(tmp_path: Path, monkeypatch: pytest.
     torch.save({"names": ["a"]}, tmp_path / "others.pt")
     with pytest.raises(DataError, match=r"others\.pt: no samples of this version"):
         Samples.load(tmp_path / "others.pt")
+
+
+def test_crops_help_on_volumes_left_out_and_a_training_that_was_killed_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "NetworkSegmenter", Balls)
+    options: dict[str, Any] = {"classes": ["ball"], "kind": "crops", "rounds": 3, "clicks": 3, "steps": 12, "batch": 3,
+                               "reach": 8.0, "step": 2.0, "width": 8, "learning_rate": 0.01,
+                               "flip_axes": [0, 1, 2]}  # fmt: skip
+
+    def trained(folder: str) -> RefinementTraining:
+        return RefinementTraining(torch.nn.Identity(), None, Balls(), output_dir=tmp_path / folder, **options)  # type: ignore[arg-type]
+
+    whole = trained("whole")
+    figures = whole.run()
+    cases = whole._split(list(whole._cases(Balls())))[1]  # type: ignore[arg-type]
+    without, _ = whole._curve(Balls(), cases, None)  # type: ignore[arg-type]
+    assert figures["dice_after_3"] - without[0] > 1.2 * (without[3] - without[0])
+    assert not (tmp_path / "whole" / "refinement_state.pt").exists()
+
+    learn, told = CropLearner.learn, []
+
+    def killed(self: CropLearner, practice: Any, number: int, *others: Any) -> tuple[float, float]:
+        told.append(number)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+        return learn(self, practice, number, *others)
+
+    monkeypatch.setattr(CropLearner, "learn", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained("killed").run()
+    assert trained("killed").run() == figures
+    assert told == [0, 1, 2, 2]
+    one, other = (Refinement.load(tmp_path / name / "refinement.clicks.pt") for name in ("whole", "killed"))
+    assert one.sha256 == other.sha256
+    with pytest.raises(WeightsError, match="a refinement of crops in 3 dimensions; expected one of voxels"):
+        RefinementTraining(
+            torch.nn.Identity(), None, Balls(), ["ball"], tmp_path,  # type: ignore[arg-type]
+            start_from=tmp_path / "whole" / "refinement.clicks.pt",
+        ).run()  # fmt: skip
 
 
 def test_one_image_is_too_few_to_choose_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medsa_nets.checksums import file_sha256
-from medsa_nets.interaction.refinement import Refinement
+from medsa_nets.interaction.refinement import CropRefinement, VoxelRefinement
 from medsa_nets.weights import BASES, describe_file
 from medsa_nets.weights.__main__ import main
 
@@ -58,18 +58,20 @@ def test_command_check_refuses_other_files_in_one_line(capsys, tmp_path, content
     assert output.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("kind", [VoxelRefinement, CropRefinement])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_command_check_says_what_clicks_mean_and_for_which_adapter(capsys, tmp_path, dims):
-    refinement, path = Refinement(dims, 9.0, width=16, asks=dims == 3), tmp_path / "organs.clicks.pt"
+def test_command_check_says_what_clicks_mean_and_for_which_adapter(capsys, tmp_path, dims, kind):
+    refinement, path = kind(dims, 9.0, width=16, asks=dims == 3, certainty=0.5), tmp_path / "organs.clicks.pt"
     refinement.save(path)
     weights = sum(parameter.numel() for parameter in refinement.parameters())
     assert main(["check", str(path)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == f"{path}: a refinement of clicks on {'volumes' if dims == 3 else 'images'}, {weights:,} weights"
-    assert "up to 9 steps" in shown[1]
-    assert ("answers of the network" in shown[2]) == refinement.asks
-    assert shown[3] == "  goes with: the adapter organs.pt, which is not beside it"
-    assert shown[4] == f"  sha256: {file_sha256(path)}"
+    assert shown[1] == f"  kind: {refinement.kind}"
+    assert f"up to 9 {refinement.unit} from a click; sides from a logit of 0.5 on" in shown[2]
+    assert ("answers of the network" in shown[3]) == refinement.asks
+    assert shown[4] == "  goes with: the adapter organs.pt, which is not beside it"
+    assert shown[5] == f"  sha256: {file_sha256(path)}"
     (tmp_path / "organs.pt").write_bytes(b"adapter")
     assert main(["check", str(path)]) == 0
     assert "  goes with: the adapter organs.pt beside it\n" in capsys.readouterr().out
@@ -83,7 +85,7 @@ def test_command_check_says_what_clicks_mean_and_for_which_adapter(capsys, tmp_p
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "missing", "other"])
 def test_command_check_refuses_a_damaged_refinement_in_one_line(capsys, tmp_path, damage):
     path = tmp_path / "organs.clicks.pt"
-    Refinement(2, 9.0, width=16).save(path)
+    VoxelRefinement(2, 9.0, width=16).save(path)
     content = path.read_bytes()
     match damage:
         case "missing":
