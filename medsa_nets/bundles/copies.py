@@ -71,7 +71,7 @@ def _describe(target: Path, bundle: Bundle) -> None:
     """Name classes and channels of a configuration in the copy's metadata, from which servers take their labels."""
     path = target / "configs" / METADATA
     metadata = json.loads(path.read_text(encoding="utf-8"))
-    channels = int(bundle.value("in_channels", 1) or 1) if "in_channels" in bundle.config else 1
+    channels = int(bundle.value("in_channels", 1) or 1)
     if channels > 1:
         image = metadata["network_data_format"]["inputs"]["image"]
         image["num_channels"] = channels
