@@ -72,7 +72,7 @@ class RefinementTraining:
         samples_per_click: voxels around a click that are learnt from (voxels).
         steps: of the optimizer in each round (crops).
         batch: sessions beside each other (crops).
-        flip_axes: along which crops are mirrored by chance (crops).
+        flip_axes: along which crops are mirrored by chance, and answers are means over mirror images (crops).
         held_out: share of the images that chooses the round.
         width: of the hidden layers (voxels), feature maps of the U-Net's first level (crops); none takes 96 and 16.
         reach: up to which logits change, in steps of the smallest spacing (voxels; none takes 40 in images, 10 in
@@ -207,7 +207,7 @@ class RefinementTraining:
         if crops is not None and crops.channels != channels:
             raise WeightsError(f"{self.start_from}: it sees images of {crops.channels} channels, not of {channels}.")
         crops = crops or CropRefinement(dims, reach, self.step, channels, width, asks)
-        crops.certainty = self.certainty
+        crops.certainty, crops.mirror_axes = self.certainty, self.flip_axes
         return CropLearner(crops, self.steps, self.batch, self.flip_axes, self.learning_rate)
 
     def _judge(

@@ -140,6 +140,21 @@ def test_a_crop_shows_the_same_whatever_the_grid_that_it_comes_from() -> None:
     assert table["click"][4, 4, 4] == -1.0
 
 
+def test_mirror_images_of_a_crop_give_mirror_images_of_what_it_says() -> None:
+    _, logits, image, click = scene(3)
+    one = perturbed(3, 6.0, kind="crops", mirror_axes=[0, 2])
+    args = (np.empty((0, 3)), np.empty(0), click, 1, (1.0, 1.0, 1.0))
+    crop = one.crop(logits, logits, image, *args)  # type: ignore[attr-defined]
+    _, _, found = one.added(logits, logits, image, *args)
+    means = [one(crop.flip(axes)[None])[0].flip([axis - 1 for axis in axes]) for axes in ([], [1], [3], [1, 3])]
+    _, _, wanted = one.spread(sum(means) / 4.0, click, args[-1], logits.shape)  # type: ignore[attr-defined]
+    assert np.allclose(found, wanted, atol=1e-5)
+    single = perturbed(3, 6.0, kind="crops").added(logits, logits, image, *args)[2]
+    assert not np.allclose(found, single, atol=1e-2)
+    with pytest.raises(ValueError, match="axes from 0 to 2"):
+        made("crops", 3, 5.0, mirror_axes=[3])
+
+
 def test_what_a_crop_says_comes_back_to_its_place() -> None:
     one = CropRefinement(3, 6.0, width=4)
     where = np.indices((2 * one.arm,) * 3) - one.arm
@@ -147,7 +162,9 @@ def test_what_a_crop_says_comes_back_to_its_place() -> None:
     place, inside, found = one.spread(torch.from_numpy(where[1].astype(np.float32)), click, spacing, shape)
     away = (np.stack(np.meshgrid(*[np.arange(s.start, s.stop) for s in place], indexing="ij"), -1) - click) * spacing
     assert np.array_equal(inside, np.sqrt((away**2).sum(-1)) <= 6.0)
-    assert np.allclose(found, away[inside][:, 1], atol=1e-4)
+    fading = np.exp(-2.0 * (away[inside] ** 2).sum(1) / 36.0)
+    assert np.allclose(found, away[inside][:, 1] * fading, atol=0.15)  # both are interpolated together
+    assert found[np.abs(away[inside]).sum(1) == 0.0] == 0.0
     assert one.within_reach()[one.arm + 6, one.arm, one.arm] == 1.0
     assert one.within_reach()[one.arm + 5, one.arm + 5, one.arm] == 0.0
 

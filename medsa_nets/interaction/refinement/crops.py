@@ -37,6 +37,7 @@ class CropRefinement(Refinement):
         width: feature maps of the first level; a multiple of 4.
         asks: whether it refines answers that the network gives to each click anew, or corrects the mask before alone.
         certainty: see :class:`Refinement`.
+        mirror_axes: what is added is the mean over the crop and its mirror images along these axes.
 
     Raises:
         ValueError: when ``dims`` is another, ``reach`` or ``channels`` is below 1, ``step`` is not above 0 or ``width``
@@ -55,14 +56,18 @@ class CropRefinement(Refinement):
         width: int = 16,
         asks: bool = False,
         certainty: float = 0.0,
+        mirror_axes: Sequence[int] = (),
     ) -> None:
         super().__init__(dims, reach, asks, certainty)
+        if not set(mirror_axes) <= set(range(dims)):
+            raise ValueError(f"mirror_axes are axes from 0 to {dims - 1}, got {list(mirror_axes)}.")
         if not step > 0 or channels < 1 or width < GROUPS or width % GROUPS:
             raise ValueError(
                 f"expected a step above 0, 1 channel or more and a width that is a multiple of {GROUPS}, got {step}, "
                 f"{channels} and {width}."
             )
         self.step, self.channels, self.width = float(step), channels, width
+        self.mirror_axes = list(mirror_axes)
         conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
         widths = [width * 2**level for level in range(LEVELS)]
         inputs = [channels + len(MAPS), *widths[:-1]]
@@ -80,7 +85,7 @@ class CropRefinement(Refinement):
         return max(1, math.ceil(self.reach / self.step / multiple)) * multiple
 
     def forward(self, crops: Tensor) -> Tensor:
-        """What is added to the logits (B, side…) of crops (B, channels + maps, side…)."""
+        """What is added to the logits (B, side…) of crops (B, channels + maps, side…), before it fades."""
         pool = {2: F.max_pool2d, 3: F.max_pool3d}[self.dims]
         levels: list[Tensor] = []
         for number, block in enumerate(self.down):
@@ -90,7 +95,7 @@ class CropRefinement(Refinement):
         for block in self.up:
             crops = block(torch.cat([F.interpolate(crops, scale_factor=2.0), levels.pop()], 1))
         out: Tensor = self.out(crops)
-        return out[:, 0] * self.get_buffer("nearness")
+        return out[:, 0]
 
     def _apart(self) -> Tensor:
         """Squared distance of a crop's voxels (side…) from the click."""
@@ -163,12 +168,20 @@ class CropRefinement(Refinement):
     ) -> tuple[Place, np.ndarray, np.ndarray]:
         """See :meth:`Refinement.added`."""
         crop = self.crop(previous, values, image, voxels, labels, click, label, spacing)
-        return self.spread(self(crop[None])[0], click, spacing, previous.shape)
+        turned = [
+            [1 + axis for axis in axes]
+            for count in range(len(self.mirror_axes) + 1)
+            for axes in itertools.combinations(self.mirror_axes, count)
+        ]
+        found = self(torch.stack([crop.flip(axes) for axes in turned]))
+        mean = torch.stack([one.flip([axis - 1 for axis in axes]) for one, axes in zip(found, turned)]).mean(0)
+        return self.spread(mean, click, spacing, previous.shape)
 
     def spread(
         self, crop: Tensor, click: np.ndarray, spacing: Sequence[float] | np.ndarray, shape: tuple[int, ...]
     ) -> tuple[Place, np.ndarray, np.ndarray]:
-        """What comes out for a crop (side…), at voxels of the network's grid; returns what :meth:`added` does."""
+        """What comes out for a crop (side…), faded, on the network's grid; returns what :meth:`added` does."""
+        crop = crop * self.get_buffer("nearness")
         size = np.asarray(spacing, dtype=np.float64)
         place = box(click, np.floor(self.reach / size).astype(int), shape)
         away = [(np.arange(s.start, s.stop) - c) * k for s, c, k in zip(place, click, size)]
@@ -180,7 +193,8 @@ class CropRefinement(Refinement):
         """See :meth:`Refinement.form`."""
         return {
             "kind": self.kind, "dims": self.dims, "reach": self.reach, "step": self.step, "channels": self.channels,
-            "width": self.width, "asks": self.asks, "certainty": self.certainty, "maps": list(MAPS),
+            "width": self.width, "asks": self.asks, "certainty": self.certainty, "mirror_axes": self.mirror_axes,
+            "maps": list(MAPS),
         }  # fmt: skip
 
     @classmethod

@@ -318,12 +318,13 @@ class CropLearner:
             truth = refinement.around(case.target[None], click, spacing)
             start = refinement.around(draft.values[None].clip(-LIMIT, LIMIT) + LIMIT, click, spacing) - LIMIT
             weight = crop[case.image.shape[0]][None] * refinement.within_reach()
-            flipped = [torch.flip(t, [1 + axis for axis in axes]) for t in (crop, truth, start, weight)]
-            for parts, tensor in zip((crops, truths, starts, weights), flipped):
+            crops.append(crop.flip([1 + axis for axis in axes]))
+            for parts, tensor in zip((truths, starts, weights), (truth, start, weight)):
                 parts.append(tensor)
             turned.append(axes)
         targets, base, weight = (torch.cat(parts) for parts in (truths, starts, weights))
-        added = refinement(torch.stack(crops))
+        found = torch.stack([own.flip(axes) for own, axes in zip(refinement(torch.stack(crops)), turned)])
+        added = found * refinement.get_buffer("nearness")
         loss = _loss(base + added, targets, weight)
         self.optimizer.zero_grad()
         loss.backward()
@@ -332,10 +333,10 @@ class CropLearner:
         self.average.update_parameters(refinement)
         with torch.no_grad():
             before = _loss(base, targets, weight)
-            for session, draft, own, axes in zip(sessions, drafts, added, turned):
-                found = torch.flip(own, axes)
-                place, inside, new = refinement.spread(found, draft.voxels[-1], session.case.grids.spacing,
-                                                       draft.values.shape)  # fmt: skip
+            for session, draft, own in zip(sessions, drafts, found):
+                place, inside, new = refinement.spread(
+                    own, draft.voxels[-1], session.case.grids.spacing, draft.values.shape
+                )
                 draft.values = add(draft.values, place, inside, new)
                 session.answer(draft)
         return before.item(), loss.item()
