@@ -71,17 +71,18 @@ def items(
 ) -> Iterator[tuple[str, list[tuple[str | None, np.ndarray]], list[float]]]:
     """Path of each image, its classes with their truth on the file's grid, and its spacing."""
     if kind == "lesions":
-        left_out = load_datalist("validation", folder, None, limit=skip) if skip else []
+        left_out = {entry["image"] for entry in load_datalist("validation", folder, None, limit=skip)} if skip else ()
         for entry in load_datalist("validation", folder, None, limit=skip + limit):  # chosen by a hash of their names
-            if entry in left_out:
+            if entry["image"] in left_out:
                 continue
             label = LoadImage(reader=PhotographReader(mode="L"), image_only=True)(entry["label"])
             yield entry["image"], [(None, np.asarray(label) > 127)], [1.0, 1.0]
         return
     classes = KINDS[kind][2] or []
-    left_out = load_volume_datalist("validation", folder, None, classes=classes, limit=skip) if skip else []
+    first = load_volume_datalist("validation", folder, None, classes=classes, limit=skip) if skip else []
+    left_out = {entry["image"] for entry in first}
     for entry in load_volume_datalist("validation", folder, None, classes=classes, limit=skip + limit):
-        if entry in left_out:
+        if entry["image"] in left_out:
             continue
         pair = {"image": read_volume(entry["image"]), "label": read_volume(entry["label"])}
         label = MatchOrientationd("label")(pair)["label"][0].numpy()
