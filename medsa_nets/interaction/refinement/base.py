@@ -40,7 +40,6 @@ class Refinement(nn.Module):
 
     kinds: ClassVar[dict[str, type[Refinement]]] = {}
     kind: ClassVar[str]
-    unit: ClassVar[str]  # of the reach, as people read it
 
     def __init__(self, dims: int, reach: float, asks: bool = False, certainty: float = 0.0) -> None:
         super().__init__()
@@ -81,6 +80,11 @@ class Refinement(nn.Module):
         Returns:
             A box around the click, where in it logits may change (boolean), and what is added to them there (M,).
         """
+
+    @property
+    @abstractmethod
+    def unit(self) -> str:
+        """Of the reach, as people read it."""
 
     @abstractmethod
     def form(self) -> Any:

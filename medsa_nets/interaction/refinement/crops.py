@@ -45,7 +45,6 @@ class CropRefinement(Refinement):
     """
 
     kind = "crops"
-    unit = "mm (volumes) or pixels (images)"
 
     def __init__(
         self,
@@ -188,6 +187,11 @@ class CropRefinement(Refinement):
         inside = sum(axis**2 for axis in np.meshgrid(*away, indexing="ij", sparse=True)) <= self.reach**2
         found = _interpolated(crop[None], [axis / self.step + self.arm for axis in away], True)[0].numpy()
         return place, inside, found[inside]
+
+    @property
+    def unit(self) -> str:
+        """See :attr:`Refinement.unit`."""
+        return "mm" if self.dims == 3 else "pixels"
 
     def form(self) -> Any:
         """See :meth:`Refinement.form`."""

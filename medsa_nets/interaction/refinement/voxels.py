@@ -44,7 +44,6 @@ class VoxelRefinement(Refinement):
     """
 
     kind = "voxels"
-    unit = "steps (of the smallest spacing)"
 
     def __init__(self, dims: int, reach: float, width: int = 64, asks: bool = False, certainty: float = 0.0) -> None:
         super().__init__(dims, reach, asks, certainty)
@@ -82,6 +81,11 @@ class VoxelRefinement(Refinement):
             self.reach, previous, values, image, voxels, labels, click, label, spacing
         )  # fmt: skip
         return place, inside, (2.0 * float(label > 0) - 1.0) * self(torch.from_numpy(features)).numpy()
+
+    @property
+    def unit(self) -> str:
+        """See :attr:`Refinement.unit`."""
+        return "steps (of the smallest spacing)"
 
     def form(self) -> Any:
         """See :meth:`Refinement.form`."""
