@@ -244,8 +244,7 @@ class RefinementTraining:
     def _keep(self, learner: Learner, progress: dict[str, Any]) -> None:
         """Write what a training that is stopped goes on from."""
         with temporary_name(self.output_dir / STATE) as part:
-            torch.save({"setting": self._setting(), "progress": progress, "learner": learner.state(),
-                        "weights": learner.refinement.state_dict()}, part)  # fmt: skip
+            torch.save({"setting": self._setting(), "progress": progress, "learner": learner.state()}, part)
 
     def _resumed(self, learner: Learner) -> dict[str, Any]:
         """Progress of a training of these settings that was stopped, with what it learned; else of a new one."""
@@ -255,10 +254,9 @@ class RefinementTraining:
             return progress
         try:
             kept = torch.load(path, map_location="cpu", weights_only=True)
-            if kept["setting"] != self._setting():
-                logger.info("%s is of a training with other settings: this one begins anew", path)
+            if kept["setting"] != self._setting() or not self.path.is_file():
+                logger.info("%s is of a training with other settings or files: this one begins anew", path)
                 return progress
-            learner.refinement.load_state_dict(kept["weights"])
             learner.restore(kept["learner"])
         except Exception as error:  # torch names damaged files in many ways
             raise DataError(f"{path}: it can't be gone on from ({error}). Delete it to begin anew.") from error

@@ -110,7 +110,7 @@ class Learner(Protocol):
         """
 
     def state(self) -> dict[str, Any]:
-        """What a training that goes on needs, beside the refinement's weights."""
+        """What a training that goes on needs."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
@@ -200,10 +200,11 @@ class VoxelLearner:
 
     def state(self) -> dict[str, Any]:
         """See :meth:`Learner.state`."""
-        return {"samples": [samples.packed() for samples in self.rounds]}
+        return {"weights": self.refinement.state_dict(), "samples": [samples.packed() for samples in self.rounds]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """See :meth:`Learner.restore`."""
+        self.refinement.load_state_dict(state["weights"])
         self.rounds = [Samples.unpacked(samples) for samples in state["samples"]]
 
 
@@ -261,7 +262,6 @@ class CropLearner:
             drafts = [self._clicked(practice, pool, index, random) for index in range(self.batch)]
             losses.append(self._step([session for session, _ in pool], drafts, random))
         self.live.eval().requires_grad_(False)
-        vars(self.refinement).pop("sha256", None)  # it has other weights now
         before, after = np.mean(losses, 0)
         return float(before), float(after)
 
