@@ -196,13 +196,13 @@ class RefinementTraining:
                 f"{self.start_from}: a refinement of {start.kind} in {start.dims} dimensions; expected one of "
                 f"{self.kind} in {dims}. Name another one, or set refine_kind."
             )
+        torch.manual_seed(self.seed)  # of the weights that it begins with
         if self.kind == "voxels":
             voxels = start if isinstance(start, VoxelRefinement) else VoxelRefinement(dims, reach, width, asks)
             voxels.certainty = self.certainty
             return VoxelLearner(
                 voxels, start is None, self.others, self.epochs, self.samples_per_click, self.learning_rate
             )
-        torch.manual_seed(self.seed)
         crops = start if isinstance(start, CropRefinement) else None
         if crops is not None and crops.channels != channels:
             raise WeightsError(f"{self.start_from}: it sees images of {crops.channels} channels, not of {channels}.")

@@ -18,7 +18,7 @@ from medsa_nets.interaction.answers import AnswerSettings, answer_identity, refi
 from medsa_nets.interaction.record import read_settings
 from medsa_nets.interaction.refinement import CropRefinement, Refinement, VoxelRefinement, beside, kept, refine
 from medsa_nets.interaction.refinement.crops import MAPS
-from medsa_nets.interaction.refinement.learning import CropLearner, Samples
+from medsa_nets.interaction.refinement.learning import CropLearner, Samples, VoxelLearner
 from medsa_nets.interaction.refinement.practice import bend
 from medsa_nets.interaction.refinement.voxels import NAMES, describe
 from medsa_nets.interaction.refinement_training import RefinementTraining
@@ -350,6 +350,30 @@ def test_crops_help_on_volumes_left_out_and_a_training_that_was_killed_ends_the_
             torch.nn.Identity(), None, Balls(), ["ball"], tmp_path,  # type: ignore[arg-type]
             start_from=tmp_path / "whole" / "refinement.clicks.pt",
         ).run()  # fmt: skip
+
+
+def test_a_training_on_voxels_that_was_killed_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "NetworkSegmenter", Balls)
+    options: dict[str, Any] = {"classes": ["ball"], "rounds": 2, "clicks": 2, "epochs": 2, "reach": 8.0, "width": 8}
+
+    def trained(folder: str) -> dict[str, float]:
+        return RefinementTraining(torch.nn.Identity(), None, Balls(), output_dir=tmp_path / folder, **options).run()  # type: ignore[arg-type]
+
+    figures = trained("whole")
+    learn = VoxelLearner.learn
+
+    def killed(self: VoxelLearner, practice: Any, number: int, *others: Any) -> tuple[float, float]:
+        if number == 1:
+            raise KeyboardInterrupt
+        return learn(self, practice, number, *others)
+
+    monkeypatch.setattr(VoxelLearner, "learn", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained("killed")
+    monkeypatch.setattr(VoxelLearner, "learn", learn)
+    assert trained("killed") == figures
+    one, other = (Refinement.load(tmp_path / name / "refinement.clicks.pt") for name in ("whole", "killed"))
+    assert one.sha256 == other.sha256
 
 
 def test_one_image_is_too_few_to_choose_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
