@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 
@@ -40,6 +41,17 @@ class Grids:
         # Pixels of photographs have no size; those of the network are the unit.
         size = np.linalg.norm(np.asarray(tensor)[: self.dims, : self.dims], axis=0)
         self.spacing = size if self.dims == 3 else np.ones(self.dims)
+
+    def part(self, place: Place) -> Grids:
+        """Those of a box of the network's grid, taken for the whole of it."""
+        out = copy.copy(self)
+        start = np.array([box.start for box in place], dtype=np.float64)
+        out.shape = tuple(box.stop - box.start for box in place)
+        out.to_tensor, out.to_file = self.to_tensor.copy(), self.to_file.copy()
+        out.to_tensor[:-1, -1] -= start
+        out.to_file[:-1, -1] += self.to_file[:-1, :-1] @ start
+        out._outermost = (self._outermost[0] - start, self._outermost[1] - start)
+        return out
 
     def positions(self, positions: np.ndarray) -> np.ndarray:
         """Positions (N, dims) of the file's grid as those of the network's."""

@@ -33,6 +33,7 @@ from medsa_nets.visualize import draw_curves
 __all__ = ["RefinementTraining", "Samples", "bend"]
 logger = logging.getLogger(__name__)
 STATE = "refinement_state.pt"
+MARGIN = 3.0  # around a class and its mask, as a multiple of the reach: what practice without the network sees
 HARMFUL = 0.005  # loss of Dice from which on a click did harm
 REACH = {"voxels": {2: 40.0, 3: 10.0}, "crops": {2: 40.0, 3: 8.0}}
 WIDTH = {"voxels": 96, "crops": 16}
@@ -140,7 +141,8 @@ class RefinementTraining:
         """Train, write the files, and return what was measured on the images left out.
 
         Raises:
-            DataError: when fewer than two images hold one of the classes, or a file of samples can't be used.
+            DataError: when fewer than two images hold one of the classes, the adapter finds none of them (crops), or a
+                file of samples can't be used.
             WeightsError: when the adapter or a refinement is missing, damaged or another one's.
         """
         network: Any = unwrap(self.network)
@@ -154,6 +156,8 @@ class RefinementTraining:
         make_folder(self.path.parent)
         learnt, checked = self._split(list(self._cases(segmenter)))
         learner = self._learner(3 if segmenter.volumes else 2, learnt[0].image.shape[0], start)
+        if isinstance(learner, CropLearner) and not learner.refinement.asks:
+            learnt = self._parts(learnt, MARGIN * learner.refinement.reach)
         practice = Practice(segmenter, learnt, self.user, self.settings, self.clicks)
         progress = self._resumed(learner)
         if not progress["lines"]:
@@ -181,6 +185,20 @@ class RefinementTraining:
             logger.info("no round was better: %s is %s", self.path, self.start_from)
         figures: dict[str, float] = progress["figures"]
         return figures
+
+    def _parts(self, cases: Sequence[Case], margin: float) -> list[Case]:
+        """What is around the masks that can be corrected.
+
+        Raises:
+            DataError: when there is none.
+        """
+        out = [case.part(margin) for case in cases if bool((case.first > 0).any())]
+        if not out:
+            raise DataError(
+                f"The adapter finds none of the classes {', '.join(self.classes)} in the images to learn from: there "
+                "is no mask to correct. Train the adapter first, or name another one (--checkpoint_filename)."
+            )
+        return out
 
     def _learner(self, dims: int, channels: int, start: Refinement | None) -> Learner:
         """What learns, from its start or from a refinement that is there.

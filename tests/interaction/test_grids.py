@@ -55,3 +55,17 @@ def test_the_bounding_box_holds_every_voxel_and_no_more(margin):
         expected = tuple(slice(max(0, a), min(n, b)) for a, b, n in zip(low, high, mask.shape))
         assert bounding_place(mask, margin) == expected
     assert bounding_place(np.zeros((3, 3), dtype=bool)) is None
+
+
+def test_grids_of_a_part_know_the_same_places():
+    grids = open_volume(0.7)
+    place = (slice(2, 12), slice(5, 20), slice(0, 7))
+    part, start = grids.part(place), np.array([2, 5, 0])
+    assert part.shape == (10, 15, 7)
+    assert part.file_shape == grids.file_shape
+    positions = np.random.default_rng(0).uniform(0.0, 8.0, (20, 3))
+    assert np.allclose(part.positions(positions), grids.positions(positions) - start)
+    homogeneous = np.concatenate([part.positions(positions), np.ones((20, 1))], 1)
+    assert np.allclose((homogeneous @ part.to_file.T)[:, :3], positions)
+    mask = np.random.default_rng(1).random(grids.file_shape) > 0.5
+    assert torch.allclose(part.on_tensor(mask), grids.on_tensor(mask)[place], atol=1e-5)

@@ -15,14 +15,16 @@ from scipy import ndimage
 from medsa_nets.errors import DataError, WeightsError
 from medsa_nets.interaction import refinement_training as training
 from medsa_nets.interaction.answers import AnswerSettings, answer_identity, refinement_of
+from medsa_nets.interaction.grids import Grids
 from medsa_nets.interaction.record import read_settings
 from medsa_nets.interaction.refinement import CropRefinement, Refinement, VoxelRefinement, beside, kept, refine
 from medsa_nets.interaction.refinement.crops import MAPS
 from medsa_nets.interaction.refinement.learning import CropLearner, Samples, VoxelLearner
-from medsa_nets.interaction.refinement.practice import bend
+from medsa_nets.interaction.refinement.practice import Case, PracticeSession, bend
 from medsa_nets.interaction.refinement.voxels import NAMES, describe
 from medsa_nets.interaction.refinement_training import RefinementTraining
 from medsa_nets.interaction.session import InteractiveSession
+from medsa_nets.interaction.users import SimulatedUser
 
 
 def scene(dims: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -310,6 +312,54 @@ def test_training_helps_on_volumes_left_out(tmp_path: Path, monkeypatch: pytest.
     torch.save({"names": ["a"]}, tmp_path / "others.pt")
     with pytest.raises(DataError, match=r"others\.pt: no samples of this version"):
         Samples.load(tmp_path / "others.pt")
+
+
+@KINDS
+def test_practice_on_the_part_around_a_mask_is_practice_on_the_whole(kind: str) -> None:
+    where = np.indices((48, 40, 44)).astype(np.float32) - np.array([20, 18, 25], dtype=np.float32).reshape(3, 1, 1, 1)
+    target = np.sqrt((where**2).sum(0)) < 8.0
+    first = torch.from_numpy(6.0 - np.sqrt(((where - 2.0) ** 2).sum(0)))
+    meta = {"original_affine": np.eye(4), "spatial_shape": np.array(target.shape), "filename_or_obj": "a.nii"}
+    image = MetaTensor(torch.from_numpy(0.3 + 0.4 * target[None].astype(np.float32)), affine=torch.eye(4), meta=meta)
+    whole = Case("a", image, Grids(image), 0, first, target)
+    part = whole.part(10.0)
+    assert part.target.shape == (35, 35, 35)
+    assert part.target.sum() == target.sum()
+    refinement = perturbed(3, 4.0, kind=kind)
+    curves = []
+    for case in (whole, part):
+        settings = AnswerSettings(network="first")
+        session = PracticeSession(
+            Balls(),
+            case,
+            SimulatedUser(),
+            np.random.default_rng(0),
+            settings,
+            case.first.numpy(),  # type: ignore[arg-type]
+        )
+        curves.append([session.dice])
+        for _ in range(6):
+            draft = session.click()
+            assert draft is not None
+            session.answer(draft, refinement)
+            curves[-1].append(session.dice)
+        clicks = [prompt.positions for prompt in session.prompts]
+    assert len(set(curves[0])) > 3
+    assert curves[1] == pytest.approx(curves[0], abs=1e-6)
+    assert all((np.concatenate(clicks) >= 5).all(1))
+    session.current = np.full_like(session.current, -1.0)
+    assert session.click() is None  # the network, which would have to be asked, does not know a part of an image
+
+
+def test_masks_that_are_all_empty_can_not_be_practised_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nothing(Balls):
+        def automatic(self, image: MetaTensor) -> torch.Tensor:
+            return super().automatic(image) - 100.0
+
+    monkeypatch.setattr(training, "NetworkSegmenter", Nothing)
+    trained = RefinementTraining(torch.nn.Identity(), None, Nothing(), ["ball"], tmp_path, kind="crops")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="adapter finds none of the classes ball"):
+        trained.run()
 
 
 def test_crops_help_on_volumes_left_out_and_a_training_that_was_killed_ends_the_same(

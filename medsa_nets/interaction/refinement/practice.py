@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from scipy import ndimage
 
 from medsa_nets.interaction.answers import AnswerSettings, Draft, draft_answer, finish_answer
-from medsa_nets.interaction.grids import Grids
+from medsa_nets.interaction.grids import Grids, bounding_place
 from medsa_nets.interaction.refinement.base import Refinement, refine
 from medsa_nets.interaction.segmenters import Segmenter
 from medsa_nets.interaction.users import SimulatedUser
@@ -19,7 +19,17 @@ from medsa_nets.prompts.user import UserPrompt
 
 @dataclass
 class Case:
-    """A class of an image: what a session needs, all on the network's grid."""
+    """A class of an image: what a session needs, all on the network's grid.
+
+    Attributes:
+        name: of the image.
+        image: (C, spatial…), as the network sees it.
+        grids: of that image.
+        index: id of the class.
+        first: automatic logits (spatial…).
+        target: mask (spatial…) that the user wants.
+        whole: whether the network can be asked about it; a part of an image is nothing that it knows.
+    """
 
     name: str
     image: MetaTensor
@@ -27,6 +37,23 @@ class Case:
     index: int
     first: torch.Tensor
     target: np.ndarray
+    whole: bool = True
+
+    def part(self, margin: float) -> Case:
+        """The box around the class and its automatic mask, so that practice on it costs less than on the whole.
+
+        Args:
+            margin: by which the box is wider on each side, in the unit of the grid's spacing.
+        """
+        margins = np.ceil(margin / np.asarray(self.grids.spacing)).astype(int).tolist()
+        place = bounding_place(self.target | (self.first > 0).numpy(), margins)
+        if place is None:
+            return self
+        there = (slice(None), *place)
+        return replace(
+            self, image=self.image[there].clone(), grids=self.grids.part(place),
+            first=self.first[place].clone(), target=self.target[place].copy(), whole=False,
+        )  # fmt: skip
 
 
 class PracticeSession:
@@ -61,7 +88,13 @@ class PracticeSession:
         return float(2.0 * (mask & target).sum() / max(1, mask.sum() + target.sum()))
 
     def click(self) -> Draft | None:
-        """The user's next click and its answer before it is refined, or none where nothing is wrong."""
+        """The user's next click and its answer before it is refined.
+
+        Returns:
+            None where nothing is wrong, or nothing is left that can be corrected without the network.
+        """
+        if not self.case.whole and not (self.current > 0).any():
+            return None
         found = self.user.click(self.current > 0, self.case.target, self.random)
         if found is None:
             return None
