@@ -17,7 +17,7 @@ from medsa_nets.interaction import refinement_training as training
 from medsa_nets.interaction.answers import AnswerSettings, answer_identity, refinement_of
 from medsa_nets.interaction.grids import Grids
 from medsa_nets.interaction.record import read_settings
-from medsa_nets.interaction.refinement import CropRefinement, Refinement, VoxelRefinement, beside, kept, refine
+from medsa_nets.interaction.refinement import Click, CropRefinement, Refinement, VoxelRefinement, beside, kept, refine
 from medsa_nets.interaction.refinement.crops import MAPS
 from medsa_nets.interaction.refinement.learning import CropLearner, Samples, VoxelLearner
 from medsa_nets.interaction.refinement.practice import Case, PracticeSession, bend
@@ -107,15 +107,16 @@ def test_voxels_change_sides_with_certainty_alone(kind: str) -> None:
 def test_features_are_lengths_in_steps_and_exchange_both_sides() -> None:
     _, logits, image, click = scene(3)
     other = (click + np.array([0, 0, 2]))[None]
-    args = (image, other, np.ones(1), click)
-    place, inside, found = describe(6.0, logits, logits, *args, 1, (0.7, 0.7, 1.4))
+    clicked = Click(click, 1, logits, logits, image, other, np.ones(1), (0.7, 0.7, 1.4))
+    place, inside, found = describe(6.0, clicked)
     table = dict(zip(NAMES, found.T))
     middle = int(np.flatnonzero((np.argwhere(inside) + [s.start for s in place] == click).all(1))[0])
     assert table["distance"][middle] == 0.0
     assert table["nearest click of its kind"][middle] == pytest.approx(4.0)  # two voxels of 1.4 mm are four steps
     assert table["nearest click of the other kind"].min() == 12.0
     assert found.shape == (int(inside.sum()), len(NAMES))
-    _, _, inverse = describe(6.0, -logits, -logits, image, other, np.zeros(1), click, 0, (0.7, 0.7, 1.4))
+    inverted = dataclasses.replace(clicked, label=0, previous=-logits, values=-logits, labels=np.zeros(1))
+    _, _, inverse = describe(6.0, inverted)
     signed = [i for i, name in enumerate(NAMES) if "logit" in name or name == "depth in the mask" or "nearest" in name]
     assert np.allclose(inverse[:, signed], found[:, signed], atol=1e-5)
 
@@ -124,16 +125,18 @@ def test_a_crop_shows_the_same_whatever_the_grid_that_it_comes_from() -> None:
     _, logits, image, click = scene(3)
     other = click + np.array([2, 0, -3])
     one = CropRefinement(3, 6.0, step=2.0, width=4)
-    seen = one.crop(logits, logits - 1.0, image, other[None], np.zeros(1), click, 1, (2.0, 2.0, 2.0))
+    seen = one.crop(Click(click, 1, logits, logits - 1.0, image, other[None], np.zeros(1), (2.0, 2.0, 2.0)))
     fine = [np.repeat(np.repeat(a, 2, -3), 2, -2) for a in (logits, logits - 1.0, image)]
-    finer = one.crop(*fine, (other * [2, 2, 1])[None], np.zeros(1), click * [2, 2, 1], 1, (1.0, 1.0, 2.0))
+    turns = np.array([2, 2, 1])
+    finer = one.crop(Click(click * turns, 1, *fine, (other * turns)[None], np.zeros(1), (1.0, 1.0, 2.0)))
     assert seen.shape == (1 + len(MAPS), 8, 8, 8)
     assert torch.allclose(seen, finer, atol=1e-4)
     table = dict(zip(["image", *MAPS], seen))
     assert table["foreground marks"][4, 4, 4] == table["click"][4, 4, 4] == 1.0
     assert table["background marks"][6, 4, 1] == 1.0
     assert table["logit before"][4, 4, 4] == pytest.approx(logits[tuple(click)] / 4.0)
-    edge = one.crop(logits, logits, image, np.empty((0, 3)), np.empty(0), np.array([0, 12, 24]), 0, (2.0, 2.0, 2.0))
+    border = Click(np.array([0, 12, 24]), 0, logits, logits, image, np.empty((0, 3)), np.empty(0), (2.0, 2.0, 2.0))
+    edge = one.crop(border)
     table = dict(zip(["image", *MAPS], edge))
     assert not table["within the image"][:4].any()
     assert table["within the image"][4:, :, :5].all()
@@ -145,13 +148,13 @@ def test_a_crop_shows_the_same_whatever_the_grid_that_it_comes_from() -> None:
 def test_mirror_images_of_a_crop_give_mirror_images_of_what_it_says() -> None:
     _, logits, image, click = scene(3)
     one = perturbed(3, 6.0, kind="crops", mirror_axes=[0, 2])
-    args = (np.empty((0, 3)), np.empty(0), click, 1, (1.0, 1.0, 1.0))
-    crop = one.crop(logits, logits, image, *args)  # type: ignore[attr-defined]
-    _, _, found = one.added(logits, logits, image, *args)
+    clicked = Click(click, 1, logits, logits, image, np.empty((0, 3)), np.empty(0), (1.0, 1.0, 1.0))
+    crop = one.crop(clicked)  # type: ignore[attr-defined]
+    _, _, found = one.added(clicked)
     means = [one(crop.flip(axes)[None])[0].flip([axis - 1 for axis in axes]) for axes in ([], [1], [3], [1, 3])]
-    _, _, wanted = one.spread(sum(means) / 4.0, click, args[-1], logits.shape)  # type: ignore[attr-defined]
+    _, _, wanted = one.spread(sum(means) / 4.0, click, clicked.spacing, logits.shape)  # type: ignore[attr-defined]
     assert np.allclose(found, wanted, atol=1e-5)
-    single = perturbed(3, 6.0, kind="crops").added(logits, logits, image, *args)[2]
+    single = perturbed(3, 6.0, kind="crops").added(clicked)[2]
     assert not np.allclose(found, single, atol=1e-2)
     with pytest.raises(ValueError, match="axes from 0 to 2"):
         made("crops", 3, 5.0, mirror_axes=[3])
@@ -175,7 +178,8 @@ def test_what_a_crop_says_comes_back_to_its_place() -> None:
 def test_masks_without_a_border_are_described_too(empty: bool) -> None:
     _, logits, image, click = scene(2)
     whole = np.full_like(logits, -3.0 if empty else 3.0)
-    _, _, found = describe(9.0, whole, whole, image, np.empty((0, 2), int), np.empty(0), click, int(empty), (1.0, 1.0))
+    none = np.empty((0, 2), int), np.empty(0)
+    _, _, found = describe(9.0, Click(click, int(empty), whole, whole, image, *none, (1.0, 1.0)))
     assert np.isfinite(found).all()
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,31 @@ from medsa_nets.interaction.grids import Place
 
 LIMIT = 8.0  # of the logits that it sees
 POINTS = 8  # of a scribble that are taken as clicks, one after the other
+
+
+@dataclass(frozen=True)
+class Click:
+    """A click on a mask, and what there is around it.
+
+    Attributes:
+        voxel: (dims,).
+        label: 1 foreground, 0 background.
+        previous: logits (spatial…) that the user saw.
+        values: logits (spatial…) of the answer so far.
+        image: (C, spatial…), in [0, 1].
+        others: voxels (N, dims) of the other marks.
+        labels: (N,) of these.
+        spacing: size of a voxel along each axis.
+    """
+
+    voxel: np.ndarray
+    label: int
+    previous: np.ndarray
+    values: np.ndarray
+    image: np.ndarray
+    others: np.ndarray
+    labels: np.ndarray
+    spacing: Sequence[float] | np.ndarray
 
 
 class Refinement(nn.Module):
@@ -54,28 +80,8 @@ class Refinement(nn.Module):
         Refinement.kinds[cls.kind] = cls
 
     @abstractmethod
-    def added(
-        self,
-        previous: np.ndarray,
-        values: np.ndarray,
-        image: np.ndarray,
-        voxels: np.ndarray,
-        labels: np.ndarray,
-        click: np.ndarray,
-        label: int,
-        spacing: Sequence[float] | np.ndarray,
-    ) -> tuple[Place, np.ndarray, np.ndarray]:
+    def added(self, click: Click) -> tuple[Place, np.ndarray, np.ndarray]:
         """What a click adds to logits around it.
-
-        Args:
-            previous: logits (spatial…) that the user saw.
-            values: logits (spatial…) of the answer so far.
-            image: (C, spatial…).
-            voxels: (N, dims) of the other marks.
-            labels: (N,) of these.
-            click: (dims,).
-            label: of the click.
-            spacing: size of a voxel along each axis.
 
         Returns:
             A box around the click, where in it logits may change (boolean), and what is added to them there (M,).
@@ -167,10 +173,9 @@ def refine(
     places: list[Place] = []
     marks = np.linspace(len(voxels) - newest, len(voxels) - 1, min(newest, POINTS)).round().astype(int)
     for mark in marks:
-        place, inside, added = refinement.added(
-            previous, values, image, np.delete(voxels, mark, 0), np.delete(labels, mark), voxels[mark],
-            int(labels[mark]), spacing,
-        )  # fmt: skip
+        others = np.delete(voxels, mark, 0), np.delete(labels, mark)
+        click = Click(voxels[mark], int(labels[mark]), previous, values, image, *others, spacing)
+        place, inside, added = refinement.added(click)
         values = add(values, place, inside, added)
         places.append(place)
     for place in places if refinement.certainty else []:

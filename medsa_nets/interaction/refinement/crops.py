@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medsa_nets.interaction.grids import Place
-from medsa_nets.interaction.refinement.base import LIMIT, Refinement, box
+from medsa_nets.interaction.refinement.base import LIMIT, Click, Refinement, box
 
 NEAR, WIDE = 1.5, 5.0  # standard deviations of the marks' maps, in steps
 MAPS = ("within the image", "logit before", "logit", "foreground marks", "background marks", "click", "click, wide")
@@ -101,23 +101,14 @@ class CropRefinement(Refinement):
         axes = [(torch.arange(-self.arm, self.arm) * self.step) ** 2] * self.dims
         return torch.stack(torch.meshgrid(*axes, indexing="ij")).sum(0)
 
-    def crop(
-        self,
-        previous: np.ndarray,
-        values: np.ndarray,
-        image: np.ndarray,
-        voxels: np.ndarray,
-        labels: np.ndarray,
-        click: np.ndarray,
-        label: int,
-        spacing: Sequence[float] | np.ndarray,
-    ) -> Tensor:
-        """What the U-Net sees of a click (channels + maps, side…); arguments as of :meth:`added`."""
-        one = np.broadcast_to(np.float32(1.0), (1, *previous.shape))
-        within = self.around(one, click, spacing)[0] > 0.5
-        seen = torch.cat([self.around(logits[None], click, spacing) for logits in (previous, values)])
+    def crop(self, click: Click) -> Tensor:
+        """What the U-Net sees of a click (channels + maps, side…)."""
+        one = np.broadcast_to(np.float32(1.0), (1, *click.previous.shape))
+        within = self.around(one, click.voxel, click.spacing)[0] > 0.5
+        logits = (click.previous, click.values)
+        seen = torch.cat([self.around(one[None], click.voxel, click.spacing) for one in logits])
         seen = torch.where(within, seen.clamp(-LIMIT, LIMIT), -LIMIT) / (LIMIT / 2.0)
-        grey = self.around(image, click, spacing)
+        grey = self.around(click.image, click.voxel, click.spacing)
         inner = grey[:, within]
         shape = (-1, *[1] * self.dims)
         grey = (grey - inner.mean(1).reshape(shape)) / (inner.std(1, correction=0).reshape(shape) + 0.02)
@@ -125,13 +116,13 @@ class CropRefinement(Refinement):
         places = np.meshgrid(*[axes] * self.dims, indexing="ij")
         middle = sum(axis**2 for axis in places)
         marks = np.zeros((2, *within.shape), dtype=np.float32)
-        away = (voxels - click) * np.asarray(spacing) / self.step
-        for offset, kind in itertools.chain(zip(away, labels), [(np.zeros(self.dims), label)]):
+        away = (click.others - click.voxel) * np.asarray(click.spacing) / self.step
+        for offset, kind in itertools.chain(zip(away, click.labels), [(np.zeros(self.dims), click.label)]):
             if np.all(np.abs(offset) <= self.arm + 3.0 * NEAR):
                 apart = sum((axis - o) ** 2 for axis, o in zip(places, offset))
                 side = marks[0 if kind > 0 else 1]
                 np.maximum(side, np.exp(-apart / (2.0 * NEAR**2)), out=side)
-        sign = 2.0 * float(label > 0) - 1.0
+        sign = 2.0 * float(click.label > 0) - 1.0
         clicked = np.stack([sign * np.exp(-middle / (2.0 * own**2)) for own in (NEAR, WIDE)])
         maps = torch.from_numpy(np.concatenate([marks, clicked]).astype(np.float32))
         return torch.cat([grey * within, within[None].float(), seen, maps])
@@ -154,19 +145,9 @@ class CropRefinement(Refinement):
         """Where in a crop (side…) logits may change: 1, elsewhere 0."""
         return (self._apart() <= self.reach**2).float()
 
-    def added(
-        self,
-        previous: np.ndarray,
-        values: np.ndarray,
-        image: np.ndarray,
-        voxels: np.ndarray,
-        labels: np.ndarray,
-        click: np.ndarray,
-        label: int,
-        spacing: Sequence[float] | np.ndarray,
-    ) -> tuple[Place, np.ndarray, np.ndarray]:
+    def added(self, click: Click) -> tuple[Place, np.ndarray, np.ndarray]:
         """See :meth:`Refinement.added`."""
-        crop = self.crop(previous, values, image, voxels, labels, click, label, spacing)
+        crop = self.crop(click)
         turned = [
             [1 + axis for axis in axes]
             for count in range(len(self.mirror_axes) + 1)
@@ -174,7 +155,7 @@ class CropRefinement(Refinement):
         ]
         found = self(torch.stack([crop.flip(axes) for axes in turned]))
         mean = torch.stack([one.flip([axis - 1 for axis in axes]) for one, axes in zip(found, turned)]).mean(0)
-        return self.spread(mean, click, spacing, previous.shape)
+        return self.spread(mean, click.voxel, click.spacing, click.previous.shape)
 
     def spread(
         self, crop: Tensor, click: np.ndarray, spacing: Sequence[float] | np.ndarray, shape: tuple[int, ...]

@@ -19,7 +19,7 @@ from medsa_nets.data.atomic import temporary_name
 from medsa_nets.errors import DataError
 from medsa_nets.errors import describe as error_text
 from medsa_nets.interaction.answers import AnswerSettings, Draft
-from medsa_nets.interaction.refinement.base import LIMIT, Refinement, add
+from medsa_nets.interaction.refinement.base import LIMIT, Click, Refinement, add
 from medsa_nets.interaction.refinement.crops import CropRefinement
 from medsa_nets.interaction.refinement.practice import Case, PracticeSession, bend, waves
 from medsa_nets.interaction.refinement.voxels import NAMES, VoxelRefinement, describe
@@ -182,10 +182,11 @@ class VoxelLearner:
                 if draft is None:
                     break
                 if draft.corrects and draft.previous is not None:
-                    place, inside, features = describe(
-                        self.refinement.reach, draft.previous, draft.values, case.image.numpy(), draft.voxels[:-1],
-                        draft.labels[:-1], draft.voxels[-1], draft.label, case.grids.spacing,
+                    clicked = Click(
+                        draft.voxels[-1], draft.label, draft.previous, draft.values, case.image.numpy(),
+                        draft.voxels[:-1], draft.labels[:-1], case.grids.spacing,
                     )  # fmt: skip
+                    place, inside, features = describe(self.refinement.reach, clicked)
                     parts.append(
                         _drawn(
                             features, draft.values[place][inside], case.target[place][inside], draft.label,
@@ -311,9 +312,8 @@ class CropLearner:
             case = session.case
             image = case.image.numpy().clip(0.0, 1.0) ** math.exp(CONTRAST * random.normal())
             click, spacing = draft.voxels[-1], case.grids.spacing
-            crop = refinement.crop(
-                draft.previous, draft.values, image, draft.voxels[:-1], draft.labels[:-1], click, draft.label, spacing
-            )
+            others = draft.voxels[:-1], draft.labels[:-1]
+            crop = refinement.crop(Click(click, draft.label, draft.previous, draft.values, image, *others, spacing))
             axes = [axis for axis in self.flip_axes if random.random() < 0.5]
             truth = refinement.around(case.target[None], click, spacing)
             start = refinement.around(draft.values[None].clip(-LIMIT, LIMIT) + LIMIT, click, spacing) - LIMIT

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from medsa_nets.interaction.grids import Place
-from medsa_nets.interaction.refinement.base import LIMIT, Refinement, box
+from medsa_nets.interaction.refinement.base import LIMIT, Click, Refinement, box
 
 FAR = 12.0  # distance of other clicks from which on they count as none, in steps
 DEEP = 10.0  # distance to the mask's border from which on all voxels are alike, in steps
@@ -65,22 +64,10 @@ class VoxelRefinement(Refinement):
         out: Tensor = self.layers((features - self.get_buffer("mean")) / self.get_buffer("std"))
         return out[:, 0]
 
-    def added(
-        self,
-        previous: np.ndarray,
-        values: np.ndarray,
-        image: np.ndarray,
-        voxels: np.ndarray,
-        labels: np.ndarray,
-        click: np.ndarray,
-        label: int,
-        spacing: Sequence[float] | np.ndarray,
-    ) -> tuple[Place, np.ndarray, np.ndarray]:
+    def added(self, click: Click) -> tuple[Place, np.ndarray, np.ndarray]:
         """See :meth:`Refinement.added`."""
-        place, inside, features = describe(
-            self.reach, previous, values, image, voxels, labels, click, label, spacing
-        )  # fmt: skip
-        return place, inside, (2.0 * float(label > 0) - 1.0) * self(torch.from_numpy(features)).numpy()
+        place, inside, features = describe(self.reach, click)
+        return place, inside, (2.0 * float(click.label > 0) - 1.0) * self(torch.from_numpy(features)).numpy()
 
     @property
     def unit(self) -> str:
@@ -101,17 +88,7 @@ class VoxelRefinement(Refinement):
         return cls(dims, reach, width, asks, *certainty)
 
 
-def describe(
-    reach: float,
-    previous: np.ndarray,
-    values: np.ndarray,
-    image: np.ndarray,
-    voxels: np.ndarray,
-    labels: np.ndarray,
-    click: np.ndarray,
-    label: int,
-    spacing: Sequence[float] | np.ndarray,
-) -> tuple[Place, np.ndarray, np.ndarray]:
+def describe(reach: float, click: Click) -> tuple[Place, np.ndarray, np.ndarray]:
     """What is known of each voxel around a click, foreground and background exchanged where the click is on background.
 
     Lengths are in steps, multiples of the smallest spacing; intensities in multiples of their standard deviation around
@@ -119,32 +96,26 @@ def describe(
 
     Args:
         reach: distance up to which voxels are described, in steps.
-        previous: logits (spatial…) that the user saw.
-        values: logits (spatial…) of the answer so far.
-        image: (C, spatial…).
-        voxels: (N, dims) of the other marks.
-        labels: (N,) of these.
-        click: (dims,).
-        label: of the click.
-        spacing: size of a voxel along each axis.
+        click: the click.
 
     Returns:
         A box around the click, where in it voxels are described (boolean), and their features (M, F), float32.
     """
-    steps = np.asarray(spacing, dtype=np.float64) / float(np.min(spacing))
-    sign = np.float32(2 * label - 1)
+    steps = np.asarray(click.spacing, dtype=np.float64) / float(np.min(click.spacing))
+    sign, shape = np.float32(2 * click.label - 1), click.previous.shape
     half = np.floor(reach / steps).astype(int)
-    place = box(click, half, previous.shape)
-    wide = box(click, half + np.ceil(MARGIN / steps).astype(int), previous.shape)
+    place = box(click.voxel, half, shape)
+    wide = box(click.voxel, half + np.ceil(MARGIN / steps).astype(int), shape)
     axes = tuple(range(1, 1 + len(steps)))
     inner = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(place, wide))
-    centre = tuple(int(c) - s.start for c, s in zip(click, wide))
+    centre = tuple(int(c) - s.start for c, s in zip(click.voxel, wide))
 
-    away = np.meshgrid(*[(np.arange(s.start, s.stop) - c) * k for s, c, k in zip(place, click, steps)], indexing="ij")
+    lines = [(np.arange(s.start, s.stop) - c) * k for s, c, k in zip(place, click.voxel, steps)]
+    away = np.meshgrid(*lines, indexing="ij")
     distance = np.sqrt(sum(a**2 for a in away))
     inside = distance <= reach
 
-    before = previous[wide].clip(-LIMIT, LIMIT).astype(np.float32)
+    before = click.previous[wide].clip(-LIMIT, LIMIT).astype(np.float32)
     depth, normal = _border(before > 0, centre, steps)
     deep = float(np.linalg.norm(normal))
     unit = normal / max(deep, 1e-6)
@@ -152,7 +123,7 @@ def describe(
     across = np.sqrt(np.maximum(0.0, distance**2 - along**2))
 
     everywhere = (slice(None), *wide)
-    grey = image[everywhere].astype(np.float32)
+    grey = click.image[everywhere].astype(np.float32)
     smooth = np.stack([ndimage.gaussian_filter(channel, 1.0 / steps) for channel in grey])
     spread = float(np.sqrt(((grey - grey.mean(axes, keepdims=True)) ** 2).mean())) + 0.02
     middle = smooth.mean(0)
@@ -164,10 +135,10 @@ def describe(
     side = middle[mask].mean() if mask.any() else middle.mean()
 
     nearest = [np.full(distance.shape, FAR), np.full(distance.shape, FAR)]
-    for other, kind in zip(voxels, labels):
-        if np.all(np.abs(other - click) * steps <= reach + FAR):
-            apart = sum((a - (o - c) * k) ** 2 for a, o, c, k in zip(away, other, click, steps))
-            kind = int((kind > 0) == (label > 0))
+    for other, kind in zip(click.others, click.labels):
+        if np.all(np.abs(other - click.voxel) * steps <= reach + FAR):
+            apart = sum((a - (o - c) * k) ** 2 for a, o, c, k in zip(away, other, click.voxel, steps))
+            kind = int((kind > 0) == (click.label > 0))
             nearest[kind] = np.minimum(nearest[kind], np.sqrt(apart))
 
     def constant(number: float) -> np.ndarray:
@@ -177,14 +148,14 @@ def describe(
         return ndimage.uniform_filter(before, [max(1, 2 * round((size / k - 1) / 2) + 1) for k in steps])
 
     features = [
-        sign * before[inner], sign * values[place].clip(-LIMIT, LIMIT), sign * mean(3)[inner], sign * mean(7)[inner],
-        sign * depth[inner].clip(-DEEP, DEEP), distance, np.exp(-(distance**2) / 8.0), np.exp(-(distance**2) / 32.0),
-        along, across, constant(min(deep, 2.0 * DEEP)), sign * constant(before[centre]), difference[inner],
-        constant(float((own.mean() - side) / spread)), (middle[inner] - own.mean()) / spread,
+        sign * before[inner], sign * click.values[place].clip(-LIMIT, LIMIT), sign * mean(3)[inner],
+        sign * mean(7)[inner], sign * depth[inner].clip(-DEEP, DEEP), distance, np.exp(-(distance**2) / 8.0),
+        np.exp(-(distance**2) / 32.0), along, across, constant(min(deep, 2.0 * DEEP)), sign * constant(before[centre]),
+        difference[inner], constant(float((own.mean() - side) / spread)), (middle[inner] - own.mean()) / spread,
         np.sqrt(sum(s**2 for s in slopes))[inner] / spread,
         sum(s * u for s, u in zip(slopes, unit))[inner] / spread,
         sign * sum(r * u for r, u in zip(rises, unit))[inner],
-        nearest[1], nearest[0], constant(math.log1p(1 + len(voxels))), sign * constant(1.0),
+        nearest[1], nearest[0], constant(math.log1p(1 + len(click.others))), sign * constant(1.0),
     ]  # fmt: skip
     return place, inside, np.stack([feature[inside] for feature in features], 1).astype(np.float32)
 
