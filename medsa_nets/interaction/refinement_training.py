@@ -64,7 +64,9 @@ class RefinementTraining:
         user: places the clicks of the sessions that are learnt from.
         settings: how answers are made, without refinement; none takes the usual ones, and in images asks the
             network again for each click, in volumes does not.
-        start_from: file of a refinement to start from; it stays the best until a round is better.
+        start_from: file of a refinement to start from; it stays the best until a round is better. Its ``width``,
+            ``reach``, ``step`` and ``certainty`` hold where none are given here; with another reach or step, its
+            weights go on in that geometry.
         others: files of samples of other trainings, to be learnt as well (voxels).
         kind: ``voxels`` or ``crops``.
         rounds: how often sessions are run and learnt from.
@@ -78,9 +80,9 @@ class RefinementTraining:
         width: of the hidden layers (voxels), feature maps of the U-Net's first level (crops); none takes 96 and 16.
         reach: up to which logits change, in steps of the smallest spacing (voxels; none takes 40 in images, 10 in
             volumes), in pixels or mm (crops; none takes 40 in images, 8 in volumes).
-        step: size of a crop's voxels, in pixels or mm (crops).
+        step: size of a crop's voxels, in pixels or mm (crops); none takes 1.
         certainty: logit that a voxel must have on its new side to change sides (see
-            :class:`~medsa_nets.interaction.refinement.Refinement`); of one to start from too.
+            :class:`~medsa_nets.interaction.refinement.Refinement`); none takes 0.
         learning_rate: of AdamW, which a cosine takes to 0 in each round (voxels) or over all (crops).
         seed: of all that is drawn.
 
@@ -113,8 +115,8 @@ class RefinementTraining:
         held_out: float = 0.2,
         width: int | None = None,
         reach: float | None = None,
-        step: float = 1.0,
-        certainty: float = 0.0,
+        step: float | None = None,
+        certainty: float | None = None,
         learning_rate: float = 2e-3,
         seed: int = 0,
     ) -> None:
@@ -206,26 +208,41 @@ class RefinementTraining:
         Raises:
             WeightsError: when that one is of another kind or for other images.
         """
-        reach, width = self.reach or REACH[self.kind][dims], self.width or WIDTH[self.kind]
         assert self.settings is not None
         asks = self.settings.network == "always"
-        if start is not None and (start.kind, start.dims) != (self.kind, dims):
-            raise WeightsError(
-                f"{self.start_from}: a refinement of {start.kind} in {start.dims} dimensions; expected one of "
-                f"{self.kind} in {dims}. Name another one, or set refine_kind."
-            )
+        reach, step, width = self.reach or REACH[self.kind][dims], self.step or 1.0, self.width or WIDTH[self.kind]
+        certainty = self.certainty or 0.0
+        if start is not None:
+            if (start.kind, start.dims) != (self.kind, dims):
+                raise WeightsError(
+                    f"{self.start_from}: a refinement of {start.kind} in {start.dims} dimensions; expected one of "
+                    f"{self.kind} in {dims}. Name another one, or set refine_kind."
+                )
+            assert isinstance(start, VoxelRefinement | CropRefinement)
+            if self.width not in (None, start.width):
+                raise WeightsError(
+                    f"{self.start_from}: its hidden layers are {start.width} wide, not {self.width} (refine_width). "
+                    "Leave refine_width out, or refine_from."
+                )
+            if isinstance(start, CropRefinement):
+                if start.channels != channels:
+                    raise WeightsError(
+                        f"{self.start_from}: it sees images of {start.channels} channels, not of {channels}."
+                    )
+                step = self.step or start.step
+            reach, width = self.reach or start.reach, start.width
+            certainty = start.certainty if self.certainty is None else self.certainty
         torch.manual_seed(self.seed)  # of the weights that it begins with
         if self.kind == "voxels":
-            voxels = start if isinstance(start, VoxelRefinement) else VoxelRefinement(dims, reach, width, asks)
-            voxels.certainty = self.certainty
+            voxels = VoxelRefinement(dims, reach, width, asks, certainty)
+            if start is not None:
+                voxels.load_state_dict(start.state_dict())
             return VoxelLearner(
                 voxels, start is None, self.others, self.epochs, self.samples_per_click, self.learning_rate
             )
-        crops = start if isinstance(start, CropRefinement) else None
-        if crops is not None and crops.channels != channels:
-            raise WeightsError(f"{self.start_from}: it sees images of {crops.channels} channels, not of {channels}.")
-        crops = crops or CropRefinement(dims, reach, self.step, channels, width, asks)
-        crops.certainty, crops.mirror_axes = self.certainty, self.flip_axes
+        crops = CropRefinement(dims, reach, step, channels, width, asks, certainty, self.flip_axes)
+        if start is not None:
+            crops.load_state_dict(start.state_dict())
         return CropLearner(crops, self.steps, self.batch, self.flip_axes, self.learning_rate)
 
     def _judge(

@@ -430,6 +430,30 @@ def test_a_training_on_voxels_that_was_killed_ends_the_same(tmp_path: Path, monk
     assert one.sha256 == other.sha256
 
 
+@KINDS
+def test_a_start_keeps_its_form_where_none_is_asked_for(tmp_path: Path, kind: str) -> None:
+    own: dict[str, Any] = {"certainty": 0.3} | ({"mirror_axes": [0], "step": 2.0} if kind == "crops" else {})
+    start = perturbed(3, 6.0, kind=kind, **own)
+    start.save(tmp_path / "start.clicks.pt")
+
+    def begun(**options: Any) -> Refinement:
+        made = RefinementTraining(
+            torch.nn.Identity(), None, [], ["ball"], tmp_path,  # type: ignore[arg-type]
+            start_from=tmp_path / "start.clicks.pt", kind=kind, settings=AnswerSettings(network="first"), **options,
+        )  # fmt: skip
+        return made._learner(3, 1, Refinement.load(tmp_path / "start.clicks.pt")).refinement
+
+    assert begun().sha256 == start.sha256
+    other = begun(reach=9.0, step=3.0, certainty=0.0)
+    assert (other.reach, other.certainty) == (9.0, 0.0)
+    if isinstance(other, CropRefinement):
+        assert other.step == 3.0
+    state = start.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+    with pytest.raises(WeightsError, match=r"start\.clicks\.pt: its hidden layers are . wide, not 12 \(refine_width\)"):
+        begun(width=12)
+
+
 def test_one_image_is_too_few_to_choose_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "NetworkSegmenter", Balls)
     balls = Balls()
