@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 STATE = "refinement_state.pt"
 MARGIN = 3.0  # around a class and its mask, as a multiple of the reach: what practice without the network sees
 HARMFUL = 0.005  # loss of Dice from which on a click did harm
+CERTAINTIES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 REACH = {"voxels": {2: 40.0, 3: 10.0}, "crops": {2: 40.0, 3: 8.0}}
 WIDTH = {"voxels": 96, "crops": 16}
 
@@ -65,8 +66,8 @@ class RefinementTraining:
         settings: how answers are made, without refinement; none takes the usual ones, and in images asks the
             network again for each click, in volumes does not.
         start_from: file of a refinement to start from; it stays the best until a round is better. Its ``width``,
-            ``reach``, ``step`` and ``certainty`` hold where none are given here; with another reach or step, its
-            weights go on in that geometry.
+            ``reach`` and ``step`` hold where none are given here; with another reach or step, its weights go on in
+            that geometry.
         others: files of samples of other trainings, to be learnt as well (voxels).
         kind: ``voxels`` or ``crops``.
         rounds: how often sessions are run and learnt from.
@@ -82,13 +83,15 @@ class RefinementTraining:
             volumes), in pixels or mm (crops; none takes 40 in images, 8 in volumes).
         step: size of a crop's voxels, in pixels or mm (crops); none takes 1.
         certainty: logit that a voxel must have on its new side to change sides (see
-            :class:`~medsa_nets.interaction.refinement.Refinement`); none takes 0.
+            :class:`~medsa_nets.interaction.refinement.Refinement`); none chooses the smallest of
+            :data:`CERTAINTIES` that keeps ``harmful`` on the images left out, or harms least.
+        harmful: share of clicks that may lower Dice by more than 0.005.
         learning_rate: of AdamW, which a cosine takes to 0 in each round (voxels) or over all (crops).
         seed: of all that is drawn.
 
     Raises:
-        ValueError: when ``kind`` is another, ``rounds``, ``clicks`` or another number is below 1, or ``held_out`` lies
-            not within 0 and 1.
+        ValueError: when ``kind`` is another, ``rounds``, ``clicks`` or another number is below 1, or ``held_out`` or
+            ``harmful`` lies not within 0 and 1.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class RefinementTraining:
         reach: float | None = None,
         step: float | None = None,
         certainty: float | None = None,
+        harmful: float = 0.02,
         learning_rate: float = 2e-3,
         seed: int = 0,
     ) -> None:
@@ -126,6 +130,8 @@ class RefinementTraining:
             raise ValueError(
                 "rounds, clicks, epochs, samples_per_click, steps and batch are 1 or more, held_out lies in (0, 1)."
             )
+        if not 0 <= harmful <= 1:
+            raise ValueError(f"harmful is a share of clicks, within 0 and 1, got {harmful}.")
         self.network, self.inferer, self.dataset = network, inferer, dataset
         self.classes = list(classes)
         self.output_dir, self.checkpoint = Path(output_dir), checkpoint
@@ -136,7 +142,7 @@ class RefinementTraining:
         self.kind, self.rounds, self.clicks, self.epochs = kind, rounds, clicks, epochs
         self.samples_per_click, self.steps, self.batch = samples_per_click, steps, batch
         self.flip_axes, self.held_out = list(flip_axes), held_out
-        self.width, self.reach, self.step, self.certainty = width, reach, step, certainty
+        self.width, self.reach, self.step, self.certainty, self.harmful = width, reach, step, certainty, harmful
         self.learning_rate, self.seed = learning_rate, seed
 
     def run(self) -> dict[str, float]:
@@ -178,8 +184,10 @@ class RefinementTraining:
             self._keep(learner, progress)
             if isinstance(learner, VoxelLearner):
                 Samples.joined(learner.rounds).save(self.output_dir / SAMPLES)
-            picture = draw_curves(progress["lines"], "clicks", f"mean Dice of {len(checked)} masks")
-            save_png(picture, self.output_dir / "refinement.png")
+            self._draw(checked, progress)
+        if self.certainty is None:
+            self._choose_certainty(segmenter, checked, progress)
+            self._draw(checked, progress)
         (self.output_dir / STATE).unlink(missing_ok=True)
         if progress["best"][1]:
             logger.info("wrote %s, of round %d", self.path, progress["best"][1])
@@ -231,7 +239,6 @@ class RefinementTraining:
                     )
                 step = self.step or start.step
             reach, width = self.reach or start.reach, start.width
-            certainty = start.certainty if self.certainty is None else self.certainty
         torch.manual_seed(self.seed)  # of the weights that it begins with
         if self.kind == "voxels":
             voxels = VoxelRefinement(dims, reach, width, asks, certainty)
@@ -260,18 +267,37 @@ class RefinementTraining:
             refinement.save(self.path)
             progress["best"] = (gain, number)
             progress["lines"]["with"] = curve
-            progress["figures"] = {f"dice_after_{n}": value for n, value in enumerate(curve)} | {"harmful": harmful}
+            progress["figures"] = _figures(curve, harmful)
         if number == 0:
             logger.info("%s: Dice %s; harmful %.3f", self.start_from, _listed(curve), harmful)
         return curve, harmful
+
+    def _choose_certainty(self, segmenter: NetworkSegmenter, checked: Sequence[Case], progress: dict[str, Any]) -> None:
+        """Set the smallest certainty with which few enough clicks do harm on the images left out."""
+        refinement, found = Refinement.load(self.path), []
+        for certainty in CERTAINTIES:
+            refinement.certainty = certainty
+            curve, harmful = self._curve(segmenter, checked, refinement)
+            logger.info("certainty %g: Dice %s; harmful %.3f", certainty, _listed(curve), harmful)
+            found.append((harmful, certainty, curve))
+            if harmful <= self.harmful:
+                break
+        harmful, refinement.certainty, curve = found[-1] if found[-1][0] <= self.harmful else min(found)
+        refinement.save(self.path)
+        progress["lines"]["with"] = curve
+        progress["figures"] = _figures(curve, harmful)
+
+    def _draw(self, checked: Sequence[Case], progress: dict[str, Any]) -> None:
+        picture = draw_curves(progress["lines"], "clicks", f"mean Dice of {len(checked)} masks")
+        save_png(picture, self.output_dir / "refinement.png")
 
     def _setting(self) -> str:
         """What a training must share with one that it goes on from."""
         files = [file_sha256(path) for path in (self.checkpoint, self.start_from, *self.others) if path]
         settings = [
             self.kind, self.rounds, self.clicks, self.epochs, self.samples_per_click, self.steps, self.batch,
-            self.flip_axes, self.held_out, self.width, self.reach, self.step, self.certainty, self.learning_rate,
-            self.seed, len(self.dataset), self.classes, self.user.shares.tolist(), self.user.jitter,
+            self.flip_axes, self.held_out, self.width, self.reach, self.step, self.certainty, self.harmful,
+            self.learning_rate, self.seed, len(self.dataset), self.classes, self.user.shares.tolist(), self.user.jitter,
             str(self.settings), str(self.path),
         ]  # fmt: skip
         return str([files, settings])
@@ -347,6 +373,10 @@ class RefinementTraining:
             harmful.extend(after < before - HARMFUL for before, after in itertools.pairwise(row))
             rows.append(row + row[-1:] * (self.clicks + 1 - len(row)))
         return [float(value) for value in np.mean(rows, 0)], float(np.mean(harmful)) if harmful else 0.0
+
+
+def _figures(curve: Sequence[float], harmful: float) -> dict[str, float]:
+    return {f"dice_after_{n}": value for n, value in enumerate(curve)} | {"harmful": harmful}
 
 
 def _listed(curve: Sequence[float]) -> str:

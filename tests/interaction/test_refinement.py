@@ -430,6 +430,42 @@ def test_a_training_on_voxels_that_was_killed_ends_the_same(tmp_path: Path, monk
     assert one.sha256 == other.sha256
 
 
+def test_the_smallest_certainty_with_few_harmful_clicks_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "NetworkSegmenter", Balls)
+    start = perturbed(3, 8.0, seed=1)
+    for parameter in start.parameters():
+        parameter.mul_(0.5)
+    start.save(tmp_path / "start.clicks.pt")
+    options: dict[str, Any] = {"rounds": 1, "clicks": 4, "epochs": 1, "learning_rate": 1e-9, "held_out": 0.5}
+
+    def trained(harmful: float, certainty: float | None = None) -> tuple[RefinementTraining, dict[str, float]]:
+        out = RefinementTraining(
+            torch.nn.Identity(), None, Balls(), ["ball"], tmp_path,  # type: ignore[arg-type]
+            start_from=tmp_path / "start.clicks.pt", certainty=certainty, harmful=harmful, **options,
+        )  # fmt: skip
+        return out, out.run()
+
+    training_, figures = trained(0.3)
+    found = Refinement.load(tmp_path / "refinement.clicks.pt")
+    assert 0.0 < found.certainty in training.CERTAINTIES
+    assert figures["harmful"] <= 0.3
+    cases = training_._split(list(training_._cases(Balls())))[1]  # type: ignore[arg-type]
+    shares = {}
+    for certainty in training.CERTAINTIES:
+        found.certainty = certainty
+        shares[certainty] = training_._curve(Balls(), cases, found)[1]  # type: ignore[arg-type]
+    within = [certainty for certainty, share in shares.items() if share <= 0.3]
+    assert Refinement.load(tmp_path / "refinement.clicks.pt").certainty == min(within)
+    trained(1.0)
+    assert Refinement.load(tmp_path / "refinement.clicks.pt").certainty == 0.0
+    trained(0.0, certainty=0.25)
+    assert Refinement.load(tmp_path / "refinement.clicks.pt").certainty == 0.25
+    with pytest.raises(ValueError, match="harmful is a share of clicks, within 0 and 1, got 2"):
+        trained(2.0)
+
+
 @KINDS
 def test_a_start_keeps_its_form_where_none_is_asked_for(tmp_path: Path, kind: str) -> None:
     own: dict[str, Any] = {"certainty": 0.3} | ({"mirror_axes": [0], "step": 2.0} if kind == "crops" else {})
@@ -443,8 +479,8 @@ def test_a_start_keeps_its_form_where_none_is_asked_for(tmp_path: Path, kind: st
         )  # fmt: skip
         return made._learner(3, 1, Refinement.load(tmp_path / "start.clicks.pt")).refinement
 
-    assert begun().sha256 == start.sha256
-    other = begun(reach=9.0, step=3.0, certainty=0.0)
+    assert begun(certainty=0.3).sha256 == start.sha256
+    other = begun(reach=9.0, step=3.0)
     assert (other.reach, other.certainty) == (9.0, 0.0)
     if isinstance(other, CropRefinement):
         assert other.step == 3.0
