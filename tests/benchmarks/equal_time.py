@@ -8,7 +8,8 @@ hippocampi, crops of 96 x 96 x 32 of CT at 3 mm, photographs of 256 x 256). The 
 warm-up, and what is measured is the average of the weights (``ema_decay``), so that one training gives a point of the
 curve for every time and none of them is favoured by a schedule. Minutes are process time on one thread, without
 reading the data set, so that other work on the machine counts little. Mean Dice without prompt on the held-out
-images, the same for both; trainings and points that are there are not made again. Writes equal_time.{md,json,png}.
+images, the same for both; a training that was stopped goes on after its last epoch, and points that are there are not
+made again. Writes equal_time.{md,json,png}.
 """
 
 from __future__ import annotations
@@ -110,10 +111,12 @@ TASKS: dict[str, dict[str, Any]] = {
 class Snapshots:
     """Handler of a trainer: keeps the averaged weights after each of some times, and ends the training after the last.
 
+    Time of a training that was stopped counts up to its last whole epoch, after which it goes on.
+
     Args:
         network: the network.
         average: the average of its weights.
-        folder: where ``<minutes>.pt`` and ``<minutes>.json`` (steps) go.
+        folder: where ``<minutes>.pt`` and ``<minutes>.json`` (steps) go, and ``spent.json`` (seconds).
         minutes: of process time.
     """
 
@@ -125,13 +128,21 @@ class Snapshots:
         self.began = 0.0
 
     def attach(self, engine: Engine) -> None:
-        """Attach to the trainer, after the average."""
+        """Attach to the trainer, after the average and what keeps its state."""
         engine.add_event_handler(Events.STARTED, self.begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.keep)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.note)
 
     def begin(self, engine: Engine) -> None:
-        """Time counts from here."""
+        """Time counts from here, or from the last whole epoch on."""
         self.began = time.process_time()
+        if engine.state.iteration:
+            self.began -= json.loads((self.folder / "spent.json").read_text())
+            self.left = [m for m in self.left if not (self.folder / f"{m:g}.json").is_file()]
+
+    def note(self, engine: Engine) -> None:
+        """Note what a training that goes on has spent."""
+        (self.folder / "spent.json").write_text(json.dumps(time.process_time() - self.began))
 
     def keep(self, engine: Engine) -> None:
         """Keep the average where it is time."""
@@ -176,7 +187,7 @@ def train(task: str, network: str, data: Path, folder: Path, minutes: Sequence[f
     overlays, own = of_network(task, network)
     keep = {"_target_": "equal_time.Snapshots", "network": "@network", "average": "@train#average",
             "folder": str(folder), "minutes": list(minutes)}  # fmt: skip
-    run("training", config_file=configs(task, "train.yaml", *TASKS[task]["overlays"], *overlays), resume=False,
+    run("training", config_file=configs(task, "train.yaml", *TASKS[task]["overlays"], *overlays), resume=True,
         ckpt_dir=str(folder / "last"), max_epochs=10**5, val_interval=10**6, ema_decay=DECAY, snapshots=keep,
         **{"train#trainer#train_handlers": "$@train#handlers + [@snapshots]"},
         **settings(task, data, folder), **own)  # fmt: skip
