@@ -100,7 +100,7 @@ def set_up(venv: Path, name: str) -> Path:
     if name == "deploy" and sys.platform != "linux":
         raise SetUpError("MONAI Deploy's runtime, Holoscan, exists for Linux alone.")
     print(f"setting up {folder}; this takes some minutes the first time", flush=True)
-    pip = (python, "-m", "pip", "install", "--quiet")
+    pip = (python, "-m", "pip", "install", "--quiet", "--no-compile")  # what is imported is compiled then
     steps = [(*pip, "-c", constraints, "-e", f".{extra}"), (*pip, "--no-deps", package)]
     if name != "test":
         steps.insert(0, (sys.executable, "-m", "venv", folder))

@@ -84,7 +84,7 @@ def make(name: str, cell: configparser.SectionProxy, envs: Path, pip_args: list[
     chosen = cell.get("requires", "").split()
     if cell.get("constraints"):
         chosen += ["-c", cell["constraints"]]
-    install = (python, "-m", "pip", "install", "--disable-pip-version-check", *pip_args)
+    install = (python, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile", *pip_args)
     for step in (
         (base, "-m", "venv", folder),
         (*install, *chosen, "-e", ROOT, "pytest>=8", "pytest-timeout>=2.3"),
