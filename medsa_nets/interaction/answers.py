@@ -50,6 +50,8 @@ class AnswerSettings:
         interpolate: whether clicks speak for other voxels at all; false lets them set their own voxel alone.
         refinement: file of a :class:`~medsa_nets.interaction.refinement.Refinement`, which says what a click means for
             the voxels around it; none takes the one that belongs to the adapter, an empty name goes without.
+        click_certainty: logit that a voxel within the refinement's reach must have on its new side to change sides;
+            none takes the refinement's own. A lower one lets clicks do more on masks that are far off.
         network: ``always`` asks the network again for each answer, ``first`` where there was no mask before; ``auto``
             does as the refinement learnt it; without one, it asks again in images, and in volumes where the adapter was
             trained with earlier masks. Where it does not ask again, it does so for a click farther than a quarter of
@@ -67,6 +69,7 @@ class AnswerSettings:
     depth: float | None = None
     interpolate: bool = True
     refinement: str | None = None
+    click_certainty: float | None = None
     network: str = "auto"
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class AnswerSettings:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}.")
         if self.network not in ("auto", "always", "first"):
             raise ValueError(f"network must be auto, always or first, got {self.network!r}.")
-        for name in ("reach", "certainty", "depth"):
+        for name in ("reach", "certainty", "depth", "click_certainty"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must be 0 or more, got {value}.")
@@ -168,7 +171,7 @@ def make_answer(
         assert draft.previous is not None
         draft.values = refine(
             refinement, draft.previous, draft.values, image.numpy(), draft.voxels, draft.labels, len(draft.newest),
-            grids.spacing,
+            grids.spacing, settings.click_certainty,
         )  # fmt: skip
     return torch.from_numpy(finish_answer(draft, grids, settings))
 

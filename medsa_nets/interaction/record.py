@@ -154,7 +154,7 @@ def read_settings(entry: Mapping[str, Any]) -> AnswerSettings:
         ValueError: when one is unknown or has another value than it may have.
     """
     known = {field.name for field in dataclasses.fields(AnswerSettings)}
-    entry = {"refinement": "", **entry}  # logs that were written before there was one
+    entry = {"refinement": "", "click_certainty": None, **entry}  # logs that were written before there were these
     if set(entry) != known:
         raise ValueError(f"settings {sorted(entry)}, expected {sorted(known)}")
     return AnswerSettings(**{**entry, "kernel": None if entry["kernel"] is None else Kernel(**entry["kernel"])})

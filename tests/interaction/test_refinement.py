@@ -100,6 +100,7 @@ def test_voxels_change_sides_with_certainty_alone(kind: str) -> None:
     assert (changed & ~doubtful).any()
     assert np.array_equal(found[doubtful], logits[doubtful])
     assert np.array_equal(found[~doubtful], free[~doubtful])
+    assert np.array_equal(refine(one, *args, certainty=0.0), free)
     with pytest.raises(ValueError, match="a certainty of 0 or more"):
         made(kind, 3, 5.0, certainty=-1.0)
 
@@ -228,6 +229,24 @@ def test_sessions_obey_and_undo_with_a_refinement_that_knows_nothing(
     assert not np.array_equal(*results)
 
 
+def test_a_session_may_ask_for_another_certainty(stand_in: Any) -> None:
+    masks = []
+    for own, asked in ((0.0, None), (9.0, None), (9.0, 0.0), (0.0, 9.0)):
+        segmenter = stand_in(volumes=True)
+        segmenter.refinement = perturbed(3, 6.0, certainty=own)
+        session = InteractiveSession(segmenter, AnswerSettings(click_certainty=asked))
+        session.open("image_3.png")
+        first = session.mask(0)
+        places = [[n // 2 for n in first.shape], [n // 3 for n in first.shape]]
+        masks.append([session.point(place, int(not first[tuple(place)]), 0) for place in places])
+    free, certain, freed, bound = masks
+    assert not np.array_equal(free, certain)
+    assert np.array_equal(free, freed)
+    assert np.array_equal(certain, bound)
+    with pytest.raises(ValueError, match="click_certainty must be 0 or more, got -1"):
+        AnswerSettings(click_certainty=-1.0)
+
+
 def test_a_log_of_another_refinement_is_not_replayed(tmp_path: Path, stand_in: Any) -> None:
     path = tmp_path / "image_3.png"
     path.touch()
@@ -247,7 +266,7 @@ def test_a_log_of_another_refinement_is_not_replayed(tmp_path: Path, stand_in: A
 
 def test_logs_from_before_there_was_a_refinement_go_without(stand_in: Any) -> None:
     entry = dataclasses.asdict(AnswerSettings())
-    del entry["refinement"]
+    del entry["refinement"], entry["click_certainty"]
     session = stand_in(volumes=True)
     session.refinement = perturbed(3, 5.0)
     assert answer_identity(read_settings(entry), session)["refinement_sha256"] == ""

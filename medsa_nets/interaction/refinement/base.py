@@ -154,6 +154,7 @@ def refine(
     labels: np.ndarray,
     newest: int,
     spacing: Sequence[float] | np.ndarray,
+    certainty: float | None = None,
 ) -> np.ndarray:
     """Logits that take the newest click for what such clicks mostly meant.
 
@@ -166,6 +167,7 @@ def refine(
         labels: (N,): 1 foreground, 0 background.
         newest: how many of them the newest prompt marked; of a scribble, a few points are clicks one after the other.
         spacing: size of a voxel along each axis.
+        certainty: see :class:`Refinement`; none takes the refinement's own.
 
     Returns:
         Logits (spatial…), other than ``values`` within the refinement's reach of the newest marks alone.
@@ -178,9 +180,10 @@ def refine(
         place, inside, added = refinement.added(click)
         values = add(values, place, inside, added)
         places.append(place)
-    for place in places if refinement.certainty else []:
+    certainty = refinement.certainty if certainty is None else certainty
+    for place in places if certainty else []:
         before, after = previous[place], values[place]
-        doubtful = ((before > 0) != (after > 0)) & (np.abs(after) < refinement.certainty)
+        doubtful = ((before > 0) != (after > 0)) & (np.abs(after) < certainty)
         after[doubtful] = before[doubtful]
     return values
 
