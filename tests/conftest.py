@@ -26,6 +26,8 @@ from medsa_nets.layers import Adapter, Frozen, HyperPromptingAdapter
 from medsa_nets.networks import HieraEncoder, ImageEncoderViT, MedSA
 from medsa_nets.weights import BASES, WEIGHTS_DIR_VARIABLE, Base, weights_dir
 
+from .forks import Forks
+
 # What segment-anything imports from torchvision. Its networks call none of it.
 _TORCHVISION = {
     "torchvision": (),
@@ -67,6 +69,14 @@ def one_thread() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs commands in forks of a process that has imported them."""
+    made = Forks()
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,8 @@ from medsa_nets.errors import (
     find_cause,
 )
 
+from .forks import Forks
+
 ENGINE = """
 from medsa_nets.errors import DataError, WeightsError, report_plainly
 report_plainly()
@@ -58,38 +60,42 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+def forked(forks: Forks, code: str, **environment: str) -> subprocess.CompletedProcess:
+    return forks.run(["-c", code], timeout=300, **{"MONAI_DEBUG": "0", **environment})
+
+
 def lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
 @pytest.mark.parametrize("kind", ["DataError", "WeightsError"])
-def test_an_error_of_the_package_is_one_line(kind):
-    result = run(ENGINE.format(action=f"raise {kind}('a.jpg: not readable; replace it.')", caught=kind))
+def test_an_error_of_the_package_is_one_line(forks, kind):
+    result = forked(forks, ENGINE.format(action=f"raise {kind}('a.jpg: not readable; replace it.')", caught=kind))
     assert result.returncode == 1
     assert lines(result.stderr) == ["error: a.jpg: not readable; replace it."]
     assert result.stdout == ""
 
 
-def test_an_unrelated_error_keeps_its_traceback():
-    result = run(ENGINE.format(action="{}['missing']", caught="KeyError"))
+def test_an_unrelated_error_keeps_its_traceback(forks):
+    result = forked(forks, ENGINE.format(action="{}['missing']", caught="KeyError"))
     assert result.returncode == 1
     assert "Traceback (most recent call last)" in result.stderr
     assert "KeyError: 'missing'" in result.stderr
     assert "error: " not in [line[:7] for line in lines(result.stderr)]
 
 
-def test_debugging_shows_everything():
-    result = run(ENGINE.format(action="raise DataError('a.jpg')", caught="DataError"), MONAI_DEBUG="1")
+def test_debugging_shows_everything(forks):
+    result = forked(forks, ENGINE.format(action="raise DataError('a.jpg')", caught="DataError"), MONAI_DEBUG="1")
     assert result.returncode == 1
     assert "Traceback (most recent call last)" in result.stderr
     assert "medsa_nets.errors.DataError: a.jpg" in result.stderr
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_of_a_data_loader_is_one_line_too(tmp_path, workers):
+def test_an_error_of_a_data_loader_is_one_line_too(forks, tmp_path, workers):
     path = tmp_path / "lesion.jpg"
     path.write_bytes(b"")
-    result = run(WORKERS.format(path=path, workers=workers))
+    result = forked(forks, WORKERS.format(path=path, workers=workers))
     assert result.returncode == 1
     errors = [line for line in lines(result.stderr) if line.startswith("error: ")]
     assert len(errors) == 1
@@ -157,14 +163,14 @@ def test_a_lack_of_memory_says_what_to_lower(error):
     assert find_cause(RuntimeError("shapes differ")) is None
 
 
-def test_memory_that_torch_can_not_have_ends_in_one_line():
+def test_memory_that_torch_can_not_have_ends_in_one_line(forks):
     pytest.importorskip("resource")
     code = (
         "import resource, torch; from medsa_nets.errors import report_plainly; report_plainly()\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30,) * 2)\n"
         "torch.zeros(2 * 2**30, dtype=torch.float64)"
     )
-    result = run(code)
+    result = forked(forks, code)
     assert result.returncode == 1
     assert len(lines(result.stderr)) == 1
     assert "not enough memory" in result.stderr
