@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -26,7 +27,8 @@ from medsa_nets.layers import Adapter, Frozen, HyperPromptingAdapter
 from medsa_nets.networks import HieraEncoder, ImageEncoderViT, MedSA
 from medsa_nets.weights import BASES, WEIGHTS_DIR_VARIABLE, Base, weights_dir
 
-from .forks import Forks
+if TYPE_CHECKING:
+    from .forks import Forks
 
 # What segment-anything imports from torchvision. Its networks call none of it.
 _TORCHVISION = {
@@ -74,6 +76,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
     """Runs commands in forks of a process that has imported them."""
+    from .forks import Forks
+
     made = Forks()
     yield made
     made.close()
