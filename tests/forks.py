@@ -41,6 +41,7 @@ class Forks:
 
         Raises:
             subprocess.TimeoutExpired: when it takes longer.
+            RuntimeError: when the process that waits has ended, as where it can't import MONAI.
         """
         command, cwd = [sys.executable, *arguments], cwd or Path.cwd()
         if not hasattr(os, "fork"):
@@ -60,8 +61,10 @@ class Forks:
             answer = process.stdout.readline()
             late.cancel()
             out, err = (path.read_text(encoding="utf-8") if path.exists() else "" for path in said)
-        if not answer:
+        if not answer and (status := process.wait()) == -signal.SIGKILL:
             raise subprocess.TimeoutExpired(command, timeout, out, err)
+        if not answer:
+            raise RuntimeError(f"the process that forks for {command} ended with {status}: {err}")
         return subprocess.CompletedProcess(command, json.loads(answer), out, err)
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ from ignite.engine import Engine, Events
 from monai.bundle import run
 from torch import nn
 
+from medsa_nets.data.atomic import temporary_name
 from medsa_nets.training import WeightAverage, save_atomically
 
 matplotlib.use("Agg")
@@ -142,7 +143,8 @@ class Snapshots:
 
     def note(self, engine: Engine) -> None:
         """Note what a training that goes on has spent."""
-        (self.folder / "spent.json").write_text(json.dumps(time.process_time() - self.began))
+        with temporary_name(self.folder / "spent.json") as part:
+            part.write_text(json.dumps(time.process_time() - self.began))
 
     def keep(self, engine: Engine) -> None:
         """Keep the average where it is time."""
