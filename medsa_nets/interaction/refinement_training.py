@@ -274,14 +274,15 @@ class RefinementTraining:
 
     def _choose_certainty(self, segmenter: NetworkSegmenter, checked: Sequence[Case], progress: dict[str, Any]) -> None:
         """Set the smallest certainty with which few enough clicks do harm on the images left out."""
-        refinement, found = Refinement.load(self.path), []
-        for certainty in CERTAINTIES:
+        refinement = Refinement.load(self.path)
+        found = [(progress["figures"]["harmful"], 0.0, progress["lines"]["with"])]  # rounds are judged without one
+        for certainty in CERTAINTIES[1:]:
+            if found[-1][0] <= self.harmful:
+                break
             refinement.certainty = certainty
             curve, harmful = self._curve(segmenter, checked, refinement)
             logger.info("certainty %g: Dice %s; harmful %.3f", certainty, _listed(curve), harmful)
             found.append((harmful, certainty, curve))
-            if harmful <= self.harmful:
-                break
         harmful, refinement.certainty, curve = found[-1] if found[-1][0] <= self.harmful else min(found)
         refinement.save(self.path)
         progress["lines"]["with"] = curve
