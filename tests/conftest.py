@@ -62,13 +62,18 @@ def _stand_in_torchvision() -> Iterator[None]:
             del sys.modules[name]
 
 
+STARTED = Path(__file__).parent / "started"
+
+
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The networks here are small: more threads cost more than they bring, in processes that tests start too."""
+def small_processes() -> Iterator[None]:
+    """One thread, since the networks here are small; what tests start does not import what MONAI alone would have."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(STARTED), prepend=os.pathsep)
+        patch.setenv("MEDSA_TEST_LACKS", "transformers mlflow")
         yield
     torch.set_num_threads(before)
 
@@ -249,7 +254,7 @@ STAND_INS = Path(__file__).parent / "stand_ins"
 @pytest.fixture(scope="module")
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Name of a base for tests of wiring that this process and those it starts know: ``small``, with random weights."""
-    specification = importlib.util.spec_from_file_location("small_base", STAND_INS / "sitecustomize.py")
+    specification = importlib.util.spec_from_file_location("small_base", STAND_INS / "small_base.py")
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
@@ -257,10 +262,9 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     known = weights_dir()
     for file in known.iterdir() if known.is_dir() else ():
         (folder / file.name).symlink_to(file)
-    paths = [str(STAND_INS), os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch:
         specification.loader.exec_module(module)
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        patch.setenv("PYTHONPATH", str(STAND_INS), prepend=os.pathsep)
         patch.setenv(WEIGHTS_DIR_VARIABLE, str(folder))
         network = randomise_weights(build_medsa(module.SMALL.name, pretrained=False))
         torch.save(network.base_state_dict(), folder / module.SMALL.filename)

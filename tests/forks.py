@@ -7,10 +7,12 @@ the system can't fork, each command gets a process of its own.
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,17 +21,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-KEPT = 2  # processes that wait for commands, each with an environment of its own
+BEGIN = Path(__file__).parent / "started" / "sitecustomize.py"
 
 
 class Forks:
-    """Runs commands in forks of processes that wait, one for each environment."""
+    """Runs commands in forks of a process that waits for them."""
 
     def __init__(self) -> None:
-        self.waiting: dict[str, subprocess.Popen[str]] = {}
+        self.waiting: subprocess.Popen[str] | None = None
 
     def run(
-        self, arguments: Sequence[str], cwd: Path | None = None, timeout: float = 600.0, **environment: str
+        self,
+        arguments: Sequence[str],
+        cwd: Path | None = None,
+        timeout: float = 600.0,
+        processes: int = 1,
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         """The same as ``subprocess.run([sys.executable, *arguments], capture_output=True, text=True)``.
 
@@ -37,22 +44,26 @@ class Forks:
             arguments: ``-m``, a module and its arguments, or ``-c`` and code.
             cwd: folder to run in; none takes this one.
             timeout: seconds.
-            environment: variables that it reads while it runs; what Python reads at its start does nothing here.
+            processes: that run it together, as torchrun starts them: the environment tells each its rank.
+            environment: variables beside those of this process; what Python and torch read at their start does nothing.
 
         Raises:
             subprocess.TimeoutExpired: when it takes longer.
             RuntimeError: when the process that waits has ended, as where it can't import MONAI.
         """
         command, cwd = [sys.executable, *arguments], cwd or Path.cwd()
+        env = {**os.environ, **environment}
+        env.pop("PYTEST_CURRENT_TEST", None)
         if not hasattr(os, "fork"):
-            env = {**os.environ, **environment}
-            return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            started = command if processes == 1 else [sys.executable, *launcher, *arguments]
+            return subprocess.run(started, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
         process = self._process()
         with tempfile.TemporaryDirectory() as folder:
             said = [Path(folder) / "out", Path(folder) / "err"]
             request = {
                 "arguments": list(arguments), "cwd": str(cwd), "said": [str(path) for path in said],
-                "environment": environment,
+                "environments": [{**env, **rank} for rank in ranks(processes)],
             }  # fmt: skip
             assert process.stdin is not None and process.stdout is not None  # noqa: PT018
             print(json.dumps(request), file=process.stdin, flush=True)
@@ -69,27 +80,32 @@ class Forks:
 
     def close(self) -> None:
         """End what waits."""
-        while self.waiting:
-            self._end(next(iter(self.waiting)))
+        if self.waiting is not None:
+            self.waiting.kill()
+            self.waiting.communicate()
+        self.waiting = None
 
     def _process(self) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-        key = json.dumps(environment, sort_keys=True)
-        if key in self.waiting and self.waiting[key].poll() is not None:
-            self._end(key)
-        if key not in self.waiting:
-            while len(self.waiting) >= KEPT:
-                self._end(next(iter(self.waiting)))
-            self.waiting[key] = subprocess.Popen(
-                [sys.executable, __file__], env=environment, text=True, start_new_session=True,
+        if self.waiting is not None and self.waiting.poll() is not None:
+            self.close()
+        if self.waiting is None:
+            self.waiting = subprocess.Popen(
+                [sys.executable, __file__], text=True, start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
-        return self.waiting[key]
+        return self.waiting
 
-    def _end(self, key: str) -> None:
-        process = self.waiting.pop(key)
-        process.kill()
-        process.communicate()
+
+def ranks(processes: int) -> list[dict[str, str]]:
+    """What torchrun tells each of some processes."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    size = str(processes)
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def wait() -> None:
@@ -101,25 +117,40 @@ def wait() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing else may speak there
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            answers.close()
-            execute(json.loads(line))
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+        request = json.loads(line)
+        children = set()
+        for environment in request["environments"]:
+            child = os.fork()
+            if not child:
+                answers.close()
+                execute(request, environment)
+            children.add(child)
+        failed = 0
+        while children:
+            child, status = os.wait()
+            children.remove(child)
+            if status and not failed:
+                failed = os.waitstatus_to_exitcode(status)
+                for other in children:  # which would wait for that one
+                    os.kill(other, signal.SIGKILL)
+        print(failed, file=answers, flush=True)
 
 
-def execute(request: dict[str, Any]) -> None:
+def execute(request: dict[str, Any], environment: dict[str, str]) -> None:
     """Run a module or code as Python does, and end the process."""
     for number, path in enumerate(request["said"], start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(request["cwd"])
-    os.environ.update(request["environment"])
-    sys.path[0] = request["cwd"]
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    sys.path[:1] = [request["cwd"], *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    importlib.invalidate_caches()
     kind, what, *sys.argv[1:] = request["arguments"]
     status = 0
     try:
+        runpy.run_path(str(BEGIN))
         if kind == "-m":
             runpy.run_module(what, run_name="__main__", alter_sys=True)
         else:

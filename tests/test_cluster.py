@@ -64,12 +64,12 @@ def masks(folder: Path) -> dict[str, np.ndarray]:
     return {file.name: np.asarray(Image.open(file)) for file in folder.glob("*_segmentation.png")}
 
 
-def test_each_study_is_segmented_once_and_damaged_ones_are_reported(tmp_path, adapted):
+def test_each_study_is_segmented_once_and_damaged_ones_are_reported(tmp_path, adapted, forks):
     distributed = pytest.importorskip("distributed")
     studies, out = photographs(tmp_path / "studies", 5), tmp_path / "out"
     whole = (studies / "study_3.png").read_bytes()
     (studies / "study_3.png").write_bytes(whole[: len(whole) // 2])
-    first = subprocess.run(command(studies, out, **settings_of(adapted)), capture_output=True, text=True, timeout=300)
+    first = forks.run(command(studies, out, **settings_of(adapted))[1:], timeout=300)
     assert first.returncode == 1, first.stderr[-3000:]
     rows = summary(out)
     assert tuple(next(iter(rows.values()))) == COLUMNS
@@ -85,10 +85,11 @@ def test_each_study_is_segmented_once_and_damaged_ones_are_reported(tmp_path, ad
     assert len(written) == 4
 
     (studies / "study_3.png").write_bytes(whole)
-    # again, with the worker of a cluster that is there already
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+    # again, with the worker of a cluster that is there already: a thread of this process
+    alone = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "protocol": "tcp", "dashboard_address": None}
+    with distributed.LocalCluster(**alone) as cluster:
         again = command(studies, out, scheduler=cluster.scheduler_address, **settings_of(adapted))
-        second = subprocess.run(again, capture_output=True, text=True, timeout=300)
+        second = forks.run(again[1:], timeout=300)
     assert second.returncode == 0, second.stderr[-3000:]
     assert "1 done, 4 skipped, 0 failed" in second.stdout
     assert summary(out)["study_3"]["worker"] not in {row["worker"] for row in rows.values()}

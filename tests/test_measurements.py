@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -44,14 +42,14 @@ def test_a_measurement_is_taken_once_and_kept_for_other_processes(cache):
     assert [path.name for path in cache.parent.iterdir()] == ["measurements.json"]
 
 
-def test_a_file_serves_another_process(cache):
+def test_a_file_serves_another_process(cache, forks):
     measured("products", Stopwatch())
     code = (
         "import json, torch; from medsa_nets.measurements import measured; "
         f"torch.set_num_threads({torch.get_num_threads()}); "
         "print(json.dumps(measured('products', lambda: {'anew': 1.0})))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = forks.run(["-c", code])
     assert json.loads(result.stdout.splitlines()[-1]) == {"fast": 1.0, "slow": 10.0}
 
 

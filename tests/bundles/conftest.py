@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,19 +15,15 @@ from ..forks import Forks
 def cli(request: pytest.FixtureRequest, forks: Forks) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run ``python -m monai.bundle ARGUMENTS --OPTION VALUE`` in the bundle that the test module is about.
 
-    ``processes`` starts as many with torchrun, on the CPU.
+    ``processes`` run it together on the CPU, as torchrun starts them.
     """
 
     def call(
         *arguments: str, cwd: Path | None = None, processes: int = 1, **options: object
     ) -> subprocess.CompletedProcess[str]:
-        folder = cwd or request.module.BUNDLE
         told = [*arguments, *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
-        if processes == 1:
-            return forks.run(["-m", "monai.bundle", *told], folder)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *launcher, "-m", "monai.bundle", *told]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
+        return forks.run(
+            ["-m", "monai.bundle", *told], cwd or request.module.BUNDLE, processes=processes, CUDA_VISIBLE_DEVICES=""
+        )
 
     return call

@@ -15,6 +15,8 @@ import torch
 
 from medsa_nets.data.phantoms import write_phantoms
 
+from ..forks import Forks
+
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "medsa_isic"
 TRAIN, OVERLAY = (BUNDLE / "configs" / f"{name}.yaml" for name in ("train", "multi_gpu_train"))
 EPOCHS = 6
@@ -77,10 +79,11 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def alone(small_base: str, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(small_base: str, phantoms: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, not interrupted."""
     folder = tmp_path_factory.mktemp("alone")
-    end(begin(command(phantoms, folder, 1)))
+    done = forks.run(command(phantoms, folder, 1)[1:], CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr[-4000:]
     assert len(losses(folder)) == EPOCHS
     return folder
 

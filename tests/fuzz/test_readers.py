@@ -20,7 +20,11 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed (the extra
 def fuzz(folder: Path, *arguments: str) -> dict[str, Any]:
     """Run cases in a process of their own, which a damaged file may end."""
     command = [sys.executable, "-X", "faulthandler", str(Path(__file__).with_name("readers.py"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], *sys.path]),
+    }
     done = subprocess.run(
         [*command, "--keep", str(folder), *arguments],
         capture_output=True, text=True, errors="replace", check=False, env=environment,
