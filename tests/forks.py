@@ -25,9 +25,14 @@ BEGIN = Path(__file__).parent / "started" / "sitecustomize.py"
 
 
 class Forks:
-    """Runs commands in forks of a process that waits for them."""
+    """Runs commands in forks of a process that waits for them.
 
-    def __init__(self) -> None:
+    Args:
+        python: that runs it; its environment has to hold the package.
+    """
+
+    def __init__(self, python: Path | str = sys.executable) -> None:
+        self.python = str(python)
         self.waiting: subprocess.Popen[str] | None = None
 
     def run(
@@ -38,7 +43,7 @@ class Forks:
         processes: int = 1,
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
-        """The same as ``subprocess.run([sys.executable, *arguments], capture_output=True, text=True)``.
+        """The same as ``subprocess.run([python, *arguments], capture_output=True, text=True)``.
 
         Args:
             arguments: ``-m``, a module and its arguments, or ``-c`` and code.
@@ -51,12 +56,12 @@ class Forks:
             subprocess.TimeoutExpired: when it takes longer.
             RuntimeError: when the process that waits has ended, as where it can't import MONAI.
         """
-        command, cwd = [sys.executable, *arguments], cwd or Path.cwd()
+        command, cwd = [self.python, *arguments], cwd or Path.cwd()
         env = {**os.environ, **environment}
         env.pop("PYTEST_CURRENT_TEST", None)
         if not hasattr(os, "fork"):
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            started = command if processes == 1 else [sys.executable, *launcher, *arguments]
+            started = command if processes == 1 else [self.python, *launcher, *arguments]
             return subprocess.run(started, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
         process = self._process()
         with tempfile.TemporaryDirectory() as folder:
@@ -89,10 +94,8 @@ class Forks:
         if self.waiting is not None and self.waiting.poll() is not None:
             self.close()
         if self.waiting is None:
-            self.waiting = subprocess.Popen(
-                [sys.executable, __file__], text=True, start_new_session=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            )  # fmt: skip
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self.waiting = subprocess.Popen([self.python, __file__], text=True, start_new_session=True, **pipes)
         return self.waiting
 
 

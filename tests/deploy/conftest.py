@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from ..forks import Forks
 from .series import with_identifiers, write_ct
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
@@ -32,19 +33,17 @@ class Command:
 
     def __init__(self, python: Path) -> None:
         self.python = python
+        self.forks = Forks(python)
 
     def __call__(self, *arguments: str | Path, **environment: str) -> Run:
-        done = subprocess.run(
-            [str(self.python), "-m", "medsa_nets.deploy", *map(str, arguments)],
-            capture_output=True, text=True, timeout=900, check=False,
-            env=self.environment(**environment),
-        )  # fmt: skip
-        return Run(done.returncode, done.stdout, done.stderr)
+        return self.module("medsa_nets.deploy", *arguments, **environment)
 
-    @staticmethod
-    def environment(**more: str) -> dict[str, str]:
-        """Environment variables of every command."""
-        return {**os.environ, "CUDA_VISIBLE_DEVICES": "", **more}
+    def module(self, name: str, *arguments: str | Path, cwd: Path | None = None, **environment: str) -> Run:
+        """``python -m`` of any module."""
+        done = self.forks.run(
+            ["-m", name, *map(str, arguments)], cwd, timeout=900, CUDA_VISIBLE_DEVICES="", **environment
+        )
+        return Run(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +56,10 @@ def deploy_python() -> Path:
 
 
 @pytest.fixture(scope="session")
-def deploy(deploy_python: Path) -> Command:
-    return Command(deploy_python)
+def deploy(deploy_python: Path) -> Iterator[Command]:
+    command = Command(deploy_python)
+    yield command
+    command.forks.close()
 
 
 @pytest.fixture(scope="session")

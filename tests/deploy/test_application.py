@@ -95,10 +95,11 @@ def masks(deploy: Command, studies: Path, tmp_path_factory: pytest.TempPathFacto
     """Masks of ``monai.bundle run`` on the same series, by the same packages and number of threads."""
     output = tmp_path_factory.mktemp("masks")
     for name in ("a", "b"):
-        configs = "configs/inference.yaml"
-        command = [deploy.python, "-m", "monai.bundle", "run", "inferring", "--config_file", configs,
-                   "--dataset_dir", studies / name, "--output_dir", output, "--amp", "false"]  # fmt: skip
-        subprocess.run(command, cwd=CT, check=True, capture_output=True, env=deploy.environment())
+        done = deploy.module(
+            *("monai.bundle", "run", "inferring", "--config_file", "configs/inference.yaml", "--amp", "false"),
+            *("--dataset_dir", studies / name, "--output_dir", output), cwd=CT,
+        )  # fmt: skip
+        assert done.status == 0, done.err
     return output
 
 
