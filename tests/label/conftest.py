@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import yaml
 from scipy.spatial.transform import Rotation
 
 from .server import Server, add_bundle
@@ -69,6 +70,11 @@ def studies(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def server(label_python: Path, studies: Path) -> Iterator[Server]:
     add_bundle(label_python, studies / "app", BUNDLES / "medsa_btcv", "hippocampus.yaml")
+    # slabs of a quarter of the slices train in a quarter of the time and of the memory
+    train = studies / "app" / "model" / HIPPOCAMPUS / "configs" / "train.yaml"
+    settings = yaml.safe_load(train.read_text())
+    assert settings["roi_size"] == [80, 112, 32]
+    train.write_text(yaml.safe_dump({**settings, "roi_size": [80, 112, 8]}, sort_keys=False))
     running = Server(label_python, studies, str(studies / "studies"), HIPPOCAMPUS)
     yield running
     running.stop()
