@@ -4,12 +4,13 @@
 
 Both train through the bundles' own configurations: the same lists, augmentation, optimizer and batches, for MedSA
 single slices with all classes in one pass of the decoder (``slices.yaml``), for the UNet what suits it (whole
-hippocampi, crops of 96 x 96 x 32 of CT at 3 mm, photographs of 256 x 256). The learning rate stays constant after its
-warm-up, and what is measured is the average of the weights (``ema_decay``), so that one training gives a point of the
-curve for every time and none of them is favoured by a schedule. Minutes are process time on one thread, without
-reading the data set, so that other work on the machine counts little. Mean Dice without prompt on the held-out
-images, the same for both; a training that was stopped goes on after its last epoch, and points that are there are not
-made again. Writes equal_time.{md,json,png}.
+hippocampi, crops of 96 x 96 x 32 of CT at 3 mm, photographs of 256 x 256; MedSA sees photographs at 128 x 128, and masks
+of photographs are measured at their own size). The learning rate stays constant after its warm-up, and what is measured
+is the average of the weights (``ema_decay``), so that one training gives a point of the curve for every time and none
+of them is favoured by a schedule. Minutes are process time on one thread, without reading the data set, so that other
+work on the machine counts little. Mean Dice without prompt on the held-out images, the same for both; a training that
+was stopped goes on after its last epoch, and points that are there are not made again. Writes
+equal_time.{md,json,png}.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "bundle": "medsa_isic",
         "overlays": [],
         "common": {"batch_size": 4},
-        "MedSA": ([], {**AUTOMATIC, "prompt_pairs": 0.0}),
+        "MedSA": ([], {**AUTOMATIC, "prompt_pairs": 0.0, "image_size": 128}),
         "UNet": unet(2, 3, 1, 32, 64, 128, 256, 512),
     },
 }
