@@ -4,10 +4,10 @@
 
 Both train through the bundles' own configurations: the same lists, augmentation, optimizer and batches, for MedSA
 single slices with all classes in one pass of the decoder (``slices.yaml``), for the UNet what suits it (whole
-hippocampi, crops of 96 x 96 x 32 of CT at 3 mm, photographs of 256 x 256; MedSA sees photographs at 128 x 128, and masks
-of photographs are measured at their own size). The learning rate stays constant after its warm-up, and what is measured
-is the average of the weights (``ema_decay``), so that one training gives a point of the curve for every time and none
-of them is favoured by a schedule. Minutes are process time on one thread, without reading the data set, so that other
+hippocampi, crops of 96 x 96 x 32 of CT at 3 mm, photographs of 256 x 256; MedSA sees those at 128 x 128, and their
+masks are measured at their own size). The learning rate stays constant after its warm-up, and what is measured is the
+average of the weights (``ema_decay``), so that one training gives a point of the curve for every time and none of
+them is favoured by a schedule. Minutes are process time on one thread, without reading the data set, so that other
 work on the machine counts little. Mean Dice without prompt on the held-out images, the same for both; a training that
 was stopped goes on after its last epoch, and points that are there are not made again. Writes
 equal_time.{md,json,png}.
