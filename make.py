@@ -28,7 +28,7 @@ PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
 # Back ends bring thread pools of their own, which do not belong into the process of all other tests.
 TESTS = {
     "test": ([*PARALLEL, "--ignore=tests/test_backends.py"], [*PARALLEL, "tests/test_backends.py"]),
-    "test-label": (["-n", "2", "--dist", "loadgroup", "-m", "label", "tests/label"],),
+    "test-label": (["-n", "2", "--dist", "loadfile", "-m", "label", "tests/label"],),  # they wait for servers
     "test-deploy": (["-m", "deploy", "tests/deploy"],),
 }
 TASKS = {

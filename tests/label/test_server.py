@@ -13,7 +13,7 @@ from scipy.ndimage import distance_transform_edt
 from .conftest import HIPPOCAMPUS, SIDES, UNSEEN
 from .server import Server
 
-pytestmark = [pytest.mark.label, pytest.mark.xdist_group("server")]  # one server for all of them
+pytestmark = pytest.mark.label
 SCRIBBLES = HIPPOCAMPUS.replace("_deepedit", "_scribbles")
 
 

@@ -32,7 +32,7 @@ from .conftest import BUNDLES
 from .pacs import Orthanc, browser, missing
 from .server import Server, add_bundle
 
-pytestmark = [pytest.mark.label, pytest.mark.xdist_group("viewer")]  # one server for all of them
+pytestmark = pytest.mark.label
 MODEL = "medsa_btcv_deepedit"
 # colours of OHIF's list of organs
 LIVER, SPLEEN = (221, 130, 101), (157, 108, 162)
