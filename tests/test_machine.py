@@ -118,37 +118,27 @@ def test_configurations_are_ascii():
         assert path.is_dir() or path.read_bytes().isascii(), path
 
 
-BUILD = (
-    "from monai.bundle import ConfigParser\n"
-    "import medsa_nets\n"
-    "from medsa_nets.training import save_atomically\n"
-    f"parser = ConfigParser(); parser.read_config({str(CONFIGS)!r})\n"
-    f"parser['bundle_root'] = {str(CONFIGS.parent.parent)!r}\n"
-    "parser['network_def#pretrained'] = False\n"
-    "parser.get_parsed_content('initialize')\n"
-    "network = parser.get_parsed_content('network')\n"
-    "path = save_atomically(network.state_dict(), 'adapter.pt')\n"
-    "medsa_nets.weights.check_adapter(path); print(medsa_nets.weights.weights_dir())"
-)
-
-
-def test_no_home_and_a_plain_locale_break_nothing(monkeypatch, tmp_path):
+@pytest.mark.parametrize("home", [None, "/nonexistent"])
+def test_a_home_that_is_absent_and_a_plain_locale_break_nothing(home, tmp_path):
     """The package imports, a bundle's network is built, and its adapter is saved and read."""
-    for name in ("HOME", "USERPROFILE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    code = (
+        "from monai.bundle import ConfigParser\n"
+        "import medsa_nets\n"
+        "from medsa_nets.training import save_atomically\n"
+        f"parser = ConfigParser(); parser.read_config({str(CONFIGS)!r})\n"
+        f"parser['bundle_root'] = {str(CONFIGS.parent.parent)!r}\n"
+        "parser['network_def#pretrained'] = False\n"
+        "parser.get_parsed_content('initialize')\n"
+        "network = parser.get_parsed_content('network')\n"
+        "path = save_atomically(network.state_dict(), 'adapter.pt')\n"
+        "medsa_nets.weights.check_adapter(path); print(medsa_nets.weights.weights_dir())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "USERPROFILE", "XDG_CACHE_HOME")}
+    environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    environment |= {"HOME": home} if home else {}
     result = subprocess.run(
-        [sys.executable, "-c", BUILD], cwd=tmp_path, env={**os.environ, **plain}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "adapter.pt").is_file()
-
-
-def test_a_home_that_is_absent_breaks_nothing(monkeypatch, tmp_path, forks):
-    for name in ("USERPROFILE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    result = forks.run(["-c", BUILD], tmp_path, HOME="/nonexistent")
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "adapter.pt").is_file()
 

@@ -53,8 +53,8 @@ def test_the_tests_that_need_a_server_run_beside_its_environment(tmp_path: Path,
     venv = tmp_path / "v"
     assert make.main(["test-label", "--venv", str(venv)]) == 0
     label = make.python_of(tmp_path / "v-label")
-    assert calls[-1][1:3] == ["-m", "pytest"]
-    assert calls[-1][-4:] == ["-m", "label", "tests/label", f"MEDSA_LABEL_PYTHON={label}"]
+    chosen = ["-n", "2", "--dist", "loadfile", "-m", "label", "tests/label"]
+    assert calls[-1][1:] == ["-m", "pytest", *chosen, f"MEDSA_LABEL_PYTHON={label}"]
     assert [str(label), "constraints-label.txt", ".[label]"] == [
         part for command in calls for part in command if part in (str(label), "constraints-label.txt", ".[label]")
         and command[0] == str(label) and "-c" in command

@@ -22,8 +22,7 @@ def cli(request: pytest.FixtureRequest, forks: Forks) -> Callable[..., subproces
         *arguments: str, cwd: Path | None = None, processes: int = 1, **options: object
     ) -> subprocess.CompletedProcess[str]:
         told = [*arguments, *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
-        return forks.run(
-            ["-m", "monai.bundle", *told], cwd or request.module.BUNDLE, processes=processes, CUDA_VISIBLE_DEVICES=""
-        )
+        on_cpu = {"CUDA_VISIBLE_DEVICES": ""} if processes > 1 else {}
+        return forks.run(["-m", "monai.bundle", *told], cwd or request.module.BUNDLE, processes=processes, **on_cpu)
 
     return call
